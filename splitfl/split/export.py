@@ -1,0 +1,151 @@
+"""The federation's model as a plain Hugging Face checkpoint: base tensors, trained tensors over them.
+
+Tensors stream one by one into shards, so exporting needs memory for one shard and not for the model. LoRA is
+folded into its base weight.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from splitfl.errors import ConfigError, StorageError
+from splitfl.split.checkpoint import CheckpointFolder, embedding_name, is_tied, needed_bytes
+
+SHARD_BYTES = 4 << 30
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+)
+COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+LORA_PART = re.compile(r"^(?P<base>.+)\.lora_(?P<part>[AB])\.[^.]+\.weight$")
+
+
+@dataclass(frozen=True)
+class TrainedWeights:
+    """What a federation trained, by global name; LoRA factors under peft's names."""
+
+    tensors: Mapping[str, Tensor]
+    lora_scale: float = 1.0  # alpha / rank
+    fan_in_fan_out: bool = False  # GPT-2 stores its linear weights transposed
+
+
+def export_checkpoint(
+    base: Path, trained: TrainedWeights, out: Path, *, dtype: torch.dtype = torch.float32, card: str = ""
+) -> None:
+    """Write ``base`` with ``trained`` laid over it to the new folder ``out``.
+
+    The folder opens with ``AutoModelForCausalLM.from_pretrained``. Raises ConfigError when ``out`` is in use,
+    StorageError when it cannot be written; a half-written folder never stays behind under that name.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty", "Name a new folder to export to.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as work:
+            folder = Path(work) / "model"
+            folder.mkdir()
+            write_model(CheckpointFolder(base), trained, folder, dtype)
+            (folder / "README.md").write_text(card)
+            if out.exists():
+                out.rmdir()
+            folder.rename(out)
+    except OSError as error:
+        raise StorageError(f"cannot write {out}: {error.strerror or error}", "Free some space and export again.") from error
+
+
+def write_model(source: CheckpointFolder, trained: TrainedWeights, folder: Path, dtype: torch.dtype) -> None:
+    """Config, tokenizer and sharded weights of one checkpoint."""
+    names = sorted(source.entries)
+    head = f"{source.anatomy.head}.weight"
+    untied = is_tied(source.config) and any(name.startswith(source.anatomy.head + ".") for name in trained.tensors)
+    if untied and head not in names:
+        names.append(head)
+    if not untied and is_tied(source.config):
+        names = [name for name in names if name != head]
+    write_shards(folder, exported(source, trained, names, dtype), needed_bytes(source.entries.values()))
+    config = json.loads((source.folder / "config.json").read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config.pop("torch_dtype", None)
+    if untied:
+        config["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in COPIED_FILES:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+
+
+def exported(
+    source: CheckpointFolder, trained: TrainedWeights, names: list[str], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The final tensors one by one, in ``dtype``; buffers that are no weights (old masks) are left out."""
+    for name in names:
+        tensor = final_tensor(source, trained, name)
+        if tensor.is_floating_point():
+            stored = source.entries[name].name if name in source.entries else name
+            yield stored, tensor.to(dtype).contiguous()
+
+
+def final_tensor(source: CheckpointFolder, trained: TrainedWeights, name: str) -> Tensor:
+    """One tensor of the result: trained, or the base's with its LoRA product added, or the base's own."""
+    if name in trained.tensors:
+        return trained.tensors[name]
+    stem = name.removesuffix(".weight")
+    plain = trained.tensors.get(f"{stem}.base_layer.weight")
+    tensor = plain if plain is not None else source.read(name if source.has(name) else embedding_name(source.anatomy))
+    factors = {part: trained.tensors.get(f"{stem}.lora_{part}.default.weight") for part in "AB"}
+    if factors["A"] is None or factors["B"] is None:
+        return tensor
+    product = trained.lora_scale * (factors["B"].float() @ factors["A"].float())
+    return tensor.float() + (product.T if trained.fan_in_fan_out and "lm_head" not in name else product)
+
+
+def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], estimate: int) -> None:
+    """Tensors into ``model.safetensors``, or into shards of at most 4 GiB with an index."""
+    shards: list[dict[str, str]] = []
+    pending: dict[str, Tensor] = {}
+    size = total = 0
+    for name, tensor in tensors:
+        if pending and size + tensor.nbytes > SHARD_BYTES:
+            shards.append(write_shard(folder, len(shards), pending))
+            pending, size = {}, 0
+        pending[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    shards.append(write_shard(folder, len(shards), pending))
+    finish_shards(folder, shards, total)
+
+
+def write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> dict[str, str]:
+    path = folder / f"shard-{number}.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    return dict.fromkeys(tensors, path.name)
+
+
+def finish_shards(folder: Path, shards: list[dict[str, str]], total: int) -> None:
+    """Give the shards their final names, now that their number is known."""
+    if len(shards) == 1:
+        (folder / "shard-0.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards):
+        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}.safetensors").rename(folder / final)
+        weight_map |= dict.fromkeys(shard, final)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,332 @@
+"""The messages of the protocol: one frozen dataclass each, every field typed and bounded.
+
+A connection opens with ``Hello`` and ``Welcome``. From then on the client asks and the server answers: each
+request carries a sequence number, its answer carries the same one, and the server may take its time (waiting
+for a round to open is a request like any other). So a client that comes back after a fault repeats what is
+unanswered, and nothing else is needed. ``round``, ``step`` and ``micro`` count from 0; -1 means "none yet".
+
+This module knows bytes and numbers, no torch: a tensor is ``TensorBytes``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass as plain_dataclass
+from typing import Annotated, Literal, get_args
+
+from pydantic import ConfigDict, Field, InstanceOf
+from pydantic.dataclasses import dataclass
+
+PROTOCOL_VERSIONS = (1,)
+
+#: bytes an element takes, by the wire's dtype name
+ELEMENT_BYTES = {"u8": 1, "f32": 4, "bf16": 2, "f16": 2}
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Index = Annotated[int, Field(ge=-1, le=2**31)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Token = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,128}$")]
+Text = Annotated[str, Field(max_length=2000)]
+
+ErrorCode = Literal[
+    "version",  # no protocol version in common
+    "name_taken",  # another live client has this name
+    "bad_message",  # bytes that break the protocol
+    "bad_tensor",  # NaN, infinity or a shape that does not fit
+    "bad_cut",  # the federation does not allow this cut
+    "not_found",  # no blob with this hash
+    "wrong_round",  # not the round that is open
+    "wrong_assets",  # tokenizer, chat template or maximum length differ
+    "over_limit",  # more bytes or requests than allowed
+    "storage",  # the server's disk
+    "ended",  # the federation has ended
+    "internal",  # a fault of the server's own
+]
+ERROR_CODES: tuple[str, ...] = get_args(ErrorCode)
+
+
+@plain_dataclass(frozen=True)
+class TensorBytes:
+    """A tensor on the wire: little-endian, row-major; ``data`` is exactly as long as dtype and shape say."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+    @property
+    def nbytes(self) -> int:
+        return expected_bytes(self.dtype, self.shape)
+
+
+def expected_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """How many bytes a tensor takes. Raises KeyError for a dtype the wire does not know."""
+    return ELEMENT_BYTES[dtype] * math.prod(shape)
+
+
+message = dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
+Tensor = InstanceOf[TensorBytes]
+
+
+@message
+class Hello:
+    """Client's first word. ``resume`` is the token of an earlier Welcome; ``round`` the last one it holds durably.
+
+    ``n_bottom`` and ``n_top`` of -1 take the federation's own cut.
+    """
+
+    versions: tuple[Annotated[int, Field(ge=1, le=10_000)], ...]
+    name: Name
+    resume: Token = ""
+    round: Index = -1
+    n_bottom: Index = -1
+    n_top: Index = -1
+    software: Annotated[str, Field(max_length=64)] = ""
+
+
+@message
+class Welcome:
+    """The server's answer to Hello: what was agreed.
+
+    ``resumed`` says that the session of ``resume`` lives on; else the client goes back to its state after
+    ``round``, the last durable one. ``settings`` is the federation's JSON, ``manifest`` the hash of the list of
+    assets (config, tokenizer, tensors), ``weights`` of the list of merged tensors ("" before the first merge).
+    """
+
+    version: Count
+    session: Token
+    resumed: bool
+    incarnation: Token
+    round: Index
+    n_bottom: Count
+    n_top: Count
+    settings: Annotated[str, Field(max_length=60_000)]
+    manifest: Sha256
+
+
+@message
+class Refused:
+    """The connection ends: Hello was not acceptable, or the bytes broke the protocol."""
+
+    code: ErrorCode
+    reason: Text
+    remedy: Text = ""
+
+
+@message
+class Fetch:
+    """Ask for ``limit`` bytes of a blob from ``offset``. Answered by Chunk."""
+
+    seq: Count
+    ack: Count
+    sha256: Sha256
+    offset: Count
+    limit: Annotated[int, Field(ge=1, le=16 << 20)]
+
+
+@message
+class NextRound:
+    """Ask for work: "I hold everything up to round ``after``". Answered by RoundOpen or Finished, when it is time."""
+
+    seq: Count
+    ack: Count
+    after: Index
+
+
+@message
+class Forward:
+    """Hidden states (B, T, D) into the trunk. ``lengths`` (B) of right-padded rows; empty when none is padded.
+
+    ``label_tokens`` is how many label tokens the summed loss of this micro-batch has. With ``train`` the server
+    keeps the graph for the Backward that follows. Answered by Hidden or StepMissed.
+    """
+
+    seq: Count
+    ack: Count
+    round: Index
+    step: Count
+    micro: Count
+    train: bool
+    label_tokens: Count
+    lengths: tuple[Count, ...]
+    hidden: Tensor
+
+
+@message
+class Backward:
+    """Gradient (B, T, D) of the *summed* label-token loss at the trunk's output. Answered by Gradient or StepMissed."""
+
+    seq: Count
+    ack: Count
+    round: Index
+    step: Count
+    micro: Count
+    gradient: Tensor
+
+
+@message
+class Upload:
+    """A piece of a blob that an Update will name. Answered by Uploaded."""
+
+    seq: Count
+    ack: Count
+    sha256: Sha256
+    offset: Count
+    total: Count
+    data: Tensor
+
+
+@message
+class Update:
+    """This client's weights after a round, as the uploaded blob ``sha256`` ("" when it shares none).
+
+    ``tokens`` label tokens weigh it in the merge. Answered by RoundDurable, once the merge is on disk.
+    """
+
+    seq: Count
+    ack: Count
+    round: Index
+    tokens: Count
+    sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+
+
+@message
+class Bye:
+    """The client leaves; the server forgets its session."""
+
+    seq: Count
+    ack: Count
+    reason: Literal["finished", "interrupted", "failed"]
+
+
+@message
+class Chunk:
+    """``data`` of a blob from ``offset``; ``total`` is the blob's length in bytes."""
+
+    seq: Count
+    sha256: Sha256
+    offset: Count
+    total: Count
+    data: Tensor
+
+
+@message
+class RoundOpen:
+    """Train ``round`` from the weights of the list ``weights`` ("" = the base model's)."""
+
+    seq: Count
+    round: Index
+    weights: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+
+
+@message
+class Finished:
+    """The federation has ended after ``round``; ``weights`` lists its merged tensors."""
+
+    seq: Count
+    round: Index
+    weights: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+
+
+@message
+class Hidden:
+    """The trunk's output (B, T, D) for a Forward."""
+
+    seq: Count
+    round: Index
+    step: Count
+    micro: Count
+    hidden: Tensor
+
+
+@message
+class Gradient:
+    """Gradient (B, T, D) at the trunk's input, or None when nothing below it trains."""
+
+    seq: Count
+    round: Index
+    step: Count
+    micro: Count
+    gradient: Tensor | None = None
+
+
+@message
+class StepMissed:
+    """This client was dropped from the step: discard its gradients and go on with the next one."""
+
+    seq: Count
+    round: Index
+    step: Count
+
+
+@message
+class Uploaded:
+    """The server holds ``received`` bytes of the blob."""
+
+    seq: Count
+    sha256: Sha256
+    received: Count
+
+
+@message
+class RoundDurable:
+    """Merged, and on the server's disk; ``weights`` lists the merged tensors. The client may now forget older rounds.
+
+    ``merged`` is False when this client's update came too late and is not in it.
+    """
+
+    seq: Count
+    round: Index
+    weights: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+    merged: bool
+
+
+@message
+class Farewell:
+    """The answer to Bye."""
+
+    seq: Count
+
+
+@message
+class Failed:
+    """The request was understood and refused; the session goes on. ``field`` names what was wrong with it."""
+
+    seq: Count
+    code: ErrorCode
+    reason: Text
+    remedy: Text = ""
+    field: Annotated[str, Field(max_length=64)] = ""
+
+
+Request = Fetch | NextRound | Forward | Backward | Upload | Update | Bye
+Answer = Chunk | RoundOpen | Finished | Hidden | Gradient | StepMissed | Uploaded | RoundDurable | Farewell | Failed
+Message = Hello | Welcome | Refused | Request | Answer
+
+REQUESTS: tuple[type, ...] = get_args(Request)
+ANSWERS: tuple[type, ...] = get_args(Answer)
+
+#: the name on the wire -> the class; the names are a contract (docs/protocol.md)
+MESSAGE_TYPES: dict[str, type] = {
+    "hello": Hello,
+    "welcome": Welcome,
+    "refused": Refused,
+    "fetch": Fetch,
+    "next_round": NextRound,
+    "forward": Forward,
+    "backward": Backward,
+    "upload": Upload,
+    "update": Update,
+    "bye": Bye,
+    "chunk": Chunk,
+    "round_open": RoundOpen,
+    "finished": Finished,
+    "hidden": Hidden,
+    "gradient": Gradient,
+    "step_missed": StepMissed,
+    "uploaded": Uploaded,
+    "round_durable": RoundDurable,
+    "farewell": Farewell,
+    "failed": Failed,
+}
+TYPE_NAMES = {cls: name for name, cls in MESSAGE_TYPES.items()}

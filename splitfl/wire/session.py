@@ -1,0 +1,173 @@
+"""Both sides of a session as state machines: bytes in, events out; messages in, bytes out. No sockets, no clock.
+
+A session outlives its connections. The client numbers its requests and keeps each until it is answered; after a
+reconnection it sends the unanswered ones again, byte for byte. The server keeps each answer until the client
+acknowledges it, so a repeated request is answered from memory and **no gradient is applied twice**. A request
+that is still being worked on is answered once, on whatever connection is there by then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from splitfl.errors import ProtocolError
+from splitfl.wire.frames import MAX_FRAME_BYTES, Parts, decode, encode
+from splitfl.wire.messages import (
+    ANSWERS,
+    PROTOCOL_VERSIONS,
+    REQUESTS,
+    Answer,
+    Hello,
+    Refused,
+    Request,
+    Welcome,
+)
+
+CREDIT_WINDOW = 64  # most requests that may be unanswered at once
+
+
+@dataclass(frozen=True)
+class Connected:
+    """The server said Welcome. When the old session was not resumed, every unanswered request is void."""
+
+    welcome: Welcome
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """The server refuses this client, or gave up on the connection."""
+
+    refusal: Refused
+
+
+@dataclass(frozen=True)
+class Answered:
+    """``answer`` to the request with its number; each number is reported once."""
+
+    answer: Answer
+
+
+ClientEvent = Connected | Rejected | Answered
+
+
+class ClientSession:
+    """The client's side. Feed it what arrives with ``receive``; send what ``hello``, ``request`` and ``unanswered`` give."""
+
+    def __init__(self, hello: Hello, *, max_bytes: int = MAX_FRAME_BYTES) -> None:
+        self._hello = hello
+        self._max_bytes = max_bytes
+        self._unanswered: dict[int, Parts] = {}
+        self._next_seq = 0
+        self._answered: set[int] = set()  # beyond the contiguous ones
+        self._ack = 0  # all requests below this number are answered
+        self.welcome: Welcome | None = None
+
+    def hello(self) -> Parts:
+        """The first frame of each connection; it asks to resume once a session is known."""
+        token = self.welcome.session if self.welcome else self._hello.resume
+        return encode(replace(self._hello, resume=token))
+
+    def request(self, message: Request) -> tuple[int, Parts]:
+        """Number ``message`` (its ``seq`` and ``ack`` are filled in here) and remember it until it is answered."""
+        if len(self._unanswered) >= CREDIT_WINDOW:
+            raise ProtocolError(f"more than {CREDIT_WINDOW} requests are unanswered", "Wait for answers first.")
+        seq = self._next_seq
+        self._next_seq += 1
+        parts = encode(replace(message, seq=seq, ack=self._ack))
+        self._unanswered[seq] = parts
+        return seq, parts
+
+    def unanswered(self) -> list[Parts]:
+        """Frames to send again on a resumed session, in order."""
+        return [self._unanswered[seq] for seq in sorted(self._unanswered)]
+
+    def receive(self, data: bytes | memoryview) -> list[ClientEvent]:
+        """One frame -> what it means. Raises ProtocolError for bytes that no honest server sends."""
+        message = decode(data, max_bytes=self._max_bytes)
+        if isinstance(message, Welcome):
+            return [self._connected(message)]
+        if isinstance(message, Refused):
+            return [Rejected(message)]
+        if not isinstance(message, ANSWERS):
+            raise ProtocolError(f"a server never sends {type(message).__name__}", field="t")
+        return self._answer(message)  # type: ignore[arg-type]
+
+    def _connected(self, welcome: Welcome) -> Connected:
+        if welcome.version not in self._hello.versions:
+            raise ProtocolError(f"the server chose protocol version {welcome.version}", field="version")
+        if not welcome.resumed:
+            self._unanswered.clear()
+            self._answered.clear()
+            self._next_seq = self._ack = 0
+        self.welcome = welcome
+        return Connected(welcome)
+
+    def _answer(self, answer: Answer) -> list[ClientEvent]:
+        if self._unanswered.pop(answer.seq, None) is None:
+            return []  # sent twice around a reconnection; the first one counted
+        self._answered.add(answer.seq)
+        while self._ack in self._answered:
+            self._answered.discard(self._ack)
+            self._ack += 1
+        return [Answered(answer)]
+
+
+def choose_version(hello: Hello) -> int:
+    """The newest protocol version both sides speak. Raises ProtocolError that names both lists."""
+    common = set(hello.versions) & set(PROTOCOL_VERSIONS)
+    if not common:
+        raise ProtocolError(
+            f"the client speaks protocol {list(hello.versions)}, the server {list(PROTOCOL_VERSIONS)}",
+            "Install the same SplitFL release on both sides.",
+            field="versions",
+        )
+    return max(common)
+
+
+class ServerSession:
+    """The server's side of one client. ``receive`` gives new requests; ``answer`` gives the frame to send."""
+
+    def __init__(self, *, max_bytes: int = MAX_FRAME_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._answers: dict[int, Parts] = {}
+        self._open: set[int] = set()
+        self._ack = 0
+
+    def receive(self, data: bytes | memoryview) -> tuple[Request | None, Parts | None]:
+        """One frame -> (a new request, None), or (None, a frame to repeat), or (None, None) while it is worked on.
+
+        Raises ProtocolError for bytes that no honest client sends, and for more than the credit window.
+        """
+        message = decode(data, max_bytes=self._max_bytes)
+        if not isinstance(message, REQUESTS):
+            raise ProtocolError(f"a client never sends {type(message).__name__} here", field="t")
+        request: Request = message  # type: ignore[assignment]
+        self._acknowledge(request.ack)
+        seq = request.seq
+        if seq in self._answers:
+            return None, self._answers[seq]
+        if seq in self._open or seq < self._ack:
+            return None, None
+        if len(self._open) + len(self._answers) >= 2 * CREDIT_WINDOW or seq >= self._ack + 2 * CREDIT_WINDOW:
+            raise ProtocolError(f"request {seq} is beyond the credit window", field="seq")
+        self._open.add(seq)
+        return request, None
+
+    def answer(self, answer: Answer) -> Parts:
+        """Encode the answer to an open request and keep it until the client acknowledges it."""
+        self._open.discard(answer.seq)
+        parts = encode(answer)
+        self._answers[answer.seq] = parts
+        return parts
+
+    def _acknowledge(self, ack: int) -> None:
+        if ack < self._ack:
+            return  # an older frame, sent again
+        for seq in [seq for seq in self._answers if seq < ack]:
+            del self._answers[seq]
+        self._ack = ack
+
+    @property
+    def unacknowledged(self) -> int:
+        """How many answers are kept."""
+        return len(self._answers)
