@@ -30,8 +30,8 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast
     The same texts give the same tokenizer in every process. ``len(tokenizer)`` is ``vocab`` where the texts
     hold enough distinct words, and less where they do not: size the model by it. Padding goes on the right.
 
-    Raises :class:`DataError` if ``vocab`` is below 300, no text holds more than white space, or one holds half
-    a surrogate pair.
+    Raises :class:`DataError` if ``vocab`` is below 300, no text holds more than white space, or one holds
+    half a surrogate pair.
     """
     if vocab < MIN_VOCAB:
         raise DataError(

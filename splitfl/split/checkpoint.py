@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -103,9 +102,10 @@ class KeyRenaming:
         if converted is not None:
             raise CheckpointError(
                 f"checkpoints of type {self.family!r} store {name!r} in a form that is converted while loading",
-                "Open the model with transformers 5, save it with save_pretrained(folder, save_original_format=False) and use that folder.",
+                "Save it again with transformers 5: model.save_pretrained(folder, save_original_format=False).",
             )
-        return renamed if renamed.startswith(self.outer) else self.prefix + renamed
+        name_in_model: str = renamed if renamed.startswith(self.outer) else self.prefix + renamed
+        return name_in_model
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -225,6 +225,3 @@ def segment_names(config: PreTrainedConfig, piece: Piece) -> list[str]:
     segment = Segment(config, piece)
     return [segment.global_name(name) for name, _ in segment.model.named_parameters(remove_duplicate=False)]
 
-
-def needed_bytes(entries: Iterable[TensorEntry]) -> int:
-    return sum(entry.nbytes for entry in entries)

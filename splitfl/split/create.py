@@ -42,9 +42,7 @@ def create_checkpoint(
     _check_free(folder)
 
     def configure(vocab: int, **tokens: int) -> PreTrainedConfig:
-        return small_config(
-            family, layers=layers, hidden=hidden, vocab=vocab, max_length=max_length, tie=tie, **tokens
-        )
+        return small_config(family, layers=layers, hidden=hidden, vocab=vocab, max_length=max_length, tie=tie, **tokens)
 
     configure(vocab)  # refuses bad sizes before the tokenizer takes its time
     tokenizer = train_tokenizer(corpus, vocab)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from splitfl.errors import ConfigError, StorageError
-from splitfl.split.checkpoint import CheckpointFolder, embedding_name, is_tied, needed_bytes
+from splitfl.split.checkpoint import CheckpointFolder, embedding_name, is_tied
 
 SHARD_BYTES = 4 << 30
 TOKENIZER_FILES = (
@@ -66,7 +66,7 @@ def export_checkpoint(
                 out.rmdir()
             folder.rename(out)
     except OSError as error:
-        raise StorageError(f"cannot write {out}: {error.strerror or error}", "Free some space and export again.") from error
+        raise StorageError(f"cannot write {out}: {error.strerror}", "Free some space, export again.") from error
 
 
 def write_model(source: CheckpointFolder, trained: TrainedWeights, folder: Path, dtype: torch.dtype) -> None:
@@ -78,7 +78,7 @@ def write_model(source: CheckpointFolder, trained: TrainedWeights, folder: Path,
         names.append(head)
     if not untied and is_tied(source.config):
         names = [name for name in names if name != head]
-    write_shards(folder, exported(source, trained, names, dtype), needed_bytes(source.entries.values()))
+    write_shards(folder, exported(source, trained, names, dtype))
     config = json.loads((source.folder / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
     config.pop("torch_dtype", None)
@@ -115,7 +115,7 @@ def final_tensor(source: CheckpointFolder, trained: TrainedWeights, name: str) -
     return tensor.float() + (product.T if trained.fan_in_fan_out and "lm_head" not in name else product)
 
 
-def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], estimate: int) -> None:
+def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
     """Tensors into ``model.safetensors``, or into shards of at most 4 GiB with an index."""
     shards: list[dict[str, str]] = []
     pending: dict[str, Tensor] = {}

@@ -75,7 +75,7 @@ class PassThrough(nn.Module):
 
 
 def slice_config(config: PreTrainedConfig, start: int, stop: int) -> PreTrainedConfig:
-    """Copy ``config`` for blocks ``start..stop-1``: block count and all per-block lists are cut; dropout stays as given."""
+    """Copy ``config`` for blocks ``start..stop-1``: the block count and all per-block lists are cut."""
     layers = config.num_hidden_layers
     part = copy.deepcopy(config)
     for name, value in vars(config).items():

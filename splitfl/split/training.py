@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from splitfl.errors import ConfigError
@@ -138,6 +139,6 @@ def check_policy(policy: TrainingPolicy, *, tied: bool) -> None:
         )
 
 
-def stays_tied(segment_config: object, policy: TrainingPolicy) -> bool:
+def stays_tied(config: PreTrainedConfig, policy: TrainingPolicy) -> bool:
     """Embedding and head stay one tensor only where both train in full; else they part, and export says so."""
-    return is_tied(segment_config) and policy.freeze_below == 0 and policy.train == "full"  # type: ignore[arg-type]
+    return is_tied(config) and policy.freeze_below == 0 and policy.train == "full"

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import msgpack
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ArgsKwargs
 
 from splitfl.errors import ProtocolError
 from splitfl.wire.messages import ELEMENT_BYTES, MESSAGE_TYPES, TYPE_NAMES, Message, TensorBytes, expected_bytes
@@ -73,7 +74,7 @@ def decode(data: bytes | memoryview, *, max_bytes: int = MAX_FRAME_BYTES) -> Mes
     listed = fields.pop("x", ())
     fields.update(read_tensors(view, position, listed))
     try:
-        return cast(Message, adapter(cls).validate_python(fields))
+        return cast(Message, adapter(cls).validate_python(ArgsKwargs((), fields)))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = str(first["loc"][0]) if first["loc"] else ""

@@ -11,11 +11,10 @@ This module knows bytes and numbers, no torch: a tensor is ``TensorBytes``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass as plain_dataclass
-from typing import Annotated, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict, Field, InstanceOf
-from pydantic.dataclasses import dataclass
 
 PROTOCOL_VERSIONS = (1,)
 
@@ -46,7 +45,7 @@ ErrorCode = Literal[
 ERROR_CODES: tuple[str, ...] = get_args(ErrorCode)
 
 
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class TensorBytes:
     """A tensor on the wire: little-endian, row-major; ``data`` is exactly as long as dtype and shape say."""
 
@@ -64,12 +63,17 @@ def expected_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return ELEMENT_BYTES[dtype] * math.prod(shape)
 
 
-message = dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 Tensor = InstanceOf[TensorBytes]
 
 
-@message
-class Hello:
+class Checked:
+    """Base of every message: what arrives is checked against the fields' types and bounds, strictly."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Hello(Checked):
     """Client's first word. ``resume`` is the token of an earlier Welcome; ``round`` the last one it holds durably.
 
     ``n_bottom`` and ``n_top`` of -1 take the federation's own cut.
@@ -84,8 +88,8 @@ class Hello:
     software: Annotated[str, Field(max_length=64)] = ""
 
 
-@message
-class Welcome:
+@dataclass(frozen=True)
+class Welcome(Checked):
     """The server's answer to Hello: what was agreed.
 
     ``resumed`` says that the session of ``resume`` lives on; else the client goes back to its state after
@@ -104,8 +108,8 @@ class Welcome:
     manifest: Sha256
 
 
-@message
-class Refused:
+@dataclass(frozen=True)
+class Refused(Checked):
     """The connection ends: Hello was not acceptable, or the bytes broke the protocol."""
 
     code: ErrorCode
@@ -113,8 +117,8 @@ class Refused:
     remedy: Text = ""
 
 
-@message
-class Fetch:
+@dataclass(frozen=True)
+class Fetch(Checked):
     """Ask for ``limit`` bytes of a blob from ``offset``. Answered by Chunk."""
 
     seq: Count
@@ -124,8 +128,8 @@ class Fetch:
     limit: Annotated[int, Field(ge=1, le=16 << 20)]
 
 
-@message
-class NextRound:
+@dataclass(frozen=True)
+class NextRound(Checked):
     """Ask for work: "I hold everything up to round ``after``". Answered by RoundOpen or Finished, when it is time."""
 
     seq: Count
@@ -133,8 +137,8 @@ class NextRound:
     after: Index
 
 
-@message
-class Forward:
+@dataclass(frozen=True)
+class Forward(Checked):
     """Hidden states (B, T, D) into the trunk. ``lengths`` (B) of right-padded rows; empty when none is padded.
 
     ``label_tokens`` is how many label tokens the summed loss of this micro-batch has. With ``train`` the server
@@ -152,8 +156,8 @@ class Forward:
     hidden: Tensor
 
 
-@message
-class Backward:
+@dataclass(frozen=True)
+class Backward(Checked):
     """Gradient (B, T, D) of the *summed* label-token loss at the trunk's output. Answered by Gradient or StepMissed."""
 
     seq: Count
@@ -164,8 +168,8 @@ class Backward:
     gradient: Tensor
 
 
-@message
-class Upload:
+@dataclass(frozen=True)
+class Upload(Checked):
     """A piece of a blob that an Update will name. Answered by Uploaded."""
 
     seq: Count
@@ -176,8 +180,8 @@ class Upload:
     data: Tensor
 
 
-@message
-class Update:
+@dataclass(frozen=True)
+class Update(Checked):
     """This client's weights after a round, as the uploaded blob ``sha256`` ("" when it shares none).
 
     ``tokens`` label tokens weigh it in the merge. Answered by RoundDurable, once the merge is on disk.
@@ -190,8 +194,8 @@ class Update:
     sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
 
 
-@message
-class Bye:
+@dataclass(frozen=True)
+class Bye(Checked):
     """The client leaves; the server forgets its session."""
 
     seq: Count
@@ -199,8 +203,8 @@ class Bye:
     reason: Literal["finished", "interrupted", "failed"]
 
 
-@message
-class Chunk:
+@dataclass(frozen=True)
+class Chunk(Checked):
     """``data`` of a blob from ``offset``; ``total`` is the blob's length in bytes."""
 
     seq: Count
@@ -210,8 +214,8 @@ class Chunk:
     data: Tensor
 
 
-@message
-class RoundOpen:
+@dataclass(frozen=True)
+class RoundOpen(Checked):
     """Train ``round`` from the weights of the list ``weights`` ("" = the base model's)."""
 
     seq: Count
@@ -219,8 +223,8 @@ class RoundOpen:
     weights: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
 
 
-@message
-class Finished:
+@dataclass(frozen=True)
+class Finished(Checked):
     """The federation has ended after ``round``; ``weights`` lists its merged tensors."""
 
     seq: Count
@@ -228,8 +232,8 @@ class Finished:
     weights: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
 
 
-@message
-class Hidden:
+@dataclass(frozen=True)
+class Hidden(Checked):
     """The trunk's output (B, T, D) for a Forward."""
 
     seq: Count
@@ -239,8 +243,8 @@ class Hidden:
     hidden: Tensor
 
 
-@message
-class Gradient:
+@dataclass(frozen=True)
+class Gradient(Checked):
     """Gradient (B, T, D) at the trunk's input, or None when nothing below it trains."""
 
     seq: Count
@@ -250,8 +254,8 @@ class Gradient:
     gradient: Tensor | None = None
 
 
-@message
-class StepMissed:
+@dataclass(frozen=True)
+class StepMissed(Checked):
     """This client was dropped from the step: discard its gradients and go on with the next one."""
 
     seq: Count
@@ -259,8 +263,8 @@ class StepMissed:
     step: Count
 
 
-@message
-class Uploaded:
+@dataclass(frozen=True)
+class Uploaded(Checked):
     """The server holds ``received`` bytes of the blob."""
 
     seq: Count
@@ -268,8 +272,8 @@ class Uploaded:
     received: Count
 
 
-@message
-class RoundDurable:
+@dataclass(frozen=True)
+class RoundDurable(Checked):
     """Merged, and on the server's disk; ``weights`` lists the merged tensors. The client may now forget older rounds.
 
     ``merged`` is False when this client's update came too late and is not in it.
@@ -281,15 +285,15 @@ class RoundDurable:
     merged: bool
 
 
-@message
-class Farewell:
+@dataclass(frozen=True)
+class Farewell(Checked):
     """The answer to Bye."""
 
     seq: Count
 
 
-@message
-class Failed:
+@dataclass(frozen=True)
+class Failed(Checked):
     """The request was understood and refused; the session goes on. ``field`` names what was wrong with it."""
 
     seq: Count

@@ -51,7 +51,7 @@ ClientEvent = Connected | Rejected | Answered
 
 
 class ClientSession:
-    """The client's side. Feed it what arrives with ``receive``; send what ``hello``, ``request`` and ``unanswered`` give."""
+    """The client's side: feed it what arrives; send what ``hello``, ``request`` and ``unanswered`` give."""
 
     def __init__(self, hello: Hello, *, max_bytes: int = MAX_FRAME_BYTES) -> None:
         self._hello = hello

@@ -10,19 +10,8 @@ import pytest
 from splitfl.data.tokenizer import END_OF_TEXT, PAD_TOKEN, train_tokenizer
 from splitfl.errors import DataError
 
-WORDS = [
-    "patient",
-    "fever",
-    "pulse",
-    "aspirin",
-    "dose",
-    "night",
-    "ward",
-    "chest",
-    "clear",
-    "stable",
-    "kidney",
-]
+WORDS = ["patient", "fever", "pulse", "aspirin", "dose", "night", "ward", "chest"]
+WORDS += ["clear", "stable", "morning", "kidney", "oxygen", "discharge"]
 CORPUS = [f"The {a} of {b} was {c}.\n" for a, b, c in itertools.permutations(WORDS, 3)]
 
 

@@ -15,19 +15,8 @@ from splitfl.errors import ConfigError, DataError, StorageError
 from splitfl.split.create import create_checkpoint
 from splitfl.split.families import FAMILIES
 
-WORDS = [
-    "patient",
-    "fever",
-    "pulse",
-    "aspirin",
-    "dose",
-    "night",
-    "ward",
-    "chest",
-    "clear",
-    "stable",
-    "kidney",
-]
+WORDS = ["patient", "fever", "pulse", "aspirin", "dose", "night", "ward", "chest"]
+WORDS += ["clear", "stable", "morning", "kidney", "oxygen", "discharge"]
 CORPUS = [f"The {a} of {b} was {c}.\n" for a, b, c in itertools.permutations(WORDS, 3)]
 TEXT = "  The fever,\n\nof 漢字 don't <|endoftext|> 12345  was"
 
@@ -99,9 +88,7 @@ def test_creation_refuses_folder_that_holds_something(tmp_path: Path) -> None:
     ("changes", "error"),
     [({"family": "bloom"}, ConfigError), ({"hidden": 65}, ConfigError), ({"corpus": []}, DataError)],
 )
-def test_refused_creation_writes_nothing(
-    changes: dict[str, Any], error: type[Exception], tmp_path: Path
-) -> None:
+def test_refused_creation_writes_nothing(changes: dict[str, Any], error: type[Exception], tmp_path: Path) -> None:
     with pytest.raises(error):
         create(tmp_path / "model", **changes)
     assert list(tmp_path.iterdir()) == []
