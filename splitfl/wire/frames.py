@@ -13,11 +13,10 @@ import dataclasses
 import struct
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import msgpack
-from pydantic import TypeAdapter, ValidationError
-from pydantic_core import ArgsKwargs
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from splitfl.errors import ProtocolError
 from splitfl.wire.messages import ELEMENT_BYTES, MESSAGE_TYPES, TYPE_NAMES, Message, TensorBytes, expected_bytes
@@ -74,7 +73,7 @@ def decode(data: bytes | memoryview, *, max_bytes: int = MAX_FRAME_BYTES) -> Mes
     listed = fields.pop("x", ())
     fields.update(read_tensors(view, position, listed))
     try:
-        return cast(Message, adapter(cls).validate_python(ArgsKwargs((), fields)))
+        return cast(Message, cls(**dict(checker(cls)(**fields))))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = str(first["loc"][0]) if first["loc"] else ""
@@ -82,8 +81,14 @@ def decode(data: bytes | memoryview, *, max_bytes: int = MAX_FRAME_BYTES) -> Mes
 
 
 @cache
-def adapter(cls: type) -> TypeAdapter[Any]:
-    return TypeAdapter(cls)
+def checker(cls: type) -> type[BaseModel]:
+    """A pydantic model with the fields of a message class: strict types, bounds as annotated, nothing extra."""
+    hints = get_type_hints(cls, include_extras=True)
+    fields: dict[str, Any] = {
+        field.name: (hints[field.name], ... if field.default is dataclasses.MISSING else field.default)
+        for field in dataclasses.fields(cls)
+    }
+    return create_model(cls.__name__, __config__=ConfigDict(strict=True, extra="forbid"), **fields)
 
 
 def read_header(view: memoryview) -> tuple[dict[str, Any], int]:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import ConfigDict, Field, InstanceOf
+from pydantic import Field, InstanceOf
 
 PROTOCOL_VERSIONS = (1,)
 
@@ -66,14 +66,8 @@ def expected_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 Tensor = InstanceOf[TensorBytes]
 
 
-class Checked:
-    """Base of every message: what arrives is checked against the fields' types and bounds, strictly."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
-
-
 @dataclass(frozen=True)
-class Hello(Checked):
+class Hello:
     """Client's first word. ``resume`` is the token of an earlier Welcome; ``round`` the last one it holds durably.
 
     ``n_bottom`` and ``n_top`` of -1 take the federation's own cut.
@@ -89,7 +83,7 @@ class Hello(Checked):
 
 
 @dataclass(frozen=True)
-class Welcome(Checked):
+class Welcome:
     """The server's answer to Hello: what was agreed.
 
     ``resumed`` says that the session of ``resume`` lives on; else the client goes back to its state after
@@ -109,7 +103,7 @@ class Welcome(Checked):
 
 
 @dataclass(frozen=True)
-class Refused(Checked):
+class Refused:
     """The connection ends: Hello was not acceptable, or the bytes broke the protocol."""
 
     code: ErrorCode
@@ -118,7 +112,7 @@ class Refused(Checked):
 
 
 @dataclass(frozen=True)
-class Fetch(Checked):
+class Fetch:
     """Ask for ``limit`` bytes of a blob from ``offset``. Answered by Chunk."""
 
     seq: Count
@@ -129,7 +123,7 @@ class Fetch(Checked):
 
 
 @dataclass(frozen=True)
-class NextRound(Checked):
+class NextRound:
     """Ask for work: "I hold everything up to round ``after``". Answered by RoundOpen or Finished, when it is time."""
 
     seq: Count
@@ -138,7 +132,7 @@ class NextRound(Checked):
 
 
 @dataclass(frozen=True)
-class Forward(Checked):
+class Forward:
     """Hidden states (B, T, D) into the trunk. ``lengths`` (B) of right-padded rows; empty when none is padded.
 
     ``label_tokens`` is how many label tokens the summed loss of this micro-batch has. With ``train`` the server
@@ -157,7 +151,7 @@ class Forward(Checked):
 
 
 @dataclass(frozen=True)
-class Backward(Checked):
+class Backward:
     """Gradient (B, T, D) of the *summed* label-token loss at the trunk's output. Answered by Gradient or StepMissed."""
 
     seq: Count
@@ -169,7 +163,7 @@ class Backward(Checked):
 
 
 @dataclass(frozen=True)
-class Upload(Checked):
+class Upload:
     """A piece of a blob that an Update will name. Answered by Uploaded."""
 
     seq: Count
@@ -181,7 +175,7 @@ class Upload(Checked):
 
 
 @dataclass(frozen=True)
-class Update(Checked):
+class Update:
     """This client's weights after a round, as the uploaded blob ``sha256`` ("" when it shares none).
 
     ``tokens`` label tokens weigh it in the merge. Answered by RoundDurable, once the merge is on disk.
@@ -195,7 +189,7 @@ class Update(Checked):
 
 
 @dataclass(frozen=True)
-class Bye(Checked):
+class Bye:
     """The client leaves; the server forgets its session."""
 
     seq: Count
@@ -204,7 +198,7 @@ class Bye(Checked):
 
 
 @dataclass(frozen=True)
-class Chunk(Checked):
+class Chunk:
     """``data`` of a blob from ``offset``; ``total`` is the blob's length in bytes."""
 
     seq: Count
@@ -215,7 +209,7 @@ class Chunk(Checked):
 
 
 @dataclass(frozen=True)
-class RoundOpen(Checked):
+class RoundOpen:
     """Train ``round`` from the weights of the list ``weights`` ("" = the base model's)."""
 
     seq: Count
@@ -224,7 +218,7 @@ class RoundOpen(Checked):
 
 
 @dataclass(frozen=True)
-class Finished(Checked):
+class Finished:
     """The federation has ended after ``round``; ``weights`` lists its merged tensors."""
 
     seq: Count
@@ -233,7 +227,7 @@ class Finished(Checked):
 
 
 @dataclass(frozen=True)
-class Hidden(Checked):
+class Hidden:
     """The trunk's output (B, T, D) for a Forward."""
 
     seq: Count
@@ -244,7 +238,7 @@ class Hidden(Checked):
 
 
 @dataclass(frozen=True)
-class Gradient(Checked):
+class Gradient:
     """Gradient (B, T, D) at the trunk's input, or None when nothing below it trains."""
 
     seq: Count
@@ -255,7 +249,7 @@ class Gradient(Checked):
 
 
 @dataclass(frozen=True)
-class StepMissed(Checked):
+class StepMissed:
     """This client was dropped from the step: discard its gradients and go on with the next one."""
 
     seq: Count
@@ -264,7 +258,7 @@ class StepMissed(Checked):
 
 
 @dataclass(frozen=True)
-class Uploaded(Checked):
+class Uploaded:
     """The server holds ``received`` bytes of the blob."""
 
     seq: Count
@@ -273,7 +267,7 @@ class Uploaded(Checked):
 
 
 @dataclass(frozen=True)
-class RoundDurable(Checked):
+class RoundDurable:
     """Merged, and on the server's disk; ``weights`` lists the merged tensors. The client may now forget older rounds.
 
     ``merged`` is False when this client's update came too late and is not in it.
@@ -286,14 +280,14 @@ class RoundDurable(Checked):
 
 
 @dataclass(frozen=True)
-class Farewell(Checked):
+class Farewell:
     """The answer to Bye."""
 
     seq: Count
 
 
 @dataclass(frozen=True)
-class Failed(Checked):
+class Failed:
     """The request was understood and refused; the session goes on. ``field`` names what was wrong with it."""
 
     seq: Count
