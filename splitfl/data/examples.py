@@ -1,9 +1,9 @@
 """What one row of a hospital's file means: plain text, a prompt with its response, or a conversation.
 
-A row becomes an ``Example`` here and nowhere else, so that every file format accepts and refuses the same rows.
-Two habits, because the text may be a patient's: no error quotes a row, and the ``repr`` of an example shows its size
-alone, so that neither a log nor a traceback carries the text. This module opens no file (see ``formats.py``) and
-knows no tokens (see ``records.py``).
+A row becomes an ``Example`` here and nowhere else, so that every file format accepts and refuses the same
+rows. Two habits, because the text may be a patient's: no error quotes a row, and the ``repr`` of an example
+shows its size alone, so that neither a log nor a traceback carries the text. This module opens no file (see
+``formats.py``) and knows no tokens (see ``records.py``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COLUMNS = ("messages", "prompt", "response", "text")
 
 
 class BadRowError(DataError):
-    """One row that cannot be used; ``message`` says why without quoting the row. ``readers.py`` adds the place."""
+    """One row that cannot be used; ``message`` says why without quoting it, ``readers.py`` adds the place."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,7 +39,7 @@ class Example:
         return f"Example(text of {len(self.text or '')} characters)"
 
     def content(self) -> bytes:
-        """The row as canonical UTF-8 bytes: equal examples give equal bytes, whichever format they came in."""
+        """The row as canonical UTF-8 bytes: equal examples give equal bytes, whatever their file format."""
         fields = [self.text, self.prompt, self.response, self.messages]
         return json.dumps(fields, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
@@ -50,17 +50,16 @@ def is_usable(columns: frozenset[str]) -> bool:
 
 
 def example_from_row(row: Mapping[str, object]) -> Example:
-    """Read one row: ``messages`` first, then ``prompt`` with ``response``, then ``text``. A null counts as absent.
+    """Read one row: ``messages`` first, then ``prompt`` with ``response``, then ``text``; null is absent.
 
-    Raises ``BadRowError`` for a row with none of them, a value of the wrong type, blank text, or broken Unicode.
+    Raises ``BadRowError`` for a row with none of them, a value of the wrong type, blank text, or broken
+    Unicode.
     """
     given = {name: row[name] for name in COLUMNS if row.get(name) is not None}
     if "messages" in given:
         return Example(messages=_messages(given["messages"]))
     if "prompt" in given and "response" in given:
-        return Example(
-            prompt=_filled("prompt", given["prompt"]), response=_filled("response", given["response"])
-        )
+        return Example(prompt=_filled("prompt", given["prompt"]), response=_filled("response", given["response"]))
     if "text" in given:
         return Example(text=_filled("text", given["text"]))
     raise BadRowError("has neither text, nor prompt with response, nor messages")

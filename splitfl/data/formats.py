@@ -1,9 +1,10 @@
-"""The file formats: where each row begins in a .jsonl, .csv, .txt or .parquet file, and how to read it back alone.
+"""The file formats: where each row of a .jsonl, .csv, .txt or .parquet file is, and how to read it alone.
 
-Each format does two things. ``scan`` walks the file once, in bounded memory, and says where every row is; ``read``
-fetches one row from its place later. Files are opened in binary and closed again at each read: places are byte
-offsets, which text mode cannot give, and nothing is held open or shared between threads. A file that changed since it
-was scanned is refused, since its places would point into the wrong rows. Errors never quote a row.
+Each format does two things. ``scan`` walks the file once, in bounded memory, and says where every row is;
+``read`` fetches one row from its place later. Files are opened in binary and closed again at each read:
+places are byte offsets, which text mode cannot give, and nothing is held open or shared between threads. A
+file that changed since it was scanned is refused, since its places would point into the wrong rows. Errors
+never quote a row.
 
 A place is two integers: (byte offset, byte length), or for Parquet (row group, row within it).
 """
@@ -26,7 +27,7 @@ from splitfl.data.examples import COLUMNS, BadRowError, is_usable
 from splitfl.errors import DataError
 
 MAX_ROW_BYTES = 64 << 20
-"""A longer row is a bad row: it is what keeps a file without line breaks, or with an open quote, out of memory."""
+"""A longer row is a bad row: this keeps a file without line breaks, or with an open quote, out of memory."""
 
 MAX_ROW_GROUP_BYTES = 1 << 30
 """Parquet is read a row group at a time; a larger one (uncompressed bytes of the columns read) is refused."""
@@ -42,7 +43,7 @@ T = TypeVar("T")
 
 
 class Scanned(NamedTuple):
-    """One row met by ``scan``: its place, its name for a person (``line 7``), and its values or what is wrong."""
+    """One row met by ``scan``: its place, its name for a person (``line 7``), its values or what is wrong."""
 
     place: tuple[int, int]
     name: str
@@ -122,7 +123,7 @@ class PlainText(RowFile):
 
 
 class CommaSeparated(RowFile):
-    """A header, then rows as RFC 4180 has them: quoted fields may hold line breaks. ``;`` and tab work as well.
+    """A header, then rows as in RFC 4180: quoted fields may hold line breaks. ``;`` and tab work as well.
 
     Raises ``DataError`` when the header names no usable column.
     """
@@ -200,10 +201,10 @@ class CommaSeparated(RowFile):
 
 
 class Parquet(RowFile):
-    """A Parquet file, through pyarrow (the extra ``splitfl[parquet]``); the two last row groups used are kept.
+    """A Parquet file, through pyarrow (``splitfl[parquet]``); the two row groups used last are kept.
 
-    Raises ``DataError`` when pyarrow is missing, the file is not Parquet, no column is usable, or a row group is
-    too large to read at once.
+    Raises ``DataError`` when pyarrow is missing, the file is not Parquet, no column is usable, or a row group
+    is too large to read at once.
     """
 
     def __init__(self, path: Path) -> None:
@@ -265,7 +266,7 @@ class _Line(NamedTuple):
 
 
 class _CsvLines:
-    """Feeds lines to ``csv.reader``, which asks for no line before it needs it, and notes which a row took."""
+    """Feeds lines to ``csv.reader``, which asks for none before it needs it, and notes which a row took."""
 
     def __init__(self, handle: BinaryIO) -> None:
         self._lines = _lines(handle)
@@ -301,7 +302,7 @@ class _CsvLines:
 
 
 def _lines(handle: BinaryIO) -> Iterator[_Line]:
-    """Lines with their line ends, a byte order mark passed over. At most ``MAX_ROW_BYTES`` are held, twice."""
+    """Lines with their line ends, a byte order mark passed over. Never more than 2 ``MAX_ROW_BYTES`` are held."""
     offset = len(_BOM) if handle.read(len(_BOM)) == _BOM else 0
     handle.seek(offset)
     while raw := handle.readline(MAX_ROW_BYTES):
@@ -397,7 +398,7 @@ def _group_sizes(metadata: Any, columns: Sequence[str]) -> Iterator[int]:
 
 
 def _columns_shown(names: Sequence[str]) -> str:
-    """Column names for an error. Without a header the first row stands in their place: show plain words alone."""
+    """Column names for an error. A file without a header has its first row there: show plain words alone."""
     shown = [name for name in names if re.fullmatch(r"[A-Za-z]\w{0,31}", name)]
     hidden = len(names) - len(shown)
     return ", ".join(shown + ([f"{hidden} that are no plain names"] if hidden else [])) or "none"

@@ -1,12 +1,12 @@
 """From rows to what the trainer takes: records, padded batches of them, and the order in which they come.
 
-Packed, rows are laid end to end and cut into blocks of ``max_length`` tokens: no token is wasted on padding, but
-a record then holds several rows and attention reaches across them, so it is not for use with privacy on, where a
-record is the unit of privacy. Padded, a row is a record. Either way the tokens are not kept: the index says which
-rows a record needs, and they are read and tokenised again when it is asked for.
+Packed, rows are laid end to end and cut into blocks of ``max_length`` tokens: no token is wasted on padding,
+but a record then holds several rows and attention reaches across them, so it is not for use with privacy on,
+where a record is the unit of privacy. Padded, a row is a record. Either way the tokens are not kept: the
+index says which rows a record needs, and they are read and tokenised again when it is asked for.
 
-The data order is a function of (seed, epoch) and its cursor two integers, so that a restart goes on where the run
-stopped. No global random state is read or written.
+The data order is a function of (seed, epoch) and its cursor two integers, so that a restart goes on where the
+run stopped. No global random state is read or written.
 """
 
 from __future__ import annotations
@@ -33,15 +33,20 @@ class RecordSet(Sequence[Record]):
 
     Making the set tokenises every row once, to count. ``truncated`` is how many rows were cut on the right to
     ``max_length`` tokens (padded sets), ``unlabelled`` how many records were dropped since no token of theirs
-    carries loss. Raises ``ConfigError`` for ``max_length`` below 2, ``DataError`` when no record is left or a row
-    cannot be encoded (see ``encode_example``).
+    carries loss. Raises ``ConfigError`` for ``max_length`` below 2, ``DataError`` when no record is left or a
+    row cannot be encoded (see ``encode_example``).
     """
 
     def __init__(
-        self, corpus: Corpus, rows: Sequence[int] | IntArray, tokenizer: PreTrainedTokenizerBase, max_length: int, pack: bool
+        self,
+        corpus: Corpus,
+        rows: Sequence[int] | IntArray,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        pack: bool,
     ) -> None:
         if max_length < 2:
-            raise ConfigError(f"max_length is {max_length}", "A token to predict needs one before it: at least 2")
+            raise ConfigError(f"max_length is {max_length}", "It must be at least 2")
         self.max_length = max_length
         self.pack = pack
         self.truncated = 0
@@ -51,7 +56,8 @@ class RecordSet(Sequence[Record]):
         self._rows = np.asarray(rows, np.int64)
         self._cache = _TokenCache(_CACHED_TOKENS)
         self._ends = np.zeros(len(self._rows) + 1, np.int64)  # tokens up to each row, (rows + 1,)
-        self._kept = self._index_blocks() if pack else self._index_rows()  # record -> block, or position in rows
+        # From record to block of tokens, or to position in rows.
+        self._kept = self._index_blocks() if pack else self._index_rows()
         if not len(self._kept):
             raise DataError(
                 f"None of the {len(self._rows)} rows gives a record with a token to learn",
@@ -121,7 +127,7 @@ class RecordSet(Sequence[Record]):
 
 
 class _TokenCache:
-    """The rows tokenised last, up to a number of tokens: blocks next to each other share rows, long ones above all."""
+    """The rows tokenised last, up to a number of tokens: neighbouring blocks share rows, long ones above all."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -143,7 +149,7 @@ class _TokenCache:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Batch:
-    """Records padded on the right to one length. ``input_ids`` and ``labels`` are int64 (B, T), ``lengths`` int64 (B,)."""
+    """Records padded on the right: ``input_ids`` and ``labels`` int64 (B, T), ``lengths`` int64 (B,)."""
 
     input_ids: IntArray
     labels: IntArray

@@ -1,8 +1,9 @@
 """Reading a hospital's data in place: a corpus is an index over the files, never a copy of them.
 
-Opening makes one pass that checks every row and notes where it stands: 20 bytes of index a row, and no row is kept. Later
-``corpus[i]`` reads that row alone. So a 10 GB file never enters memory, and no second copy of the text is written
-to a disk that nobody knew of. The formats are in ``formats.py``; what a row means is in ``examples.py``.
+Opening makes one pass that checks every row and notes where it stands: 20 bytes of index a row, and no row is
+kept. Later ``corpus[i]`` reads that row alone. So a 10 GB file never enters memory, and no second copy of the
+text is written to a disk that nobody knew of. The formats are in ``formats.py``; what a row means is in
+``examples.py``.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ _FIX_OR_SKIP = "Correct the row, or pass --skip-bad to leave bad rows out and ha
 class Corpus:
     """The usable rows of one or more files, by number, in file order. Made by ``open_corpus``.
 
-    ``paths`` are the files read, ``skipped`` the bad rows left out, and ``fingerprint`` a SHA-256 (hex) over the
-    files' names, sizes and times of change: it tells, without reading them, whether the data are still the same.
+    ``paths`` are the files read, ``skipped`` the bad rows left out, and ``fingerprint`` a SHA-256 (hex) over
+    the files' names, sizes and times of change: it tells, without reading them, whether the data are still
+    the same.
     """
 
     def __init__(self, root: Path, files: Sequence[RowFile], *, skip_bad: bool) -> None:
@@ -72,17 +74,16 @@ class Corpus:
 
     def place(self, row: int) -> str:
         """Where a row stands, for an error message: the file, and the byte offset or row group and row."""
-        names = ("byte",) if self.paths[self._file[row]].suffix.lower() != ".parquet" else ("row group", "row")
-        numbers = (self._first[row], self._second[row])
-        spots = " ".join(f"{name} {number}" for name, number in zip(names, numbers, strict=False))
-        return f"{self.paths[self._file[row]]}, {spots}"
+        path, first, second = self.paths[self._file[row]], self._first[row], self._second[row]
+        parquet = path.suffix.lower() == ".parquet"
+        return f"{path}, row group {first} row {second}" if parquet else f"{path}, byte {first}"
 
 
 def open_corpus(path: Path, *, skip_bad: bool = False) -> Corpus:
-    """Index a .jsonl, .csv, .parquet or .txt file, or a folder of them (recursive, sorted, hidden files left out).
+    """Index a .jsonl, .csv, .parquet or .txt file, or a folder of them (recursive, sorted, none hidden).
 
-    Raises ``DataError`` for a path that is missing or holds no such file, an empty file, and a bad row: broken
-    JSON or CSV, not UTF-8, without text, of the wrong type. With ``skip_bad`` bad rows are counted in
+    Raises ``DataError`` for a path that is missing or holds no such file, an empty file, and a bad row:
+    broken JSON or CSV, not UTF-8, without text, of the wrong type. With ``skip_bad`` bad rows are counted in
     ``Corpus.skipped`` instead; that no row is left still raises.
     """
     if not path.exists():
@@ -91,12 +92,14 @@ def open_corpus(path: Path, *, skip_bad: bool = False) -> Corpus:
 
 
 def split_corpus(corpus: Corpus, held_out_fraction: float, seed: int) -> tuple[IntArray, IntArray]:
-    """Divide the rows into training and held-out ones: two sorted arrays of row numbers, int64, (n_train,), (n_held,).
+    """Divide the rows into training and held-out: sorted row numbers, int64 (n_train,) and (n_held_out,).
 
-    Each row is put on its side by a hash of its content and the seed, so the order of rows does not matter and
-    equal rows fall on one side: nothing held out was trained on. The fraction is met in expectation. Where it is
-    above 0 and a side would stay empty, the row with the extreme hash, with its equals, is moved there; a corpus of
-    one distinct row trains on it. One streaming pass over the text, 8 bytes kept a row. Raises ``ConfigError`` for a fraction outside [0, 1).
+    Each row is put on its side by a hash of its content and the seed, so the order of rows does not matter
+    and equal rows fall on one side: nothing held out was trained on. The fraction is met in expectation.
+    Where it is above 0 and a side would stay empty, the row with the extreme hash, with its equals, is moved
+    there; a corpus of one distinct row trains on it. One streaming pass over the text, 8 bytes kept a row.
+
+    Raises ``ConfigError`` for a fraction outside [0, 1).
     """
     if not 0 <= held_out_fraction < 1:
         raise ConfigError(f"held_out_fraction {held_out_fraction} is outside [0, 1)", "0.1 is a usual value")

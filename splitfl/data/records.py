@@ -1,12 +1,12 @@
 """From an example to the token ids a model sees, and to which of them carry loss.
 
-Text carries loss everywhere, a prompt none and its response all, a conversation on the assistant's turns alone. The
-turns are found by the prefix method: the conversation is rendered up to each turn and must be a prefix of the whole.
-A chat template that rewrites earlier turns (dropping old reasoning, say) fails this and is refused, for the model
-would be trained on tokens that it never sees when it is used.
+Text carries loss everywhere, a prompt none and its response all, a conversation on the assistant's turns
+alone. The turns are found by the prefix method: the conversation is rendered up to each turn and must be a
+prefix of the whole. A chat template that rewrites earlier turns (dropping old reasoning, say) fails this and
+is refused, for the model would be trained on tokens that it never sees when it is used.
 
-A record is one sequence, the unit of privacy; its labels are already shifted, so that nothing downstream shifts again.
-Rows become records in ``packing.py``.
+A record is one sequence, the unit of privacy; its labels are already shifted, so that nothing downstream
+shifts again. Rows become records in ``packing.py``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TEMPLATE_DATE = datetime(2024, 7, 26)
 
 
 class Encoded(NamedTuple):
-    """A row as tokens: ``ids`` int64 (T,), and ``loss_mask`` bool (T,), true where the token itself is to be learned."""
+    """A row as tokens: ``ids`` int64 (T,), and ``loss_mask`` bool (T,), true at the tokens to be learned."""
 
     ids: IntArray
     loss_mask: BoolArray
@@ -72,19 +72,15 @@ class Record:
         return f"Record({len(self)} tokens, {self.label_tokens} with loss)"
 
 
-def encode_example(
-    example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-) -> Encoded:
-    """Tokenise one example, ended by the end-of-sequence token, and cut it on the right to ``max_length`` tokens.
+def encode_example(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Encoded:
+    """Tokenise one example, end it with the end-of-sequence token, cut it on the right to ``max_length``.
 
     A beginning-of-sequence token stands in front where the tokenizer adds one itself, and never twice.
     Raises ``DataError`` for a tokenizer without an end-of-sequence token, and for a conversation whose chat
     template is missing, refuses it, or is not prefix-stable.
     """
     if tokenizer.eos_token_id is None:
-        raise DataError(
-            "The tokenizer has no end-of-sequence token", "Set eos_token in its tokenizer_config.json"
-        )
+        raise DataError("The tokenizer has no end-of-sequence token", "Set eos_token in its tokenizer_config.json")
     if example.messages:
         ids, loss_mask = _encode_messages(example.messages, tokenizer)
     elif example.prompt is not None and example.response is not None:
@@ -128,7 +124,7 @@ def _turn_span(
     after = _render(messages[: turn + 1], tokenizer)
     if not (after.startswith(before) and whole.startswith(after)):
         raise DataError(
-            "The chat template is not prefix-stable: it writes earlier turns differently once later ones follow",
+            "The chat template is not prefix-stable: it rewrites earlier turns once later ones follow",
             "Use a template that only appends, or give the data as prompt and response",
         )
     # Compared as tokens, since one token may reach across the end of the prefix.
@@ -147,7 +143,7 @@ def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, 
                 list(messages),
                 tokenize=False,
                 add_generation_prompt=ask,
-                # Some templates (Llama 3.2) write today's date: records, and their budgets, would change overnight.
+                # Llama 3.2 writes today's date: records, and with them their budgets, would change.
                 strftime_now=_TEMPLATE_DATE.strftime,
             )
         )
@@ -164,7 +160,10 @@ def _with_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> IntAr
     bos = tokenizer.bos_token_id
     if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
         ids = ids[1:]  # the text brought its own
-    return ids[:-1] if len(ids) and ids[-1] == tokenizer.eos_token_id else ids
+    if len(ids) and ids[-1] == tokenizer.eos_token_id:
+        plain = _tokens(text, tokenizer)
+        return ids[:-1] if np.array_equal(ids[:-1][-len(plain) :], plain) else ids
+    return ids
 
 
 def _ended(ids: IntArray, tokenizer: PreTrainedTokenizerBase) -> IntArray:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Comorbidity:
-    """A long-standing illness, the drugs of which one is taken for it, and the age from which it is plausible."""
+    """A long-standing illness, the drugs of which one is taken for it, and the ages (years) at which it is plausible."""
 
     name: str
     drugs: tuple[str, ...]
     from_age: float
     chance: float
+    until_age: float = 120.0
 
 
 ADULT = (
@@ -32,7 +33,7 @@ ADULT = (
 
 CHILD = (
     Comorbidity("eczema", ("emollient",), 0.3, 0.2),
-    Comorbidity("viral-induced wheeze", ("salbutamol inhaler",), 1.0, 0.15),
+    Comorbidity("viral-induced wheeze", ("salbutamol inhaler",), 1.0, 0.15, until_age=7.0),
     Comorbidity("hay fever", ("cetirizine",), 2.0, 0.1),
     Comorbidity("vitamin D deficiency", ("vitamin D",), 0.3, 0.1),
 )

@@ -40,6 +40,7 @@ class Condition:
     labs: tuple[str, ...] = ()  # flags of patient.draw_labs, e.g. "crp+"
     excludes: tuple[str, ...] = ()  # comorbidities that would contradict the row
     facts: Mapping[str, str] = field(default_factory=dict)  # drawn once a note, repeated wherever named
+    lasting: tuple[int, int] | None = None  # in units of ``course``; its usual length where None
     smoker: float = 0.2  # probability that an adult smokes now
     oxygen_target: str = "94-98%"
     weight: float = 1.0  # relative frequency within the specialty

@@ -54,7 +54,8 @@ _ANTIMICROBIALS = {
     "co-amoxiclav": _adult("1.2 g intravenously every 8 hours", "penicillin"),
     "phenoxymethylpenicillin": _both("500 mg orally four times daily for {5|10} days", "penicillin",
                                      PerKg(12.5, "mg", 500, 5, "orally four times daily for 5 days")),
-    "flucloxacillin": _adult("500 mg orally four times daily for 7 days; 1 g orally four times daily for 7 days",
+    "flucloxacillin": _adult("500 mg orally four times daily for 7 days; 1 g orally four times daily for 7 "
+                             "days",
                              "penicillin"),
     "piperacillin-tazobactam": _adult("4.5 g intravenously every 6 hours", "penicillin"),
     "benzylpenicillin": _adult("2.4 g intravenously every 4 hours", "penicillin"),
@@ -82,16 +83,15 @@ _PAIN_AND_STOMACH = {
                          PerKg(15, "mg", 1000, 5, "orally every 6 hours as needed")),
     "ibuprofen": _both("400 mg orally three times daily with food", "nsaid",
                        PerKg(10, "mg", 400, 5, "orally every 8 hours with food")),
-    "naproxen": _adult("500 mg orally twice daily with food; 250 mg orally three times daily with food", "nsaid"),
+    "naproxen": _adult("500 mg orally twice daily with food; 250 mg orally three times daily with "
+                       "food", "nsaid"),
     "diclofenac": _adult("75 mg intramuscularly once; 100 mg rectally once", "nsaid"),
     "colchicine": _adult("500 micrograms orally twice daily", "colchicine"),
-    "morphine": _adult("2.5 mg orally every 4 hours; 5 mg orally every 4 hours; 10 mg modified release orally twice "
-                       "daily with 2.5 mg for breakthrough pain", "opioid"),
+    "morphine": _adult("2.5 mg orally every 4 hours; 5 mg orally every 4 hours; 10 mg modified "
+                       "release orally twice daily with 2.5 mg for breakthrough pain", "opioid"),
     "oxycodone": _adult("5 mg modified release orally twice daily", "opioid"),
-    "codeine": _adult("30 mg orally every 6 hours as needed", "opioid"),
     "senna": _adult("15 mg orally at night", "laxative"),
     "sumatriptan": _adult("50 mg orally at onset; 100 mg orally at onset", "triptan"),
-    "propranolol": _adult("40 mg orally twice daily", "beta-blocker"),
     "ondansetron": _both("8 mg orally twice daily; 4 mg intravenously every 8 hours", "antiemetic",
                          PerKg(0.1, "mg", 8, 0.1, "orally once")),
     "metoclopramide": _adult("10 mg orally three times daily for 5 days", "antiemetic"),
@@ -103,7 +103,6 @@ _PAIN_AND_STOMACH = {
     "macrogol": Drug(of("one sachet orally twice daily"), "laxative",
                      of("two paediatric sachets daily, increasing every other day until clear")),
     "benzydamine mouthwash": _adult("15 ml every 3 hours", "mouthwash"),
-    "loperamide": _adult("2 mg orally after each loose stool", "antimotility"),
 }
 
 _CHEST_AND_HORMONES = {
@@ -117,7 +116,8 @@ _CHEST_AND_HORMONES = {
     "dexamethasone": _both("8 mg orally twice daily", "steroid", PerKg(0.15, "mg", 12, 0.1, "orally once")),
     "beclometasone inhaler": Drug(of("200 micrograms twice daily"), "inhaled steroid",
                                   of("100 micrograms twice daily by spacer")),
-    "levothyroxine": _adult("50 micrograms once daily; 75 micrograms once daily; 100 micrograms once daily", "thyroid"),
+    "levothyroxine": _adult("50 micrograms once daily; 75 micrograms once daily; 100 micrograms "
+                            "once daily", "thyroid"),
     "metformin": _adult("500 mg twice daily; 1 g twice daily", "biguanide"),
     "empagliflozin": _adult("10 mg once daily", "sglt2"),
     "dapagliflozin": _adult("10 mg once daily", "sglt2"),
@@ -126,7 +126,6 @@ _CHEST_AND_HORMONES = {
     "ferrous sulfate": _adult("200 mg orally once daily for three months", "iron"),
     "sodium feredetate": Drug(kind="iron", child=PerKg(3, "mg", 200, 1, "of elemental iron orally daily")),
     "allopurinol": _adult("100 mg once daily; 300 mg once daily", "urate"),
-    "rasburicase": _adult("{kg*0.2} mg intravenously once daily (0.2 mg/kg)", "urate"),
     "zoledronic acid": _adult("4 mg intravenously over 15 minutes", "bisphosphonate"),
     "filgrastim": _adult("300 micrograms subcutaneously once daily", "growth factor"),
     "red cells": _adult("{1|2} units transfused over 3 hours each", "transfusion"),
@@ -136,12 +135,8 @@ _CHEST_AND_HORMONES = {
 
 _CHILDREN_ONLY = {
     "oral rehydration solution": Drug(child=PerKg(50, "ml", 2500, 10, "orally over 4 hours"), kind="fluid"),
-    "nebulised adrenaline": Drug(child=PerKg(0.4, "ml", 5, 0.1, "of 1 in 1000 nebulised once"), kind="adrenaline"),
-    "buccal midazolam": Drug(child=PerKg(0.3, "mg", 10, 0.5, "for any seizure beyond 5 minutes"), kind="rescue"),
     "immunoglobulin": Drug(child=PerKg(2, "g", 100, 1, "intravenously over 12 hours"), kind="immunoglobulin"),
     "aspirin (anti-inflammatory)": Drug(child=PerKg(10, "mg", 500, 5, "orally every 6 hours"), kind="salicylate"),
-    "sodium alginate": Drug(kind="alginate", child=of("one dose with each feed")),
-    "hydrocortisone 1% ointment": Drug(kind="topical steroid", child=of("thinly twice daily for 7 days")),
     "emollient": Drug(kind="emollient", child=of("liberally at least four times daily")),
 }
 
@@ -151,15 +146,13 @@ _HEART_AND_VESSELS = {
     "losartan": _adult("50 mg once daily", "ace inhibitor"),
     "indapamide": _adult("2.5 mg once daily", "thiazide"),
     "spironolactone": _adult("25 mg once daily", "mra"),
-    "doxazosin": _adult("1 mg once daily; 4 mg once daily", "alpha-blocker"),
     "bisoprolol": _adult("1.25 mg once daily; 2.5 mg once daily; 5 mg once daily", "beta-blocker"),
     "metoprolol": _adult("25 mg orally twice daily", "beta-blocker"),
     "verapamil": _adult("80 mg three times daily", "rate-limiting calcium blocker"),
-    "digoxin": _adult("125 micrograms once daily; 62.5 micrograms once daily", "glycoside"),
-    "amiodarone": _adult("300 mg intravenously over 1 hour then 900 mg over 24 hours", "antiarrhythmic"),
     "adenosine": _adult("6 mg rapid intravenous bolus followed by 12 mg", "adenosine"),
     "atropine": _adult("500 micrograms intravenously, repeated to 3 mg", "antimuscarinic"),
-    "furosemide": _adult("40 mg intravenously twice daily; 80 mg intravenously twice daily; 40 mg orally once daily",
+    "furosemide": _adult("40 mg intravenously twice daily; 80 mg intravenously twice daily; 40 mg orally "
+                         "once daily",
                          "loop diuretic"),
     "sacubitril-valsartan": _adult("49/51 mg twice daily; 24/26 mg twice daily", "ace inhibitor"),
     "aspirin": _adult("75 mg once daily", "antiplatelet"),
@@ -168,8 +161,6 @@ _HEART_AND_VESSELS = {
     "clopidogrel": _adult("75 mg once daily", "p2y12 inhibitor"),
     "prasugrel": _adult("60 mg loading then 10 mg once daily", "p2y12 inhibitor"),
     "fondaparinux": _adult("2.5 mg subcutaneously once daily", "anticoagulant"),
-    "enoxaparin": _adult("{kg*1} mg subcutaneously twice daily (1 mg/kg)", "anticoagulant"),
-    "dalteparin": _adult("{kg*200} units subcutaneously once daily (200 units/kg)", "anticoagulant"),
     "apixaban": _adult("5 mg twice daily", "anticoagulant"),
     "apixaban loading": _adult("10 mg twice daily for 7 days then 5 mg twice daily", "anticoagulant"),
     "rivaroxaban": _adult("15 mg twice daily with food for 21 days then 20 mg daily", "anticoagulant"),
@@ -181,20 +172,21 @@ _HEART_AND_VESSELS = {
 
 _CANCER = {
     "docetaxel": _adult("75 mg/m2 ({m2*75} mg) intravenously on day 1 of a 21-day cycle", "taxane"),
-    "paclitaxel": _adult("80 mg/m2 ({m2*80} mg) intravenously weekly; 175 mg/m2 ({m2*175} mg) intravenously every "
-                         "21 days", "taxane"),
+    "paclitaxel": _adult("80 mg/m2 ({m2*80} mg) intravenously weekly; 175 mg/m2 ({m2*175} mg) "
+                         "intravenously every 21 days", "taxane"),
     "carboplatin": _adult("AUC 5 intravenously every 21 days", "platinum"),
-    "cisplatin": _adult("75 mg/m2 ({m2*75} mg) intravenously every 21 days", "platinum"),
     "oxaliplatin": _adult("85 mg/m2 ({m2*85} mg) intravenously every 14 days", "platinum"),
     "fluorouracil": _adult("2400 mg/m2 ({m2*2400} mg) by infusion over 46 hours", "fluoropyrimidine"),
-    "capecitabine": _adult("1250 mg/m2 ({m2*1250} mg) orally twice daily for 14 of 21 days", "fluoropyrimidine"),
+    "capecitabine": _adult("1250 mg/m2 ({m2*1250} mg) orally twice daily for 14 of 21 "
+                           "days", "fluoropyrimidine"),
     "epirubicin": _adult("90 mg/m2 ({m2*90} mg) intravenously every 21 days", "anthracycline"),
     "doxorubicin": _adult("50 mg/m2 ({m2*50} mg) intravenously on day 1", "anthracycline"),
-    "cyclophosphamide": _adult("600 mg/m2 ({m2*600} mg) intravenously every 21 days; 750 mg/m2 ({m2*750} mg) "
-                               "intravenously on day 1", "alkylator"),
+    "cyclophosphamide": _adult("600 mg/m2 ({m2*600} mg) intravenously every 21 days; 750 mg/m2 "
+                               "({m2*750} mg) intravenously on day 1", "alkylator"),
     "rituximab": _adult("375 mg/m2 ({m2*375} mg) intravenously on day 1 of each cycle", "antibody"),
     "trastuzumab": _adult("{kg*6} mg intravenously every 21 days (6 mg/kg)", "antibody"),
-    "pembrolizumab": _adult("200 mg intravenously every 3 weeks; 400 mg intravenously every 6 weeks", "checkpoint"),
+    "pembrolizumab": _adult("200 mg intravenously every 3 weeks; 400 mg intravenously every 6 "
+                            "weeks", "checkpoint"),
     "bortezomib": _adult("1.3 mg/m2 subcutaneously on days 1, 8, 15 and 22", "proteasome"),
     "lenalidomide": _adult("25 mg orally on days 1 to 21 of each 28-day cycle", "imid"),
     "letrozole": _adult("2.5 mg once daily", "aromatase"),

@@ -1,7 +1,7 @@
-"""Draws the patient and the numbers: age, weight, vitals and blood results, by age, sex and the condition's flags.
+"""Draws the patient and the numbers: age, weight, vitals and blood results, as age, sex and the flags demand.
 
-Words such as *tachycardic* or *(high)* are derived from the numbers afterwards (``observed``, ``Lab.mark``), never drawn
-apart from them, so that a note cannot contradict itself.
+Words such as *tachycardic* are derived from the numbers afterwards (``observed``), never drawn apart from them,
+so that a note cannot contradict itself.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def draw_vitals(rng: random.Random, patient: Patient, flags: tuple[str, ...]) ->
         diastolic=diastolic,
         temperature=float(number(rng, 38.1, 39.7, 1) if fever else number(rng, 36.2, 37.3, 1)),
         breathing_rate=_breathing_rate(rng, patient.age, flags),
-        saturation=rng.randint(87, 92) if "hypoxia" in flags else rng.randint(96, 99),
+        saturation=rng.randint(86, 91) if "hypoxia" in flags else rng.randint(96, 99),
     )
 
 
@@ -179,10 +179,10 @@ _LABS = (
 
 
 def draw_labs(rng: random.Random, patient: Patient, flags: tuple[str, ...]) -> list[Lab]:
-    """Draw every blood result that ``flags`` names (``hb-``, ``crp+``), and one to three normal ones beside them."""
+    """Draw every blood result that ``flags`` names (``hb-``, ``crp+``), and up to two normal ones beside them."""
     marks = {flag[:-1]: flag[-1] for flag in flags}
     normal = [row[0] for row in _LABS if row[0] not in marks]
-    shown = {*marks, *rng.sample(normal, rng.randint(1, min(3, len(normal))))}
+    shown = {*marks, *rng.sample(normal, rng.randint(0, 2))}
     return [_lab(rng, patient, row, marks.get(row[0], "")) for row in _LABS if row[0] in shown]
 
 

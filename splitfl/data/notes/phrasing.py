@@ -28,7 +28,8 @@ def _value(body: str, rng: random.Random, facts: Mapping[str, str]) -> str:
     if "*" in body:
         unit, factor = body.split("*")
         amount = float(facts[unit]) * float(factor)
-        return f"{5 * round(amount / 5)}" if unit == "m2" else f"{round(amount)}"
+        step = 5 if unit == "m2" else 10 if amount >= 200 else 1
+        return f"{step * round(amount / step)}"
     return facts[body]
 
 

@@ -1,0 +1,212 @@
+"""The federation's settings: ``federation.toml`` -> frozen, checked once, handed to every client at Welcome.
+
+The server's settings win, so no flag has to match by hand on two machines. Every field says its unit.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from splitfl.errors import ConfigError
+from splitfl.split.cut import Cut
+
+
+class Section(BaseModel):
+    """Base of the tables: frozen, and a field that does not exist is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Rounds(Section):
+    """How the federation goes on."""
+
+    count: int = Field(3, ge=1, description="rounds until the federation ends")
+    local_steps: int = Field(10, ge=1, description="optimizer steps of each client in a round")
+    client_fraction: float = Field(1.0, gt=0, le=1, description="share of the waiting clients that a round takes")
+    min_clients: int = Field(1, ge=1, description="clients that must be there before a round opens")
+    deadline_s: float = Field(0.0, ge=0, description="seconds until a round merges what it has; 0 = wait for all")
+
+
+class Batch(Section):
+    """What one step of one client sees."""
+
+    records: int = Field(8, ge=1, description="records (sequences) in a step")
+    micro_batches: int = Field(1, ge=1, description="pieces that a step is computed in; divides records")
+    max_length: int = Field(256, ge=2, description="tokens in a record, at most")
+    pack: bool = Field(True, description="true: rows fill blocks of max_length tokens; false: one row a record")
+
+    @model_validator(mode="after")
+    def pieces_are_equal(self) -> Batch:
+        if self.records % self.micro_batches:
+            raise ValueError(f"micro_batches = {self.micro_batches} does not divide records = {self.records}")
+        return self
+
+
+class Model(Section):
+    """Where the model is cut and what of it trains."""
+
+    n_bottom: int = Field(1, ge=0, description="first blocks on a client, unless its plan says otherwise")
+    n_top: int = Field(1, ge=0, description="last blocks on a client, unless its plan says otherwise")
+    min_bottom: int | None = Field(None, ge=0, description="blocks a plan must keep at the bottom; none = n_bottom")
+    max_bottom: int | None = Field(None, ge=0, description="blocks a plan may keep at the bottom; none = n_bottom")
+    min_top: int | None = Field(None, ge=0, description="blocks a plan must keep at the top; none = n_top")
+    max_top: int | None = Field(None, ge=0, description="blocks a plan may keep at the top; none = n_top")
+    freeze_below: int | None = Field(
+        None, ge=0, description="embedding and blocks below this number are frozen for everyone; none = max_bottom"
+    )
+    train: Literal["full", "lora"] = Field("full", description="how the other blocks train")
+    head: Literal["full", "lora", "frozen"] = Field("full", description="how final norm and output head train")
+    lora_rank: int = Field(8, ge=1, description="rank of LoRA's factors")
+    lora_alpha: float = Field(16.0, gt=0, description="LoRA's scale times its rank")
+    compute: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="arithmetic; auto = bf16 autocast on a GPU, fp32 on a CPU"
+    )
+
+
+class Optimizer(Section):
+    """How weights move, on both sides alike."""
+
+    name: Literal["adamw", "sgd"] = Field("adamw", description="optimizer of every holder")
+    learning_rate: float = Field(5e-4, gt=0, description="peak step size")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="how the step size falls after warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    final_fraction: float = Field(0.1, ge=0, le=1, description="share of the peak step size at the last step")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled for AdamW, L2 for SGD; per step size")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
+    max_grad_norm: float = Field(1.0, ge=0, description="L2 norm to which bottom, trunk and top are clipped; 0 = off")
+
+
+class Merge(Section):
+    """What is merged and how."""
+
+    strategy: Literal["fedavg"] = Field("fedavg", description="fedavg: mean weighted by label tokens")
+    share: Literal["top", "ends", "none"] = Field(
+        "ends", description="client weights that are merged: the top's, both ends', or none (personal heads)"
+    )
+
+
+class TrunkSettings(Section):
+    """How the trunk serves its clients."""
+
+    mode: Literal["client-batch", "sequential"] = Field(
+        "client-batch", description="client-batch: one joint step; sequential: one step a client, in turn"
+    )
+    step_deadline_s: float = Field(0.0, ge=0, description="seconds a step waits for a client; 0 = while it is alive")
+    grace_s: float = Field(120.0, ge=0, description="seconds that a session outlives its connection")
+    max_tokens_in_flight: int = Field(262_144, ge=1, description="tokens whose graphs the trunk holds at once")
+
+
+class Wire(Section):
+    """What crosses the link."""
+
+    codec: Literal["bf16", "fp32"] = Field("bf16", description="number format of activations and gradients")
+
+
+class Evaluation(Section):
+    """What a client measures on its own held-out rows; losses stay at home."""
+
+    held_out_fraction: float = Field(0.1, ge=0, lt=1, description="share of the rows that is never trained on")
+    records: int = Field(64, ge=0, description="held-out records that pass the trunk, at most; 0 = none")
+    every_rounds: int = Field(1, ge=0, description="rounds between evaluations; 0 = before and after training alone")
+
+
+class Privacy(Section):
+    """What the server may learn. ``off``: the server can read the text."""
+
+    mode: Literal["off"] = Field("off", description='privacy mode; "off" = activations travel as they are')
+
+
+class Federation(Section):
+    """Everything a federation agrees on."""
+
+    name: str = Field("federation", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="its name, no unit")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="seed of cohorts, data order and LoRA's start, no unit")
+    rounds: Rounds = Rounds()
+    batch: Batch = Batch()
+    model: Model = Model()
+    optimizer: Optimizer = Optimizer()
+    merge: Merge = Merge()
+    trunk: TrunkSettings = TrunkSettings()
+    wire: Wire = Wire()
+    evaluation: Evaluation = Evaluation()
+    privacy: Privacy = Privacy()
+
+    @property
+    def cut(self) -> Cut:
+        """The cut of a client that does not plan its own."""
+        return Cut(self.model.n_bottom, self.model.n_top)
+
+    @property
+    def bottoms(self) -> range:
+        """How many blocks a client may keep at the bottom."""
+        low, high = self.model.min_bottom, self.model.max_bottom
+        default = self.model.n_bottom
+        return range(default if low is None else low, (default if high is None else high) + 1)
+
+    @property
+    def tops(self) -> range:
+        """How many blocks a client may keep at the top."""
+        low, high = self.model.min_top, self.model.max_top
+        default = self.model.n_top
+        return range(default if low is None else low, (default if high is None else high) + 1)
+
+    @property
+    def freeze_below(self) -> int:
+        """The embedding and the blocks below this number are frozen for everyone."""
+        chosen = self.model.freeze_below
+        return self.bottoms[-1] if chosen is None else chosen
+
+    def allows(self, cut: Cut) -> bool:
+        """Whether a client may take ``cut``."""
+        return cut.n_bottom in self.bottoms and cut.n_top in self.tops
+
+    @model_validator(mode="after")
+    def cuts_can_be_merged(self) -> Federation:
+        if not self.bottoms or not self.tops:
+            raise ValueError("model: a minimum is above its maximum")
+        if not self.allows(self.cut):
+            raise ValueError(f"model: the default cut {self.cut} is outside its own limits")
+        if self.merge.share == "none" and len(self.tops) > 1:
+            raise ValueError('merge.share = "none" needs one n_top for all: personal tops of different depth')
+        return self
+
+    def check_layers(self, layers: int) -> None:
+        """Raise ConfigError when the model has too few blocks for any allowed cut."""
+        Cut(self.bottoms[0], self.tops[0]).check(layers)
+        self.cut.check(layers)
+        if self.freeze_below > layers:
+            raise ConfigError(
+                f"freeze_below = {self.freeze_below} but the model has {layers} blocks", "Lower model.freeze_below."
+            )
+
+
+def load_federation(path: Path | None) -> Federation:
+    """Read ``federation.toml``; None gives the defaults. Raises ConfigError that names the field."""
+    if path is None:
+        return Federation()
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", "Name an existing TOML file.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}", "Mend that line.") from error
+    return parse_federation(table, str(path))
+
+
+def parse_federation(table: object, where: str) -> Federation:
+    """Check a table of settings. ``where`` names its source in errors. Raises ConfigError."""
+    try:
+        return Federation.model_validate(table)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        text = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(
+            f"{where}: {field}: {text}" if field else f"{where}: {text}",
+            "docs/federation.md lists every field with its unit.",
+        ) from error

@@ -1,0 +1,156 @@
+"""The rounds of a federation as a pure state machine: events in, actions out, time an input.
+
+A round opens when at least ``min_clients`` wait and nobody who is connected is still on its way to waiting; a
+cohort is drawn from those who wait. It is merged when every member that has not left has sent its update, or at
+the deadline. It knows names and numbers, no weights and no sockets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from dataclasses import dataclass, field
+from enum import Enum
+
+from splitfl.config import Federation
+from splitfl.errors import RefusedError
+
+
+class Phase(Enum):
+    """Where the federation stands."""
+
+    GATHERING = "gathering"  # waiting for clients
+    TRAINING = "training"  # a round is open
+    MERGING = "merging"  # the owner merges and makes it durable
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class OpenRound:
+    """Tell ``cohort`` to train ``round``."""
+
+    round: int
+    cohort: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MergeRound:
+    """Merge the updates of ``contributors``, make the result durable, then call ``merged``."""
+
+    round: int
+    contributors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The federation has ended after ``round``."""
+
+    round: int
+
+
+Action = OpenRound | MergeRound | Finish
+
+
+@dataclass
+class RoundMachine:
+    """``round`` is the one that is open or opens next. ``settings`` are the federation's."""
+
+    settings: Federation
+    round: int = 0
+    phase: Phase = Phase.GATHERING
+    present: set[str] = field(default_factory=set)
+    waiting: set[str] = field(default_factory=set)
+    cohort: set[str] = field(default_factory=set)
+    updates: dict[str, int] = field(default_factory=dict)  # client -> label tokens
+    opened_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.round >= self.settings.rounds.count:
+            self.phase = Phase.FINISHED
+
+    def join(self, client: str) -> list[Action]:
+        """A client has connected."""
+        self.present.add(client)
+        return []
+
+    def leave(self, client: str, now: float) -> list[Action]:
+        """A client has gone for good (said goodbye, or its grace has run out); its update, if sent, still counts."""
+        self.present.discard(client)
+        self.waiting.discard(client)
+        if client not in self.updates:
+            self.cohort.discard(client)
+        return self._advance(now)
+
+    def wait(self, client: str, now: float) -> list[Action]:
+        """A client asks for its next round."""
+        self.present.add(client)
+        if client in self.cohort and client not in self.updates:
+            self.cohort.discard(client)  # it came back without its state: it cannot finish this round
+        self.waiting.add(client)
+        return self._advance(now)
+
+    def update(self, client: str, round_: int, tokens: int, now: float) -> list[Action]:
+        """A member of the cohort has sent its weights. Raises RefusedError for anybody else, or another round."""
+        if self.phase is not Phase.TRAINING or round_ != self.round or client not in self.cohort:
+            raise RefusedError(
+                f"an update for round {round_} from {client!r}, but round {self.round} is {self.phase.value}",
+                "Ask for the next round.",
+                code="wrong_round",
+            )
+        self.updates[client] = tokens
+        return self._advance(now)
+
+    def merged(self, now: float) -> list[Action]:
+        """The round is merged and durable."""
+        self.phase = Phase.GATHERING
+        self.round += 1
+        self.cohort, self.updates = set(), {}
+        if self.round >= self.settings.rounds.count:
+            self.phase = Phase.FINISHED
+            return [Finish(self.round - 1)]
+        return self._advance(now)
+
+    def tick(self, now: float) -> list[Action]:
+        """Time has passed."""
+        return self._advance(now)
+
+    def deadline(self) -> float | None:
+        """When ``tick`` should be called at the latest, or None."""
+        limit = self.settings.rounds.deadline_s
+        return self.opened_at + limit if limit and self.phase is Phase.TRAINING else None
+
+    def _advance(self, now: float) -> list[Action]:
+        if self.phase is Phase.GATHERING:
+            return self._open(now)
+        if self.phase is Phase.TRAINING:
+            return self._close(now)
+        return []
+
+    def _open(self, now: float) -> list[Action]:
+        everybody_waits = self.present <= self.waiting
+        if len(self.waiting) < self.settings.rounds.min_clients or not self.waiting or not everybody_waits:
+            return []
+        cohort = draw_cohort(self.settings, self.round, self.waiting)
+        self.phase, self.cohort, self.updates, self.opened_at = Phase.TRAINING, set(cohort), {}, now
+        self.waiting -= self.cohort
+        return [OpenRound(self.round, cohort)]
+
+    def _close(self, now: float) -> list[Action]:
+        if not self.cohort:  # everybody left: nothing to merge, the same round opens again
+            self.phase = Phase.GATHERING
+            return self._open(now)
+        deadline = self.deadline()
+        late = deadline is not None and now >= deadline
+        if self.cohort <= self.updates.keys() or (late and self.updates):
+            self.phase = Phase.MERGING
+            return [MergeRound(self.round, tuple(sorted(self.updates)))]
+        return []
+
+
+def draw_cohort(settings: Federation, round_: int, waiting: set[str]) -> tuple[str, ...]:
+    """Draw the round's cohort from the names that wait: seeded, without the order in which they came."""
+    names = sorted(waiting)
+    size = max(1, settings.rounds.min_clients, math.ceil(settings.rounds.client_fraction * len(names)))
+    digest = hashlib.sha256(f"{settings.seed}/cohort/{round_}".encode()).digest()
+    return tuple(sorted(random.Random(digest).sample(names, min(size, len(names)))))

@@ -1,0 +1,54 @@
+"""The one door out: everything computed from a client's records leaves through here, by kind, and is counted.
+
+In mode ``off`` the door only counts, and its report says that the server can read the text.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from enum import Enum
+
+from torch import Tensor
+
+from splitfl.codec.tensors import CodecName, encode_tensor
+from splitfl.wire.messages import TensorBytes
+
+
+class ReleaseKind(Enum):
+    """What can be computed from a record and leave."""
+
+    ACTIVATION = "activations"
+    HELD_OUT_ACTIVATION = "activations of held-out records"
+    GRADIENT = "gradients"
+    WEIGHTS = "weights"
+
+
+class Gate:
+    """Encodes what leaves and keeps count of it."""
+
+    def __init__(self, codec: CodecName) -> None:
+        self.codec = codec
+        self.releases: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def release(self, kind: ReleaseKind, tensor: Tensor) -> TensorBytes:
+        """Encode a tensor that leaves. Raises NumericalError for NaN or infinity; then nothing leaves."""
+        payload = encode_tensor(tensor, self.codec)
+        self.count(kind, payload.nbytes)
+        return payload
+
+    def count(self, kind: ReleaseKind, nbytes: int) -> None:
+        """Note a release of ``nbytes`` bytes."""
+        self.releases[kind.value] += 1
+        self.bytes[kind.value] += nbytes
+
+    def report(self) -> dict[str, object]:
+        """What left, by kind, and what that means."""
+        return {
+            "mode": "off",
+            "statement": "No noise was added: the server can read the text.",
+            "stayed": ["text", "labels (token ids)", "embedding and output head inputs", "losses"],
+            "left": {
+                kind: {"releases": self.releases[kind], "bytes": self.bytes[kind]} for kind in sorted(self.releases)
+            },
+        }

@@ -1,0 +1,100 @@
+"""One holder's optimizer over one part (bottom, trunk or top), with its moments under the weights' names.
+
+Gradients arrive summed over label tokens; the part divides each weight's by the label tokens that crossed its
+block, clips by its own norm, and steps. A weight that no token crossed gets no gradient at all: Adam would move
+it on a zero one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """AdamW (Loshchilov and Hutter 2019) or SGD; ``max_grad_norm`` 0 means no clipping."""
+
+    name: Literal["adamw", "sgd"]
+    weight_decay: float
+    betas: tuple[float, float]
+    max_grad_norm: float
+
+
+class PartOptimizer:
+    """Optimizer of the trainable weights ``named`` (global name -> parameter); frozen parts have no state."""
+
+    def __init__(self, named: Mapping[str, nn.Parameter], spec: OptimizerSpec) -> None:
+        self.named = dict(named)
+        self.spec = spec
+        self._optimizer = build(list(self.named.values()), spec) if self.named else None
+
+    def step(self, learning_rate: float, tokens_of: Callable[[str], int]) -> float:
+        """Apply the accumulated gradients and clear them; returns their norm before clipping.
+
+        ``tokens_of`` gives the label tokens that crossed the block of a weight. When the norm is not finite,
+        nothing moves and the norm says so.
+        """
+        if self._optimizer is None:
+            return 0.0
+        for name, parameter in self.named.items():
+            tokens = tokens_of(name)
+            if tokens == 0:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.div_(tokens)
+        norm = self._clip()
+        if math.isfinite(norm):
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
+        self.clear()
+        return norm
+
+    def _clip(self) -> float:
+        gradients = [parameter.grad for parameter in self.named.values() if parameter.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients))
+        limit = self.spec.max_grad_norm
+        if limit and math.isfinite(norm):
+            total = torch.tensor(norm)
+            nn.utils.clip_grads_with_norm_(list(self.named.values()), limit, total)
+        return norm
+
+    def clear(self) -> None:
+        """Drop accumulated gradients."""
+        if self._optimizer is not None:
+            self._optimizer.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Moments and step counts as ``name/moment`` -> tensor, for a checkpoint."""
+        state: dict[Any, dict[str, Any]] = self._optimizer.state if self._optimizer is not None else {}
+        return {
+            f"{name}/{key}": value.detach().clone()
+            for name, parameter in self.named.items()
+            for key, value in state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put moments back; a weight without any starts from zero."""
+        if self._optimizer is None:
+            return
+        self._optimizer.state.clear()
+        for key, value in tensors.items():
+            name, _, moment = key.rpartition("/")
+            if name in self.named:
+                parameter = self.named[name]
+                place = torch.device("cpu") if moment == "step" else parameter.device
+                self._optimizer.state[parameter][moment] = value.to(place).clone()
+
+
+def build(parameters: list[nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:
+    """The torch optimizer; the step size is set before each step."""
+    if spec.name == "sgd":
+        return torch.optim.SGD(parameters, lr=0.0, weight_decay=spec.weight_decay)
+    return torch.optim.AdamW(parameters, lr=0.0, betas=spec.betas, weight_decay=spec.weight_decay, fused=True)
