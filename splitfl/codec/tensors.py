@@ -25,7 +25,7 @@ def encode_tensor(tensor: Tensor, codec: CodecName) -> TensorBytes:
     check_finite(tensor, "what is about to be sent")
     dtype, wire = CODECS[codec]
     sent = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-    return TensorBytes(wire, tuple(sent.shape), memoryview(sent.reshape(-1).view(torch.uint8).numpy()))
+    return TensorBytes(wire, tuple(sent.shape), sent.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def decode_tensor(payload: TensorBytes, device: torch.device, *, what: str) -> Tensor:

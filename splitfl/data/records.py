@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -33,7 +32,12 @@ Message = dict[str, str]
 IGNORE = -100
 """The label of a position whose prediction carries no loss; PyTorch's ``ignore_index``."""
 
-_TEMPLATE_DATE = datetime(2024, 7, 26)
+# Llama 3.2 and gpt-oss write today's date into the prompt: records, and with them their budgets, would change
+# overnight. This shadows the clock that transformers gives to templates; its line end is taken off by trim_blocks.
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July')"
+    " | replace('%m', '07') | replace('%Y', '2024') }}{% endmacro %}\n"
+)
 
 
 class Encoded(NamedTuple):
@@ -99,8 +103,8 @@ def _encode_pair(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase)
 
 
 def _encode_messages(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index]
+    if not turns:  # an opening by the assistant is no answer: it is context, without loss
         ids = _tokens(_render(messages, tokenizer), tokenizer)
         return Encoded(ids, np.zeros(len(ids), np.bool_))
     messages = messages[: turns[-1] + 1]  # what follows the last assistant turn carries no loss
@@ -138,16 +142,18 @@ def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, 
             "Add chat_template.jinja to the model folder, or give the data as prompt and response",
         )
     try:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = _FIXED_DATE + template
         return str(
             tokenizer.apply_chat_template(
                 list(messages),
                 tokenize=False,
                 add_generation_prompt=ask,
-                # Llama 3.2 writes today's date: records, and with them their budgets, would change.
-                strftime_now=_TEMPLATE_DATE.strftime,
+                chat_template=template,
             )
         )
-    except TemplateError:  # its message may quote the conversation
+    except (TemplateError, TypeError, ValueError, LookupError):  # its message may quote the conversation
         raise DataError(
             "The chat template refuses a conversation",
             "Check that roles are those it knows, in the order that it wants",

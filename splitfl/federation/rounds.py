@@ -1,7 +1,7 @@
 """The rounds of a federation as a pure state machine: events in, actions out, time an input.
 
-A round opens when at least ``min_clients`` wait and nobody who is connected is still on its way to waiting; a
-cohort is drawn from those who wait. It is merged when every member that has not left has sent its update, or at
+A round opens when at least ``min_clients`` wait and nobody who has been there before is still on its way; a
+newcomer that is still fetching its ends holds nobody up. A cohort is drawn from those who wait. It is merged when every member that has not left has sent its update, or at
 the deadline. It knows names and numbers, no weights and no sockets.
 """
 
@@ -68,11 +68,6 @@ class RoundMachine:
     def __post_init__(self) -> None:
         if self.round >= self.settings.rounds.count:
             self.phase = Phase.FINISHED
-
-    def join(self, client: str) -> list[Action]:
-        """A client has connected."""
-        self.present.add(client)
-        return []
 
     def leave(self, client: str, now: float) -> list[Action]:
         """A client has gone for good (said goodbye, or its grace has run out); its update, if sent, still counts."""

@@ -24,6 +24,7 @@ from splitfl.wire.messages import ELEMENT_BYTES, MESSAGE_TYPES, TYPE_NAMES, Mess
 ALIGNMENT = 64  # bytes
 MAX_HEADER_BYTES = 256 << 10
 MAX_FRAME_BYTES = 1 << 30
+MAX_ARRAY_ITEMS = 65535
 MAX_DIMENSIONS = 8
 MAX_TENSORS = 4
 
@@ -104,7 +105,7 @@ def read_header(view: memoryview) -> tuple[dict[str, Any], int]:
             use_list=False,
             strict_map_key=True,
             max_str_len=MAX_HEADER_BYTES,
-            max_array_len=1 << 16,
+            max_array_len=MAX_ARRAY_ITEMS,
             max_map_len=64,
             max_bin_len=0,
             max_ext_len=0,

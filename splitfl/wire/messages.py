@@ -163,6 +163,16 @@ class Backward:
 
 
 @dataclass(frozen=True)
+class SitOut:
+    """This client drops out of the step (its numbers were not finite). Answered by StepMissed."""
+
+    seq: Count
+    ack: Count
+    round: Index
+    step: Count
+
+
+@dataclass(frozen=True)
 class Upload:
     """A piece of a blob that an Update will name. Answered by Uploaded."""
 
@@ -297,7 +307,7 @@ class Failed:
     field: Annotated[str, Field(max_length=64)] = ""
 
 
-Request = Fetch | NextRound | Forward | Backward | Upload | Update | Bye
+Request = Fetch | NextRound | Forward | Backward | SitOut | Upload | Update | Bye
 Answer = Chunk | RoundOpen | Finished | Hidden | Gradient | StepMissed | Uploaded | RoundDurable | Farewell | Failed
 Message = Hello | Welcome | Refused | Request | Answer
 
@@ -313,6 +323,7 @@ MESSAGE_TYPES: dict[str, type] = {
     "next_round": NextRound,
     "forward": Forward,
     "backward": Backward,
+    "sit_out": SitOut,
     "upload": Upload,
     "update": Update,
     "bye": Bye,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Comorbidity:
-    """A long-standing illness, the drugs of which one is taken for it, and the ages (years) at which it is plausible."""
+    """A long-standing illness, the drugs of which one is taken, and the ages (years) at which it is plausible."""
 
     name: str
     drugs: tuple[str, ...]
@@ -34,6 +34,7 @@ ADULT = (
 CHILD = (
     Comorbidity("eczema", ("emollient",), 0.3, 0.2),
     Comorbidity("viral-induced wheeze", ("salbutamol inhaler",), 1.0, 0.15, until_age=7.0),
+    Comorbidity("asthma", ("beclometasone inhaler",), 6.0, 0.08),
     Comorbidity("hay fever", ("cetirizine",), 2.0, 0.1),
     Comorbidity("vitamin D deficiency", ("vitamin D",), 0.3, 0.1),
 )
@@ -54,9 +55,13 @@ CLASHES: dict[str, frozenset[str]] = {
 
 # How an allergy is written, and the kind of drug that it rules out.
 ALLERGIES = (
-    ("penicillin (rash)", "penicillin"), ("penicillin (anaphylaxis)", "penicillin"),
-    ("ibuprofen (wheeze)", "nsaid"), ("codeine (vomiting)", "opioid"), ("trimethoprim (rash)", "antifolate"),
-    ("latex (contact rash)", ""), ("peanut (urticaria)", ""), ("shellfish (swelling)", ""),
+    ("penicillin (rash)", "penicillin"),
+    ("penicillin (anaphylaxis)", "penicillin"),
+    ("ibuprofen (wheeze)", "nsaid"),
+    ("trimethoprim (rash)", "antifolate"),
+    ("latex (contact rash)", ""),
+    ("peanut (urticaria)", ""),
+    ("shellfish (swelling)", ""),
 )
 
 ANTIHYPERTENSIVES = frozenset({"amlodipine", "ramipril", "losartan", "indapamide", "bisoprolol"})

@@ -38,6 +38,7 @@ class Condition:
     sex: Literal["any", "female", "male"] = "any"
     vitals: tuple[str, ...] = ()  # flags of patient.draw_vitals, e.g. "fever"
     labs: tuple[str, ...] = ()  # flags of patient.draw_labs, e.g. "crp+"
+    known: tuple[str, ...] = ()  # comorbidities that the row takes for granted
     excludes: tuple[str, ...] = ()  # comorbidities that would contradict the row
     facts: Mapping[str, str] = field(default_factory=dict)  # drawn once a note, repeated wherever named
     lasting: tuple[int, int] | None = None  # in units of ``course``; its usual length where None

@@ -95,8 +95,7 @@ def _draw_case(rng: random.Random, specialty: str) -> Case:
     allergy, names = _allergy_and_drugs(rng, condition)
     comorbidities = _comorbidities(rng, condition, patient, names)
     chronic = {
-        name: _dose(rng, name, patient, facts)
-        for name in (rng.choice(illness.drugs) for illness in comorbidities)
+        name: _dose(rng, name, patient, facts) for name in (rng.choice(illness.drugs) for illness in comorbidities)
     }
     return Case(
         specialty=specialty,
@@ -142,17 +141,20 @@ def _mostly_first(rng: random.Random, names: list[str]) -> str:
 def _comorbidities(
     rng: random.Random, condition: Condition, patient: Patient, treatment: list[str]
 ) -> tuple[Comorbidity, ...]:
-    """Draw long-standing illness that fits age and diagnosis, and neither clashes with nor repeats the treatment."""
+    """The illness that the diagnosis presupposes, and others that suit age, diagnosis and treatment; two at most."""
     kinds = {DRUGS[name].kind for name in treatment}
     barred = set(condition.excludes).union(*(CLASHES.get(kind, frozenset()) for kind in kinds))
+    table = CHILD if patient.is_child else ADULT
+    known = [illness for illness in table if illness.name in condition.known]
     fitting = [
         illness
-        for illness in (CHILD if patient.is_child else ADULT)
-        if illness.from_age <= patient.age < illness.until_age
+        for illness in table
+        if illness not in known
+        and illness.from_age <= patient.age < illness.until_age
         and illness.name not in barred
         and not kinds & {DRUGS[name].kind for name in illness.drugs}
     ]
-    return tuple([illness for illness in fitting if rng.random() < illness.chance][:3])
+    return tuple([*known, *(illness for illness in fitting if rng.random() < illness.chance)][:2])
 
 
 def _dose(rng: random.Random, name: str, patient: Patient, facts: Mapping[str, str]) -> str:
@@ -277,7 +279,7 @@ def _plan(rng: random.Random, case: Case) -> list[str]:
     if held and case.vitals.systolic < 100:
         steps.append(f"withhold {listed(held)} while hypotensive")
     steps += [action for _, action, _ in _problems(case)]
-    steps += [fill(text, rng, case.facts) for text in pick(rng, case.condition.plan, 1, 2 if len(steps) < 4 else 1)]
+    steps += [fill(text, rng, case.facts) for text in pick(rng, case.condition.plan, 1, 2 if len(steps) < 3 else 1)]
     if case.smokes:
         steps.append("offer help to stop smoking")
     return [*steps, _follow_up(rng, case)]

@@ -182,7 +182,7 @@ def draw_labs(rng: random.Random, patient: Patient, flags: tuple[str, ...]) -> l
     """Draw every blood result that ``flags`` names (``hb-``, ``crp+``), and up to two normal ones beside them."""
     marks = {flag[:-1]: flag[-1] for flag in flags}
     normal = [row[0] for row in _LABS if row[0] not in marks]
-    shown = {*marks, *rng.sample(normal, rng.randint(0, 2))}
+    shown = {*marks, *rng.sample(normal, rng.randint(0, 2 if len(marks) < 2 else 1))}
     return [_lab(rng, patient, row, marks.get(row[0], "")) for row in _LABS if row[0] in shown]
 
 

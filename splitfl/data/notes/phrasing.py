@@ -1,8 +1,8 @@
 """Fills the slots of a phrase. Every draw comes from the generator that is passed in.
 
-    {left|right}   one of the alternatives           {3-7}, {1.2-2.4}   a number with as many decimals as the bounds
-    {side}         a fact of this note               {kg*20}            20 per kilogram, rounded
-    {m2*75}        75 per square metre of body surface, rounded to 5
+{left|right}   one of the alternatives           {3-7}, {1.2-2.4}   a number with as many decimals as the bounds
+{side}         a fact of this note               {kg*20}            20 per kilogram, rounded
+{m2*75}        75 per square metre of body surface, rounded to 5
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from splitfl.errors import ConfigError, DataError
 TURNS = [{"role": "user", "content": "Ask"}, {"role": "assistant", "content": "Answer"}]
 
 # Characters that tell readers apart: quotes, separators, line ends of every kind, a mark, and several byte lengths.
-_text = st.text(st.sampled_from('ab ",;\t\n\r\'\\\ufeff\x85\u2028é漢🩺\x00')).map(lambda text: text + "x")
+_text = st.text(st.sampled_from("ab \",;\t\n\r'\\\ufeff\x85\u2028é漢🩺\x00")).map(lambda text: text + "x")
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -80,7 +80,9 @@ def test_parquet_gives_back_random_rows_by_number_across_row_groups(rows: list[s
         pq.write_table(pa.table({"id": range(len(rows)), "text": rows}), path, row_group_size=group)
         corpus = open_corpus(path)
         assert texts(corpus) == rows
-        assert corpus.place(len(rows) - 1).endswith(f"row group {(len(rows) - 1) // group} row {(len(rows) - 1) % group}")
+        assert corpus.place(len(rows) - 1).endswith(
+            f"row group {(len(rows) - 1) // group} row {(len(rows) - 1) % group}"
+        )
 
 
 def test_parquet_gives_messages_and_pairs(tmp_path: Path) -> None:
@@ -143,7 +145,11 @@ BAD_ROWS: dict[str, tuple[str, str | bytes, str]] = {
     "csv with an open quote": ("a.csv", 'text\nok\n"SECRET\nmore', "a.csv, line 3 is not valid CSV: unexpected end"),
     "csv with a stray quote": ("a.csv", 'text\n"SECRET" it\n', "line 2 is not valid CSV"),
     "csv with a bare carriage return": ("a.csv", "text\nSEC\rRET\n", "line 2 is not valid CSV"),
-    "csv with too many fields": ("a.csv", "text,id\nSECRET, and more,7\n", "line 2 has 3 fields where the header has 2"),
+    "csv with too many fields": (
+        "a.csv",
+        "text,id\nSECRET, and more,7\n",
+        "line 2 has 3 fields where the header has 2",
+    ),
     "csv not utf-8": ("a.csv", b'text\n"two\nlines"\n"SECRET\n\xe9"\n', "line 4 is not UTF-8"),
     "csv without text": ("a.csv", "text,id\n,SECRET\n", "line 2 has neither text"),
     "csv with blank text": ("a.csv", "text\n   \n", "line 2 has an empty text"),
@@ -328,8 +334,8 @@ def test_split_puts_every_row_on_one_side_near_the_fraction(tmp_path: Path) -> N
 
 def test_split_is_the_same_for_rows_in_another_order_and_format(tmp_path: Path) -> None:
     rows = [f"row {i}" for i in range(100)]
-    there, back = _corpus(tmp_path, rows), split_corpus(_corpus(tmp_path, rows), 0.3, seed=5)[1]
-    expected = {there[i].text for i in back}
+    first = _corpus(tmp_path, rows)
+    expected = {first[i].text for i in split_corpus(first, 0.3, seed=5)[1]}
     other = open_corpus(write(tmp_path / "b.csv", "text\n" + "\n".join(reversed(rows))))
     assert {other[i].text for i in split_corpus(other, 0.3, seed=5)[1]} == expected
     assert {other[i].text for i in split_corpus(other, 0.3, seed=6)[1]} != expected

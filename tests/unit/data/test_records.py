@@ -61,15 +61,25 @@ def test_assistant_turns_alone_carry_loss(tokenizer: Any) -> None:
     turns = ({"role": "system", "content": "Be brief"}, QUESTION, ANSWER, QUESTION, second, QUESTION)
     encoded = encode_example(Example(messages=turns), tokenizer)
     assert learned(encoded, tokenizer) == "\nthe fever</s>fever</s>"
-    whole = "<|system|>Be brief</s><|user|>a cough</s><|assistant|>\nthe fever</s><|user|>a cough</s><|assistant|>fever</s>"
+    whole = (
+        "<|system|>Be brief</s><|user|>a cough</s><|assistant|>\nthe fever</s><|user|>a cough</s><|assistant|>fever</s>"
+    )
     assert shown(encoded, tokenizer) == whole
     assert encoded.ids.tolist() == tokenizer(whole)["input_ids"]
 
 
 def test_conversation_without_assistant_carries_no_loss(tokenizer: Any) -> None:
-    encoded = encode_example(Example(messages=(QUESTION,)), tokenizer)
-    assert len(encoded.ids) > 0
-    assert not encoded.loss_mask.any()
+    for turns in ((QUESTION,), (ANSWER, QUESTION)):
+        encoded = encode_example(Example(messages=turns), tokenizer)
+        assert len(encoded.ids) > 0
+        assert not encoded.loss_mask.any()
+
+
+def test_assistant_that_opens_the_conversation_is_context(tokenizer: Any) -> None:
+    greeting = {"role": "assistant", "content": "the the"}
+    encoded = encode_example(Example(messages=(greeting, QUESTION, ANSWER)), tokenizer)
+    assert learned(encoded, tokenizer) == "\nthe fever</s>"
+    assert shown(encoded, tokenizer).startswith("<|assistant|>the the</s>")
 
 
 def test_conversation_gets_an_end_where_the_template_writes_none(tokenizer_with: Any) -> None:
@@ -103,9 +113,11 @@ def test_conversation_is_refused_when_the_template_cannot_carry_it(
 
 
 def test_template_that_writes_the_date_gives_the_same_tokens_every_day(tokenizer_with: Any) -> None:
-    dated = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}|{{ m['role'] }}|{{ m['content'] }}</s>{% endfor %}"
+    date = "\n{{ strftime_now('%d %b %Y') + strftime_now(' (%Y-%m-%d)') }}"
+    dated = date + "{% for m in messages %}|{{ m['role'] }}|{{ m['content'] }}</s>{% endfor %}"
     tokenizer = tokenizer_with(template=dated)
-    assert "26 Jul 2024" in shown(encode_example(Example(messages=(QUESTION, ANSWER)), tokenizer), tokenizer)
+    encoded = encode_example(Example(messages=(QUESTION, ANSWER)), tokenizer)
+    assert shown(encoded, tokenizer).startswith("\n26 Jul 2024 (2024-07-26)|user|")
 
 
 def test_example_is_cut_on_the_right(tokenizer: Any) -> None:

@@ -1,0 +1,393 @@
+"""The compute queue: which micro-batches run together, in what order, and when the trunk steps.
+
+The engine lives on the event loop and never computes there: one thread runs the trunk. One optimizer step is in
+work at a time; a request for the next one waits until it is applied. In ``client-batch`` mode a step belongs to
+all clients of the round and their micro-batches run as one batch; in ``sequential`` mode it belongs to one
+client after another. A joint forward is one graph: its backward runs once, when every client in it has delivered
+or was dropped. Forwards wait for room (tokens whose graphs are held); a backward never does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from server_model.trunk import Graph, Rows, Trunk
+from splitfl.config import Federation
+from splitfl.federation.schedule import learning_rate
+
+log = logging.getLogger("splitfl.server.engine")
+T = TypeVar("T")
+
+
+class MissedError(Exception):
+    """The client is not, or no longer, part of the step it asks about."""
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """Round, step and micro-batch, each from 0."""
+
+    round: int
+    step: int
+    micro: int
+
+
+@dataclass
+class Arrival:
+    """A forward that waits for its turn."""
+
+    client: str
+    key: StepKey
+    blocks: range
+    rows: Rows
+    label_tokens: int
+    train: bool
+    reply: asyncio.Future[Tensor]
+
+    @property
+    def tokens(self) -> int:
+        return self.rows.hidden.shape[0] * self.rows.hidden.shape[1]
+
+
+@dataclass
+class Joint:
+    """A joint forward whose gradients are still coming."""
+
+    members: list[Arrival]
+    graph: Graph | None = None  # comes with the outputs, goes with the backward: it holds the activations
+    gradients: dict[str, Tensor | None] = field(default_factory=dict)
+    replies: dict[str, asyncio.Future[Tensor]] = field(default_factory=dict)
+    backward_started: bool = False
+    finished: bool = False
+
+    @property
+    def complete(self) -> bool:
+        return all(member.client in self.gradients for member in self.members)
+
+
+@dataclass
+class StepWork:
+    """One optimizer step in work: who takes part, which graphs wait, who has finished which micro-batch."""
+
+    round: int
+    step: int
+    members: set[str]
+    joints: list[Joint] = field(default_factory=list)
+    done: dict[str, int] = field(default_factory=dict)  # client -> finished micro-batches
+    applying: bool = False
+    timer: asyncio.TimerHandle | None = None
+
+
+class Engine:
+    """Serves forwards and backwards of the open round. All methods run on the event loop."""
+
+    def __init__(self, trunk: Trunk, settings: Federation) -> None:
+        self.trunk = trunk
+        self.settings = settings
+        self.micro_batches = settings.batch.micro_batches
+        self.round = -1
+        self.cohort: set[str] = set()
+        self.next_step: dict[str, int] = {}  # client -> the step it is expected at
+        self.work: StepWork | None = None
+        self.waiting: list[Arrival] = []
+        self.tokens_held = 0
+        self.steps_applied = 0
+        self._jobs = 0  # forwards and backwards on the compute thread
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trunk")
+
+    # -- rounds ------------------------------------------------------------------------------------------------
+
+    def open_round(self, round_: int, cohort: Iterable[str]) -> None:
+        """Serve ``round_`` for ``cohort`` (the clients whose trunk is not empty) from step 0."""
+        self.round = round_
+        self.cohort = set(cohort)
+        self.next_step = dict.fromkeys(self.cohort, 0)
+        self.work = None
+        self.trunk.round_tokens.clear()
+        self._advance()
+
+    def leave_round(self, client: str) -> None:
+        """A client is out of this round: its update came, or it has gone. Others stop waiting for it."""
+        self.cohort.discard(client)
+        self.drop(client)
+
+    def drop(self, client: str) -> None:
+        """Take a client out of the step in work; it may go on with the next one."""
+        work = self.work
+        self._refuse_waiting(lambda arrival: arrival.client == client and arrival.train)
+        if work is not None and client in work.members and not work.applying:
+            self.next_step[client] = work.step + 1
+            work.members.discard(client)
+            for joint in work.joints:
+                if any(member.client == client for member in joint.members):
+                    joint.gradients.setdefault(client, None)
+                    self._refuse(joint.replies.pop(client, None))
+        self._advance()
+
+    def sit_out(self, client: str, step: int) -> None:
+        """A client skips ``step`` on its own account."""
+        if self.work is not None and self.work.step == step:
+            self.drop(client)
+        else:
+            self.next_step[client] = max(self.next_step.get(client, 0), step + 1)
+            self._advance()
+
+    # -- requests ----------------------------------------------------------------------------------------------
+
+    async def forward(self, client: str, key: StepKey, blocks: range, rows: Rows, tokens: int, train: bool) -> Tensor:
+        """Trunk output for one micro-batch. Raises MissedError when the client is not part of that step."""
+        if train and not self._expected(client, key):
+            raise MissedError
+        if train and key.step > self.next_step[client]:
+            self.sit_out(client, key.step - 1)
+        reply: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
+        self.waiting.append(Arrival(client, key, blocks, rows, tokens, train, reply))
+        self._advance()
+        return await reply
+
+    async def backward(self, client: str, key: StepKey, gradient: Tensor) -> Tensor:
+        """Gradient at the trunk's input for one micro-batch. Raises MissedError when its forward is gone."""
+        joint = self._joint_of(client, key)
+        if joint is None or client in joint.gradients:
+            raise MissedError
+        member = next(member for member in joint.members if member.client == client)
+        if gradient.shape != member.rows.hidden.shape:
+            raise ValueError(f"gradient {tuple(gradient.shape)} for activations {tuple(member.rows.hidden.shape)}")
+        reply: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
+        joint.gradients[client] = gradient
+        joint.replies[client] = reply
+        self._advance()
+        return await reply
+
+    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run ``function`` on the compute thread, behind what is queued there."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    def close(self) -> None:
+        """Stop the compute thread and refuse what waits."""
+        self._refuse_waiting(lambda _: True)
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    # -- scheduling --------------------------------------------------------------------------------------------
+
+    def _expected(self, client: str, key: StepKey) -> bool:
+        current = self.work is not None and client in self.work.members and key.step == self.work.step
+        ahead = key.step >= self.next_step.get(client, 0)
+        return key.round == self.round and client in self.cohort and (current or ahead)
+
+    def _joint_of(self, client: str, key: StepKey) -> Joint | None:
+        work = self.work
+        if work is None or (work.round, work.step) != (key.round, key.step):
+            return None
+        for joint in work.joints:
+            if any(member.client == client and member.key == key for member in joint.members):
+                return joint
+        return None
+
+    def _advance(self) -> None:
+        """Start whatever can be started now."""
+        self._run_evaluations()
+        self._begin_step()
+        if self.work is not None and not self.work.applying:
+            self._run_forwards(self.work)
+            self._run_backwards(self.work)
+            self._finish_step(self.work)
+
+    def _run_evaluations(self) -> None:
+        """Forwards without a graph pass as they come; they change nothing and hold no memory."""
+        for arrival in [arrival for arrival in self.waiting if not arrival.train]:
+            self.waiting.remove(arrival)
+            self._launch(self._forward([arrival], arrival.blocks, train=False), [arrival])
+
+    def _begin_step(self) -> None:
+        """When no step is in work and somebody waits, begin the next one."""
+        arrivals = [arrival for arrival in self.waiting if arrival.train]
+        if self.work is not None or not arrivals:
+            return
+        if self.settings.trunk.mode == "sequential":
+            members, step = {arrivals[0].client}, arrivals[0].key.step
+        else:
+            step = min(self.next_step[client] for client in self.cohort)
+            members = {client for client in self.cohort if self.next_step[client] == step}
+        self.work = StepWork(self.round, step, members)
+        limit = self.settings.trunk.step_deadline_s
+        if limit:
+            self.work.timer = asyncio.get_running_loop().call_later(limit, self._deadline, self.work)
+
+    def _deadline(self, work: StepWork) -> None:
+        """Drop whoever has not delivered in time."""
+        if self.work is not work or work.applying:
+            return
+        late = {client for client in work.members if not self._is_waited_for_by_others(client)}
+        for client in late:
+            log.warning("round %d step %d: %s missed the deadline", work.round, work.step, client)
+            self.drop(client)
+
+    def _is_waited_for_by_others(self, client: str) -> bool:
+        """Whether everything that the server owes this client still depends on others."""
+        work = self.work
+        assert work is not None
+        asked = any(arrival.client == client for arrival in self.waiting)
+        delivered = any(client in joint.replies for joint in work.joints)
+        return asked or delivered or work.done.get(client, 0) >= self.micro_batches
+
+    def _run_forwards(self, work: StepWork) -> None:
+        """Launch each group (same micro-batch, same blocks) that is complete, or as large as memory lets it be."""
+        mine = [a for a in self.waiting if a.train and a.client in work.members and a.key.step == work.step]
+        groups: dict[tuple[int, int, int], list[Arrival]] = {}
+        for arrival in sorted(mine, key=lambda arrival: arrival.client):
+            groups.setdefault((arrival.key.micro, arrival.blocks.start, arrival.blocks.stop), []).append(arrival)
+        for group in groups.values():
+            fitting, full = self._fit(group)
+            if fitting and (full or self._nobody_else_comes(work, group)):
+                self._start_forward(work, fitting)
+
+    def _fit(self, group: list[Arrival]) -> tuple[list[Arrival], bool]:
+        """The part of a group that may run now, and whether memory cut it short. One client always fits alone."""
+        room = self.settings.trunk.max_tokens_in_flight - self.tokens_held
+        fitting: list[Arrival] = []
+        for arrival in group:
+            if arrival.tokens > room and (fitting or self.tokens_held):
+                return fitting, True
+            fitting.append(arrival)
+            room -= arrival.tokens
+        return fitting, False
+
+    def _nobody_else_comes(self, work: StepWork, group: list[Arrival]) -> bool:
+        """Whether every member has this micro-batch behind it, in this group, or waiting for other blocks."""
+        micro = group[0].key.micro
+        for client in work.members:
+            waits = any(a.client == client and a.key.micro == micro and a.train for a in self.waiting)
+            if not waits and not self._has_micro(work, client, micro):
+                return False
+        return True
+
+    def _has_micro(self, work: StepWork, client: str, micro: int) -> bool:
+        return any(m.client == client and m.key.micro == micro for joint in work.joints for m in joint.members)
+
+    def _start_forward(self, work: StepWork, group: list[Arrival]) -> None:
+        for arrival in group:
+            self.waiting.remove(arrival)
+            self.tokens_held += arrival.tokens
+        joint = Joint(group)
+        work.joints.append(joint)
+
+        async def run() -> list[Tensor]:
+            outputs, graph = await self.call(self._forward_now, group, group[0].blocks, True)
+            assert graph is not None
+            joint.graph = graph
+            return outputs
+
+        self._launch(run(), group)
+
+    async def _forward(self, group: list[Arrival], blocks: range, *, train: bool) -> list[Tensor]:
+        outputs, _ = await self.call(self._forward_now, group, blocks, train)
+        return outputs
+
+    def _forward_now(self, group: list[Arrival], blocks: range, train: bool) -> tuple[list[Tensor], Graph | None]:
+        return self.trunk.forward(blocks, [arrival.rows for arrival in group], train=train)
+
+    def _launch(self, work: Any, group: list[Arrival]) -> None:
+        """Await a forward in the background and hand out its outputs, or its failure."""
+
+        async def run() -> None:
+            self._jobs += 1
+            try:
+                outputs = await work
+            except Exception as error:  # noqa: BLE001 - whatever torch raises belongs to the requests
+                for arrival in group:
+                    fail(arrival.reply, error)
+            else:
+                for arrival, output in zip(group, outputs, strict=True):
+                    resolve(arrival.reply, output)
+            finally:
+                self._jobs -= 1
+            self._advance()
+
+        spawn(run())
+
+    def _run_backwards(self, work: StepWork) -> None:
+        """One backward for each joint graph whose clients have all delivered or gone."""
+        for joint in work.joints:
+            if joint.graph is not None and joint.complete and not joint.backward_started:
+                joint.backward_started = True
+                spawn(self._backward(work, joint))
+
+    async def _backward(self, work: StepWork, joint: Joint) -> None:
+        gradients = [joint.gradients[member.client] for member in joint.members]
+        tokens = [member.label_tokens for member in joint.members]
+        try:
+            if any(gradient is not None for gradient in gradients):
+                inputs = await self.call(self.trunk.backward, joint.graph, gradients, tokens)
+                for member, gradient in zip(joint.members, inputs, strict=True):
+                    resolve(joint.replies.get(member.client), gradient)
+        except Exception as error:  # noqa: BLE001
+            for reply in joint.replies.values():
+                fail(reply, error)
+        for member in joint.members:
+            work.done[member.client] = work.done.get(member.client, 0) + 1
+            self.tokens_held -= member.tokens
+        joint.graph = None
+        joint.finished = True
+        self._advance()
+
+    def _finish_step(self, work: StepWork) -> None:
+        """Step the trunk when every member has delivered every micro-batch; replies have gone out before."""
+        unfinished = [joint for joint in work.joints if not joint.finished]
+        behind = [client for client in work.members if work.done.get(client, 0) < self.micro_batches]
+        if unfinished or behind:
+            return
+        work.applying = True
+        if work.timer is not None:
+            work.timer.cancel()
+        for client in work.members:
+            self.next_step[client] = work.step + 1
+        spawn(self._apply(work))
+
+    async def _apply(self, work: StepWork) -> None:
+        rate = learning_rate(self.settings, work.round, work.step)
+        norm = await self.call(self.trunk.step, rate)
+        if not math.isfinite(norm):
+            log.warning("round %d step %d: gradient norm %s, trunk left as it was", work.round, work.step, norm)
+        self.steps_applied += 1
+        if self.work is work:
+            self.work = None
+        self._advance()
+
+    # -- refusals ----------------------------------------------------------------------------------------------
+
+    def _refuse_waiting(self, unwanted: Callable[[Arrival], bool]) -> None:
+        for arrival in [arrival for arrival in self.waiting if unwanted(arrival)]:
+            self.waiting.remove(arrival)
+            self._refuse(arrival.reply)
+
+    def _refuse(self, reply: asyncio.Future[Tensor] | None) -> None:
+        fail(reply, MissedError())
+
+
+_tasks: set[asyncio.Task[None]] = set()
+
+
+def spawn(work: Any) -> None:
+    """Run a coroutine in the background and keep it alive until it ends."""
+    task = asyncio.get_running_loop().create_task(work)
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+
+
+def resolve(reply: asyncio.Future[Tensor] | None, value: Tensor) -> None:
+    if reply is not None and not reply.done():
+        reply.set_result(value)
+
+
+def fail(reply: asyncio.Future[Tensor] | None, error: BaseException) -> None:
+    if reply is not None and not reply.done():
+        reply.set_exception(error)

@@ -1,0 +1,116 @@
+"""The trunk service's state folder: one folder a durable round, whole or not there; the last three are kept.
+
+    federation.json             settings, model folder
+    rounds/round-000004/        trunk.safetensors  optimizer.safetensors  merged.safetensors  state.json
+    uploads/                    clients' weights on their way in
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from splitfl.config import Federation, parse_federation
+from splitfl.errors import ConfigError, StorageError
+from splitfl.files import new_folder, write_file
+
+KEPT_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """What a durable round consists of. ``merged`` are the clients' merged weights, ``trunk`` the server's."""
+
+    round: int
+    trunk: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    merged: Mapping[str, Tensor]
+    facts: Mapping[str, object]
+
+
+class Store:
+    """The state folder. Raises ConfigError when it belongs to another federation, StorageError when it is damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rounds = folder / "rounds"
+        self.uploads = folder / "uploads"
+
+    def begin(self, model: Path, settings: Federation, *, resume: bool) -> None:
+        """Claim the folder for a federation, or go on with the one it holds."""
+        record = self.folder / "federation.json"
+        if record.exists() and not resume:
+            raise ConfigError(
+                f"{self.folder} already holds a federation", "Add --resume to go on with it, or name a new --state."
+            )
+        content = {"model": str(model.resolve()), "settings": settings.model_dump(mode="json")}
+        write_file(record, json.dumps(content, indent=2).encode())
+        shutil.rmtree(self.uploads, ignore_errors=True)
+        self.uploads.mkdir(parents=True, exist_ok=True)
+        self.uploads.chmod(0o700)
+
+    def federation(self) -> tuple[Path, Federation]:
+        """The model folder and settings that this state belongs to."""
+        record = self.folder / "federation.json"
+        try:
+            content = json.loads(record.read_text())
+            return Path(content["model"]), parse_federation(content["settings"], str(record))
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"{self.folder} is not a state folder of `splitfl serve`", "Name the folder given to --state."
+            ) from error
+        except (OSError, ValueError, KeyError) as error:
+            raise StorageError(f"{record} cannot be read", "Restore it from a backup.") from error
+
+    def folder_of(self, round_: int) -> Path:
+        return self.rounds / f"round-{round_:06d}"
+
+    def durable_rounds(self) -> list[int]:
+        """Numbers of the rounds on disk, oldest first."""
+        if not self.rounds.is_dir():
+            return []
+        return sorted(int(path.name.removeprefix("round-")) for path in self.rounds.glob("round-[0-9]*"))
+
+    def save(self, state: RoundState) -> Path:
+        """Make a round durable. Raises StorageError, and then the older rounds are still whole."""
+        folder = self.folder_of(state.round)
+        with new_folder(folder) as work:
+            for name in ("trunk", "optimizer", "merged"):
+                write_tensors(getattr(state, name), work / f"{name}.safetensors")
+            facts = {"round": state.round, **state.facts}
+            (work / "state.json").write_text(json.dumps(facts, indent=2, sort_keys=True))
+        return folder
+
+    def prune(self) -> list[Path]:
+        """Delete all but the last three rounds; returns what was deleted."""
+        old = [self.folder_of(number) for number in self.durable_rounds()[:-KEPT_ROUNDS]]
+        for folder in old:
+            shutil.rmtree(folder, ignore_errors=True)
+        return old
+
+    def load(self, round_: int) -> RoundState:
+        """Read a durable round back. Raises StorageError."""
+        folder = self.folder_of(round_)
+        try:
+            parts = {name: load_file(folder / f"{name}.safetensors") for name in ("trunk", "optimizer", "merged")}
+            facts = json.loads((folder / "state.json").read_text())
+        except (OSError, ValueError, SafetensorError) as error:
+            raise StorageError(
+                f"{folder} cannot be read", "Delete it: the round before it is still there, and --resume uses that."
+            ) from error
+        return RoundState(round_, parts["trunk"], parts["optimizer"], parts["merged"], facts)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """One safetensors file. Raises OSError when the disk is full."""
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error

@@ -1,0 +1,143 @@
+"""The trunk: the blocks on the server, as one module with its optimizer. Pure torch; one thread calls it.
+
+Clients whose cuts give the same block range run as one batch. Gradients come summed over label tokens and are
+divided, per block, by the tokens that crossed it in the step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from splitfl.config import Federation
+from splitfl.split.checkpoint import TensorSource, load_segment
+from splitfl.split.modes import arithmetic, optimizer_spec, training_policy
+from splitfl.split.optimizer import PartOptimizer
+from splitfl.split.segment import Piece
+from splitfl.split.training import set_up_training
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one client brings into a joint batch: hidden states (B, T, D), true lengths (B,) or None."""
+
+    hidden: Tensor
+    lengths: Tensor | None
+
+
+@dataclass
+class Graph:
+    """A joint forward that waits for its gradients: inputs and outputs (sum of B, longest T, D)."""
+
+    blocks: range
+    inputs: Tensor
+    outputs: Tensor
+    shapes: list[tuple[int, int]]  # (B, T) of each client's rows
+
+
+@dataclass
+class Trunk:
+    """Blocks ``blocks`` (global numbers) of the model, on ``device``."""
+
+    settings: Federation
+    source: TensorSource
+    blocks: range
+    device: torch.device
+    tokens: Counter[int] = field(default_factory=Counter)  # block -> label tokens in the current step
+    round_tokens: Counter[int] = field(default_factory=Counter)  # the same over the round
+
+    def __post_init__(self) -> None:
+        layers = self.source.config.num_hidden_layers
+        self.segment = load_segment(self.source, Piece(self.blocks.start, self.blocks.stop))
+        set_up_training(self.segment, training_policy(self.settings, layers, self.device))
+        self.segment.to(self.device)
+        self.optimizer = PartOptimizer(self.trainable(), optimizer_spec(self.settings))
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Global name -> trainable weight."""
+        return {name: weight for name, weight in self.segment.named_weights() if weight.requires_grad}
+
+    def forward(self, blocks: range, clients: Sequence[Rows], *, train: bool) -> tuple[list[Tensor], Graph | None]:
+        """Run several clients' rows as one batch; outputs in the clients' order, and a graph when ``train``."""
+        inputs, lengths = join(clients)
+        inputs.requires_grad_(train)
+        with torch.set_grad_enabled(train), arithmetic(self.settings, self.device):
+            outputs = self.segment.narrow(blocks.start, blocks.stop)(inputs, lengths)
+        shapes = [(rows.hidden.shape[0], rows.hidden.shape[1]) for rows in clients]
+        graph = Graph(blocks, inputs, outputs, shapes) if train else None
+        return part(outputs.detach(), shapes), graph
+
+    def backward(self, graph: Graph, gradients: Sequence[Tensor | None], tokens: Sequence[int]) -> list[Tensor]:
+        """One backward for the joint batch; a client that was dropped brings None. Gradients at the inputs."""
+        joint = torch.zeros_like(graph.outputs)
+        for view, gradient in zip(part(joint, graph.shapes), gradients, strict=True):
+            if gradient is not None:
+                view.copy_(gradient)
+        graph.outputs.backward(joint)  # type: ignore[no-untyped-call]
+        delivered = sum(count for count, gradient in zip(tokens, gradients, strict=True) if gradient is not None)
+        for block in graph.blocks:
+            self.tokens[block] += delivered
+            self.round_tokens[block] += delivered
+        assert graph.inputs.grad is not None
+        return part(graph.inputs.grad, graph.shapes)
+
+    def step(self, learning_rate: float) -> float:
+        """Apply the step's gradients; returns their norm (not finite: nothing moved)."""
+        norm = self.optimizer.step(learning_rate, lambda name: self.tokens[self._block(name)])
+        self.tokens.clear()
+        return norm
+
+    def clear(self) -> None:
+        """Forget gradients of a step that will not be finished."""
+        self.optimizer.clear()
+        self.tokens.clear()
+
+    def tokens_through(self, name: str) -> int:
+        """Label tokens that trained the weight ``name`` here in this round."""
+        return self.round_tokens[self._block(name)]
+
+    def _block(self, name: str) -> int:
+        block = self.segment.block_of(name)
+        assert block is not None
+        return block
+
+    def weights(self) -> dict[str, Tensor]:
+        """Trained weights by global name, on the CPU."""
+        return {name: weight.detach().cpu() for name, weight in self.trainable().items()}
+
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite those trained weights that ``tensors`` names."""
+        with torch.no_grad():
+            for name, weight in self.trainable().items():
+                if name in tensors:
+                    weight.copy_(tensors[name])
+
+
+def join(clients: Sequence[Rows]) -> tuple[Tensor, Tensor | None]:
+    """Rows of several clients -> one batch padded on the right to the longest, and lengths when any is padded."""
+    longest = max(rows.hidden.shape[1] for rows in clients)
+    padded = [nn.functional.pad(rows.hidden, (0, 0, 0, longest - rows.hidden.shape[1])) for rows in clients]
+    joint = torch.cat(padded) if len(padded) > 1 else padded[0].detach().clone()
+    if all(rows.lengths is None and rows.hidden.shape[1] == longest for rows in clients):
+        return joint, None
+    return joint, torch.cat([true_lengths(rows) for rows in clients])
+
+
+def true_lengths(rows: Rows) -> Tensor:
+    if rows.lengths is not None:
+        return rows.lengths
+    batch, time = rows.hidden.shape[:2]
+    return torch.full((batch,), time, device=rows.hidden.device)
+
+
+def part(joint: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Views of each client's rows in a joint tensor."""
+    views, start = [], 0
+    for batch, time in shapes:
+        views.append(joint[start : start + batch, :time])
+        start += batch
+    return views

@@ -1,0 +1,138 @@
+"""Clients' weights on their way in: uploaded in pieces, checked against what this client should send, then merged.
+
+Nothing of an upload is trusted: its hash, its size, each tensor's name, shape and dtype, and that its numbers are
+finite. Merging reads one tensor of each client at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from splitfl.errors import CheckpointError, RefusedError, StorageError
+from splitfl.federation.strategies import Contribution, Strategy
+from splitfl.split.checkpoint import file_entries, hash_range
+from splitfl.split.shares import Shapes
+from splitfl.wire.messages import Update, Upload
+
+HEADER_ALLOWANCE = 1 << 20  # bytes of safetensors header beside the tensors
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """A checked update: the file it lies in (None when nothing is shared) and its label tokens."""
+
+    client: str
+    tokens: int
+    path: Path | None
+
+
+class Inbox:
+    """Uploads of all clients, one file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, client: str) -> Path:
+        return self.folder / f"{client}.safetensors"
+
+    def receive(self, client: str, upload: Upload, limit: int) -> int:
+        """Write a piece where it belongs; returns how many bytes are there.
+
+        Raises RefusedError for more than ``limit`` bytes or a gap, StorageError when the disk is full.
+        """
+        if upload.total > limit or upload.offset + upload.data.nbytes > upload.total:
+            raise RefusedError(
+                f"an upload of {upload.total} bytes where {limit} are expected",
+                "Update the client: it sends weights that are not shared.",
+                code="over_limit",
+            )
+        path = self.path(client)
+        there = path.stat().st_size if path.exists() and upload.offset else 0
+        if upload.offset > there:
+            raise RefusedError(f"a gap in an upload at byte {there}", "Send it again from the start.", code="not_found")
+        try:
+            with path.open("r+b" if upload.offset else "wb") as file:
+                file.seek(upload.offset)
+                file.write(upload.data.data)
+                file.truncate()
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror}", "Free some space on the server.") from error
+        return upload.offset + upload.data.nbytes
+
+    def check(self, client: str, update: Update, expected: Shapes) -> ClientUpdate:
+        """Check a finished upload. Raises RefusedError that names what is wrong."""
+        if not expected:
+            return ClientUpdate(client, update.tokens, None)
+        path = self.path(client)
+        if not path.exists() or file_hash(path) != update.sha256:
+            raise RefusedError("the uploaded weights are not the announced ones", "Upload again.", code="not_found")
+        check_tensors(path, expected)
+        return ClientUpdate(client, update.tokens, path)
+
+    def clear(self) -> None:
+        """Forget all uploads."""
+        for path in self.folder.glob("*.safetensors"):
+            path.unlink(missing_ok=True)
+
+
+def file_hash(path: Path) -> str:
+    return hash_range(path, 0, path.stat().st_size)
+
+
+def check_tensors(path: Path, expected: Shapes) -> None:
+    """Raise RefusedError unless the file holds exactly the tensors of ``expected``, in fp32 and finite."""
+    try:
+        found = {entry.name: (entry.dtype, entry.shape) for entry in file_entries(path)}
+    except CheckpointError as error:
+        raise RefusedError("the uploaded weights are not safetensors", "Update the client.", code="bad_tensor") from error
+    wanted = {name: ("F32", shape) for name, shape in expected.items()}
+    if found != wanted:
+        odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        raise RefusedError(
+            f"uploaded tensor {odd[0]!r} is {found.get(odd[0])}, expected {wanted.get(odd[0])}",
+            "Client and server must train the same model with the same settings.",
+            code="bad_tensor",
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            bad = next((name for name in expected if not torch.isfinite(file.get_tensor(name)).all()), None)
+    except SafetensorError as error:
+        raise RefusedError("the uploaded weights are not safetensors", "Update the client.", code="bad_tensor") from error
+    if bad is not None:
+        raise RefusedError(f"uploaded tensor {bad!r} holds NaN or infinity", "Lower the learning rate.", code="bad_tensor")
+
+
+def merge_updates(
+    updates: Sequence[ClientUpdate],
+    strategy: Strategy,
+    previous: Callable[[str], Tensor],
+    own: Mapping[str, Contribution],
+) -> Iterator[tuple[str, Tensor]]:
+    """Merge tensor by tensor. ``own`` are the server's copies of blocks that clients hold as well.
+
+    Yields (name, merged fp32 tensor) for every name that anybody sent.
+    """
+    with ExitStack() as stack:
+        files = [
+            (update, stack.enter_context(safe_open(update.path, framework="pt")))
+            for update in updates
+            if update.path is not None
+        ]
+        names = {name: None for _, file in files for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
+        for name in sorted(names):
+            parts = [Contribution(f.get_tensor(name), u.tokens) for u, f in files if name in f.keys()]  # noqa: SIM118
+            if name in own:
+                parts.append(own[name])
+            yield name, strategy.merge(name, previous(name), parts)
+
+
+def digest_of(names: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()

@@ -1,0 +1,73 @@
+"""Files that are whole or not there: temporary name, fsync, rename. A full disk leaves the older ones untouched."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from splitfl.errors import StorageError
+
+
+@contextmanager
+def storage_errors(what: Path) -> Iterator[None]:
+    """Turn an OSError into a StorageError that names ``what``."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {what}: {error.strerror or error}",
+            "Free some space or mend the folder, then start again: the older state is whole.",
+        ) from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``path`` when the block ends well. Raises StorageError."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=path.parent, prefix=".new-"))
+        try:
+            yield work
+            for file in work.iterdir():
+                sync(file)
+            sync(work)
+            if path.exists():
+                shutil.rmtree(path)
+            work.rename(path)
+            sync(path.parent)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write ``path`` as a whole. Raises StorageError."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,76 @@
+"""From the federation's settings to what the split modules take: training policy, optimizer, device, arithmetic."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from splitfl.config import Federation
+from splitfl.errors import ConfigError
+from splitfl.split.cut import Cut
+from splitfl.split.optimizer import OptimizerSpec
+from splitfl.split.training import TrainingPolicy
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """``auto``: a GPU if there is one. Raises ConfigError for a device that this machine does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} is not available", "Use --device auto, cpu or cuda.") from error
+    return device
+
+
+def computes_bf16(settings: Federation, device: torch.device) -> bool:
+    """Whether blocks run under bf16 autocast on ``device``."""
+    compute = settings.model.compute
+    return compute == "bf16" or (compute == "auto" and device.type == "cuda")
+
+
+def arithmetic(settings: Federation, device: torch.device) -> AbstractContextManager[object]:
+    """The autocast that every forward runs in."""
+    if computes_bf16(settings, device):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def training_policy(settings: Federation, layers: int, device: torch.device) -> TrainingPolicy:
+    """What trains, for a model of ``layers`` blocks. LoRA's A trains where no client can hold the block."""
+    first = settings.bottoms[-1]
+    return TrainingPolicy(
+        freeze_below=settings.freeze_below,
+        train=settings.model.train,
+        head=settings.model.head,
+        lora_rank=settings.model.lora_rank,
+        lora_alpha=settings.model.lora_alpha,
+        seed=settings.seed,
+        train_a_blocks=range(first, max(first, layers - settings.tops[-1])),
+        mixed=computes_bf16(settings, device),
+    )
+
+
+def optimizer_spec(settings: Federation) -> OptimizerSpec:
+    """The optimizer of every holder."""
+    optimizer = settings.optimizer
+    return OptimizerSpec(
+        name=optimizer.name,
+        weight_decay=optimizer.weight_decay,
+        betas=(optimizer.beta1, optimizer.beta2),
+        max_grad_norm=optimizer.max_grad_norm,
+    )
+
+
+def bottom_trains(settings: Federation, cut: Cut) -> bool:
+    """Whether anything below the trunk trains, so that the trunk owes the client a gradient."""
+    embedding = settings.freeze_below == 0 and settings.model.train == "full"
+    return embedding or cut.n_bottom > settings.freeze_below
+
+
+def trunk_needs_backward(settings: Federation, cut: Cut, layers: int) -> bool:
+    """Whether a step runs backward through the trunk: something in it or below it trains."""
+    trunk = cut.trunk(layers)
+    return len(trunk) > 0 and (trunk.stop > settings.freeze_below or bottom_trains(settings, cut))

@@ -1,0 +1,71 @@
+"""Which of a client's weights train and which of those are merged: the same answer on both sides.
+
+The server asks without holding a client's weights: segments on the meta device have names and shapes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from transformers import PreTrainedConfig
+
+from splitfl.config import Federation
+from splitfl.split.checkpoint import is_tied
+from splitfl.split.cut import Cut
+from splitfl.split.modes import training_policy
+from splitfl.split.segment import Piece, Segment
+from splitfl.split.training import set_up_training, stays_tied
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def ends_pieces(cut: Cut, layers: int) -> tuple[Piece, Piece]:
+    """Bottom and top of a client with ``cut``."""
+    top = cut.top(layers)
+    return Piece(0, cut.n_bottom, embedding=True), Piece(top.start, top.stop, head=True)
+
+
+def trained_shapes(segment: Segment) -> Shapes:
+    """Names and shapes of a segment's trainable weights."""
+    return {name: tuple(weight.shape) for name, weight in segment.named_weights() if weight.requires_grad}
+
+
+def shared_shapes(config: PreTrainedConfig, settings: Federation, cut: Cut) -> Shapes:
+    """Names and shapes of the weights that a client with ``cut`` sends for merging."""
+    layers = config.num_hidden_layers
+    policy = training_policy(settings, layers, torch.device("cpu"))
+    bottom, top = (Segment(config, piece) for piece in ends_pieces(cut, layers))
+    for segment in (bottom, top):
+        set_up_training(segment, policy)
+    top_shapes = trained_shapes(top)
+    if stays_tied(config, policy):
+        top_shapes.pop(f"{top.anatomy.head}.weight", None)
+    return choose_shared(settings, trained_shapes(bottom), top_shapes)
+
+
+def choose_shared(settings: Federation, bottom: Shapes, top: Shapes) -> Shapes:
+    """The part of a client's trainable weights that ``merge.share`` names."""
+    share = settings.merge.share
+    if share == "none":
+        return {}
+    return dict(top) if share == "top" else {**bottom, **top}
+
+
+def client_tensor_names(config: PreTrainedConfig, settings: Federation) -> list[str]:
+    """Stored names of all base tensors that some allowed client needs."""
+    layers = config.num_hidden_layers
+    pieces = [Piece(0, settings.bottoms[-1], embedding=True), Piece(layers - settings.tops[-1], layers, head=True)]
+    names: dict[str, None] = {}
+    for piece in pieces:
+        segment = Segment(config, piece)
+        names |= dict.fromkeys(weight_names(segment, tied=is_tied(config)))
+    return list(names)
+
+
+def weight_names(segment: Segment, *, tied: bool) -> Iterable[str]:
+    """Global names of a segment's weights as the checkpoint stores them: a tied head is the embedding."""
+    anatomy = segment.anatomy
+    for name, _ in segment.model.named_parameters(remove_duplicate=False):
+        full = segment.global_name(name)
+        yield f"{anatomy.prefix}.{anatomy.embedding}.weight" if tied and full == f"{anatomy.head}.weight" else full
