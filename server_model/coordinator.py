@@ -12,7 +12,8 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,10 +26,10 @@ from server_model.trunk import Rows, Trunk
 from server_model.updates import HEADER_ALLOWANCE, ClientUpdate, Inbox, merge_updates
 from splitfl.codec.tensors import decode_tensor, encode_tensor
 from splitfl.config import Federation
-from splitfl.errors import NumericalError, ProtocolError, RefusedError, SplitFLError, StorageError
+from splitfl.errors import ConfigError, NumericalError, ProtocolError, RefusedError, SplitFLError, StorageError
 from splitfl.federation.rounds import Action, Finish, MergeRound, OpenRound, Phase, RoundMachine
 from splitfl.federation.strategies import STRATEGIES, Contribution
-from splitfl.split.checkpoint import CheckpointFolder, is_tied
+from splitfl.split.checkpoint import CheckpointFolder, file_entries, is_tied
 from splitfl.split.cut import Cut
 from splitfl.split.export import COPIED_FILES
 from splitfl.split.modes import bottom_trains, training_policy
@@ -56,8 +57,8 @@ from splitfl.wire.messages import (
     StepMissed,
     TensorBytes,
     Update,
-    Uploaded,
     Upload,
+    Uploaded,
     Welcome,
 )
 from splitfl.wire.session import ServerSession, choose_version
@@ -118,6 +119,7 @@ class Coordinator:
         self.manifest = self._offer_assets()
         self.incarnation = secrets.token_hex(8)
         self.members: dict[str, Member] = {}  # by token
+        self._shared: dict[Cut, Shapes] = {}
         self.merged: dict[str, Tensor] = {}
         self.weights = ""  # hash of the list of merged tensors
         self.durable = -1
@@ -128,7 +130,6 @@ class Coordinator:
         self._waiting: dict[str, asyncio.Future[Answer]] = {}  # client -> its NextRound
         self._updates: dict[str, ClientUpdate] = {}
         self._updating: dict[str, asyncio.Future[Answer]] = {}  # client -> its Update
-        self._shared: dict[Cut, Shapes] = {}
         if self.machine.phase is Phase.FINISHED:
             self.finished.set()
 
@@ -139,7 +140,7 @@ class Coordinator:
         policy = training_policy(self.settings, self.layers, self.device)
         check_policy(policy, tied=is_tied(self.source.config))
         if stays_tied(self.source.config, policy) and self.settings.merge.share == "top":
-            raise RefusedError(
+            raise ConfigError(
                 'merge.share = "top" on a model whose head is its embedding, and both train',
                 'Set merge.share = "ends", or freeze the embedding with model.freeze_below = 1 or more.',
             )
@@ -171,8 +172,8 @@ class Coordinator:
 
     def _offer_weights(self, round_: int) -> None:
         path = self.store.folder_of(round_) / "merged.safetensors"
-        folder_tensors = {entry.name: entry for entry in read_entries(path)}
-        self.weights = self.blobs.add_bytes(tensor_list(self.blobs.add_tensors(folder_tensors.items())))
+        listed = self.blobs.add_tensors((entry.name, entry) for entry in file_entries(path))
+        self.weights = self.blobs.add_bytes(tensor_list(listed))
 
     # -- sessions ----------------------------------------------------------------------------------------------
 
@@ -180,6 +181,9 @@ class Coordinator:
         """Open or resume a session. Raises ProtocolError or RefusedError; the shell turns them into Refused."""
         version = choose_version(hello)
         known = self.members.get(hello.resume)
+        if known is not None and hello.fresh and known.name == hello.name:
+            self._forget(known)
+            known = None
         resumed = known is not None and known.name == hello.name
         member = known if known is not None and resumed else self._new_member(hello)
         member.connected = True
@@ -230,8 +234,6 @@ class Coordinator:
         return cut
 
     def _shared_of(self, cut: Cut) -> Shapes:
-        if not hasattr(self, "_shared"):
-            self._shared = {}
         if cut not in self._shared:
             self._shared[cut] = shared_shapes(self.source.config, self.settings, cut)
         return self._shared[cut]
@@ -305,7 +307,7 @@ class Coordinator:
         return Chunk(request.seq, request.sha256, request.offset, total, TensorBytes("u8", (len(data),), data))
 
     async def _forward(self, member: Member, request: Forward) -> Answer:
-        hidden = decode_tensor(request.hidden, self.device, what="hidden")
+        hidden = await asyncio.to_thread(decode_tensor, request.hidden, self.device, what="hidden")
         batch, time_, width = checked_shape(hidden, self.source.config.hidden_size)
         if request.lengths and (len(request.lengths) != batch or max(request.lengths) > time_):
             raise ProtocolError("lengths do not fit the batch", field="lengths")
@@ -322,7 +324,7 @@ class Coordinator:
         return Hidden(request.seq, key.round, key.step, key.micro, await self._encode(output))
 
     async def _backward(self, member: Member, request: Backward) -> Answer:
-        gradient = decode_tensor(request.gradient, self.device, what="gradient")
+        gradient = await asyncio.to_thread(decode_tensor, request.gradient, self.device, what="gradient")
         checked_shape(gradient, self.source.config.hidden_size)
         key = StepKey(request.round, request.step, request.micro)
         try:
@@ -330,11 +332,11 @@ class Coordinator:
         except ValueError as error:
             raise ProtocolError(str(error), field="gradient") from error
         owed = bottom_trains(self.settings, member.cut)
-        payload = encode_tensor(below, self.settings.wire.codec) if owed else None
+        payload = await self._encode(below) if owed else None
         return Gradient(request.seq, key.round, key.step, key.micro, payload)
 
     async def _encode(self, output: Tensor) -> TensorBytes:
-        return encode_tensor(output, self.settings.wire.codec)
+        return await asyncio.to_thread(encode_tensor, output, self.settings.wire.codec)
 
     async def _sit_out(self, member: Member, request: SitOut) -> Answer:
         self._say("sat_out", client=member.name, round=request.round, step=request.step)
@@ -429,26 +431,23 @@ class Coordinator:
             for name, tensor in trunk.items()
             if self.trunk.tokens_through(name)
         }
-        merged = dict(self.merged)
-        for name, tensor in merge_updates(updates, strategy, lambda n: self._previous(n, trunk), own):
-            merged[name] = tensor
-        merged |= {name: tensor for name, tensor in trunk.items() if self._clients_may_hold(name) and name in own}
-        merged |= dict(merge_updates(updates, strategy, lambda n: self._previous(n, trunk), own))
+        merged = self.merged | {name: tensor for name, tensor in trunk.items() if name in own and self._held(name)}
+        merged |= merge_updates(updates, strategy, partial(self._previous, trunk), own)
         self.trunk.load_weights(merged)
         self.merged = merged
         facts = {"updates": {update.client: update.tokens for update in updates}, "seed": self.settings.seed}
         weights, moments = self.trunk.weights(), self.trunk.optimizer.state_tensors()
         self.store.save(RoundState(round_, weights, moments, merged, facts))
 
-    def _previous(self, name: str, trunk: dict[str, Tensor]) -> Tensor:
-        """A shared tensor's value before the round."""
+    def _previous(self, trunk: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+        """A shared tensor's value before the round; LoRA's B starts at zero."""
         for tensors in (self.merged, trunk):
             if name in tensors:
                 return tensors[name]
         stored = name.replace(".base_layer.", ".")
-        return self.source.read(stored).float() if self.source.has(stored) else torch.zeros(())
+        return self.source.read(stored).float() if self.source.has(stored) else torch.zeros(shape)
 
-    def _clients_may_hold(self, name: str) -> bool:
+    def _held(self, name: str) -> bool:
         """Whether some allowed cut puts the block of this trunk weight on a client."""
         block = self.trunk.segment.block_of(name)
         assert block is not None
@@ -487,8 +486,6 @@ def numel(shape: tuple[int, ...]) -> int:
 
 def with_seq(answer: Answer, seq: int) -> Answer:
     """The same answer under the number of the request that it belongs to."""
-    from dataclasses import replace
-
     return replace(answer, seq=seq)
 
 

@@ -1,8 +1,8 @@
 """The trunk service's state folder: one folder a durable round, whole or not there; the last three are kept.
 
-    federation.json             settings, model folder
-    rounds/round-000004/        trunk.safetensors  optimizer.safetensors  merged.safetensors  state.json
-    uploads/                    clients' weights on their way in
+federation.json             settings, model folder
+rounds/round-000004/        trunk.safetensors  optimizer.safetensors  merged.safetensors  state.json
+uploads/                    clients' weights on their way in
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ finite. Merging reads one tensor of each client at a time.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -92,7 +91,9 @@ def check_tensors(path: Path, expected: Shapes) -> None:
     try:
         found = {entry.name: (entry.dtype, entry.shape) for entry in file_entries(path)}
     except CheckpointError as error:
-        raise RefusedError("the uploaded weights are not safetensors", "Update the client.", code="bad_tensor") from error
+        raise RefusedError(
+            "the uploaded weights are not safetensors", "Update the client.", code="bad_tensor"
+        ) from error
     wanted = {name: ("F32", shape) for name, shape in expected.items()}
     if found != wanted:
         odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
@@ -105,15 +106,19 @@ def check_tensors(path: Path, expected: Shapes) -> None:
         with safe_open(path, framework="pt") as file:
             bad = next((name for name in expected if not torch.isfinite(file.get_tensor(name)).all()), None)
     except SafetensorError as error:
-        raise RefusedError("the uploaded weights are not safetensors", "Update the client.", code="bad_tensor") from error
+        raise RefusedError(
+            "the uploaded weights are not safetensors", "Update the client.", code="bad_tensor"
+        ) from error
     if bad is not None:
-        raise RefusedError(f"uploaded tensor {bad!r} holds NaN or infinity", "Lower the learning rate.", code="bad_tensor")
+        raise RefusedError(
+            f"uploaded tensor {bad!r} holds NaN or infinity", "Lower the learning rate.", code="bad_tensor"
+        )
 
 
 def merge_updates(
     updates: Sequence[ClientUpdate],
     strategy: Strategy,
-    previous: Callable[[str], Tensor],
+    previous: Callable[[str, torch.Size], Tensor],
     own: Mapping[str, Contribution],
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge tensor by tensor. ``own`` are the server's copies of blocks that clients hold as well.
@@ -131,8 +136,4 @@ def merge_updates(
             parts = [Contribution(f.get_tensor(name), u.tokens) for u, f in files if name in f.keys()]  # noqa: SIM118
             if name in own:
                 parts.append(own[name])
-            yield name, strategy.merge(name, previous(name), parts)
-
-
-def digest_of(names: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+            yield name, strategy.merge(name, previous(name, parts[0].tensor.shape), parts)

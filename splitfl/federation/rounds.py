@@ -1,7 +1,8 @@
 """The rounds of a federation as a pure state machine: events in, actions out, time an input.
 
 A round opens when at least ``min_clients`` wait and nobody who has been there before is still on its way; a
-newcomer that is still fetching its ends holds nobody up. A cohort is drawn from those who wait. It is merged when every member that has not left has sent its update, or at
+newcomer that is still fetching its ends holds nobody up. A cohort is drawn from those who wait. The round is
+merged when every member that has not left has sent its update, or at
 the deadline. It knows names and numbers, no weights and no sockets.
 """
 

@@ -26,6 +26,7 @@ from splitfl.errors import CheckpointError
 from splitfl.split.segment import Anatomy, Piece, Segment, find_anatomy, one_block, without_dropout
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+UNQUANTISED = "Quantised checkpoints cannot be trained; use the one in bf16, fp16 or fp32."
 MAX_HEADER_BYTES = 100 << 20  # of a safetensors file, as in the format's own reference reader
 
 
@@ -48,7 +49,8 @@ class TensorEntry:
 class TensorSource(Protocol):
     """Where weights come from: a checkpoint folder, or blobs fetched from the server."""
 
-    config: PreTrainedConfig
+    @property
+    def config(self) -> PreTrainedConfig: ...
 
     def has(self, name: str) -> bool: ...
 
@@ -121,6 +123,10 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise CheckpointError(
             f"{folder}/config.json cannot be used: {one_line(error)}", "Choose a model that transformers knows."
         ) from error
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else type(quantised).__name__
+        raise CheckpointError(f"{folder} is quantised ({method})", UNQUANTISED)
     return without_dropout(config)
 
 
@@ -132,8 +138,7 @@ def folder_entries(folder: Path) -> list[TensorEntry]:
     """Every tensor of the folder's safetensors files. Raises CheckpointError when there is none."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [folder / Path(name).name for name in names]
+        files = [folder / name for name in indexed_files(index)]
     else:
         files = [folder / "model.safetensors"]
     missing = [file.name for file in files if not file.is_file()]
@@ -143,6 +148,14 @@ def folder_entries(folder: Path) -> list[TensorEntry]:
             "SplitFL reads safetensors only; save the model with save_pretrained(folder) to get them.",
         )
     return [entry for file in files for entry in file_entries(file)]
+
+
+def indexed_files(index: Path) -> list[str]:
+    """Names of the shards that an index lists, without folders. Raises CheckpointError."""
+    try:
+        return sorted({Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read: {one_line(error)}", "Download it again.") from error
 
 
 def file_entries(path: Path) -> list[TensorEntry]:
@@ -179,23 +192,28 @@ def hash_range(path: Path, offset: int, nbytes: int) -> str:
 def load_segment(source: TensorSource, piece: Piece, *, attention: str | None = None) -> Segment:
     """Build a segment and read its tensors, and no others, in the checkpoint's dtype.
 
-    A tied head is read from the embedding's tensor: the two are apart from here on unless ``tie_head`` joins
-    them. Raises CheckpointError for a missing tensor or one whose shape disagrees with the config.
+    A tied head is read from the embedding's tensor; the two are apart from here on unless the caller gives them
+    one parameter. Raises CheckpointError for a missing tensor or one whose shape disagrees with the config.
     """
     segment = Segment(source.config, piece, attention=attention)
     tensors: dict[str, Tensor] = {}
     for name, parameter in segment.model.named_parameters(remove_duplicate=False):
-        tensor = source.read(stored_name(source, segment, segment.global_name(name)))
-        if tensor.shape != parameter.shape:
-            raise CheckpointError(
-                f"tensor {name!r} has shape {tuple(tensor.shape)}, the config says {tuple(parameter.shape)}",
-                "The folder mixes two models; download it again.",
-            )
-        if tensor.dtype not in DTYPES.values():
-            raise CheckpointError(f"tensor {name!r} is {tensor.dtype}", "Quantised checkpoints cannot be trained.")
-        tensors[name] = tensor
+        stored = stored_name(source, segment, segment.global_name(name))
+        tensors[name] = checked(stored, source.read(stored), parameter.shape)
     assign(segment.model, tensors)
     return segment
+
+
+def checked(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    """``tensor`` as it is. Raises CheckpointError for a dtype or shape that the model cannot take."""
+    if tensor.dtype not in DTYPES.values():
+        raise CheckpointError(f"tensor {name!r} is stored as {tensor.dtype}", UNQUANTISED)
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"tensor {name!r} has shape {tuple(tensor.shape)}, the config says {tuple(shape)}",
+            "The folder mixes two models; download it again.",
+        )
+    return tensor
 
 
 def stored_name(source: TensorSource, segment: Segment, name: str) -> str:
@@ -224,4 +242,3 @@ def segment_names(config: PreTrainedConfig, piece: Piece) -> list[str]:
     """Names, in the whole checkpoint, of the tensors that a segment needs; nothing is loaded."""
     segment = Segment(config, piece)
     return [segment.global_name(name) for name, _ in segment.model.named_parameters(remove_duplicate=False)]
-

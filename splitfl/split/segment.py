@@ -89,21 +89,37 @@ def slice_config(config: PreTrainedConfig, start: int, stop: int) -> PreTrainedC
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Copy ``config`` with every dropout at 0: it would run anew in each segment, and GPT-2 ships with 0.1."""
+    """Copy ``config`` with every dropout at 0: it would run anew in each segment, and GPT-2 ships with 0.1.
+
+    The other layers that act at random while training go with it (layer drop, an expert router's jitter).
+    """
     part = copy.deepcopy(config)
     for name, value in vars(config).items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+        if isinstance(value, float) and ("drop" in name or "jitter" in name):
             setattr(part, name, 0.0)
     return part
 
 
 def one_block(config: PreTrainedConfig) -> PreTrainedModel:
-    """The family's model with its first block only, without memory: to look at its structure and names."""
-    with init_empty_weights(include_buffers=True):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            slice_config(config, 0, 1), trust_remote_code=False
-        )
+    """The family's model with its first block only, without memory: to look at its structure and names.
+
+    Raises CheckpointError for a config that is not of a causal language model.
+    """
+    try:
+        with init_empty_weights(include_buffers=True):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                slice_config(config, 0, 1), trust_remote_code=False
+            )
+    except (ValueError, AttributeError) as error:
+        raise not_a_plain_decoder(config) from error
     return model
+
+
+def not_a_plain_decoder(config: PreTrainedConfig) -> CheckpointError:
+    return CheckpointError(
+        f"models of type {config.model_type!r} are not built as embedding, blocks, norm and head",
+        "SplitFL splits decoder-only language models; choose one of those.",
+    )
 
 
 def find_anatomy(model: PreTrainedModel) -> Anatomy:
@@ -116,11 +132,8 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     lists = [name for name, child in named_children(base) if isinstance(child, nn.ModuleList) and len(child) == 1]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if base is None or len(lists) != 1 or embedding is None or head is None:
-        raise CheckpointError(
-            f"models of type {config.model_type!r} are not built as embedding, blocks, norm and head",
-            "SplitFL splits decoder-only language models; choose one of those.",
-        )
-    rest = [(n, c) for n, c in named_children(base) if n != lists[0] and c is not embedding and has_weights(c)]
+        raise not_a_plain_decoder(config)
+    rest = [(n, c) for n, c in named_children(base) if n != lists[0] and c is not embedding and acts(c)]
     return Anatomy(
         prefix=model.base_model_prefix,
         blocks=lists[0],
@@ -135,8 +148,9 @@ def named_children(module: nn.Module | None) -> list[tuple[str, nn.Module]]:
     return list(module.named_children()) if module is not None else []
 
 
-def has_weights(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
+def acts(module: nn.Module) -> bool:
+    """Whether a child of the base model changes hidden states: it has weights, or is a norm without any (OLMo)."""
+    return any(True for _ in module.parameters()) or "norm" in type(module).__name__.lower()
 
 
 def name_of(parent: nn.Module, wanted: nn.Module) -> str:
@@ -233,10 +247,13 @@ class Segment(nn.Module):
         return result
 
     def narrow(self, start: int, stop: int) -> Segment:
-        """A view of blocks ``start..stop-1`` (global numbers) that shares this segment's weights, without ends."""
+        """A view of blocks ``start..stop-1`` (global numbers) that shares this segment's weights, without ends.
+
+        Raises ValueError for blocks that this segment does not hold.
+        """
         if not self.piece.start <= start <= stop <= self.piece.stop:
             raise ValueError(f"blocks {start}..{stop} are not inside {self.piece}")
-        if (start, stop) == (self.piece.start, self.piece.stop):
+        if self.piece == Piece(start, stop):
             return self
         offset = self.piece.start
         view: Segment = shallow(self)
@@ -246,6 +263,7 @@ class Segment(nn.Module):
         base._modules[self.anatomy.blocks] = nn.ModuleList(list(self.blocks)[start - offset : stop - offset])
         base.config = slice_config(self.model.config, start - offset, stop - offset)
         view.model._modules[self.anatomy.prefix] = base
+        view._strip()
         return view
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:

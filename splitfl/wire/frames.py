@@ -24,7 +24,7 @@ from splitfl.wire.messages import ELEMENT_BYTES, MESSAGE_TYPES, TYPE_NAMES, Mess
 ALIGNMENT = 64  # bytes
 MAX_HEADER_BYTES = 256 << 10
 MAX_FRAME_BYTES = 1 << 30
-MAX_ARRAY_ITEMS = 65535
+MAX_ARRAY_ITEMS = 4096  # msgpack allocates what an array claims, and nested ones add up
 MAX_DIMENSIONS = 8
 MAX_TENSORS = 4
 
@@ -47,7 +47,8 @@ def encode(message: Message) -> Parts:
     parts: Parts = [struct.pack("<I", len(header)) + header]
     position = len(parts[0])
     for name, tensor in tensors:
-        view = memoryview(tensor.data).cast("B") if tensor.nbytes else memoryview(b"")
+        view = memoryview(tensor.data)
+        view = view.cast("B") if view.nbytes else memoryview(b"")
         if len(view) != tensor.nbytes:
             raise ProtocolError(f"field {name!r} holds {len(view)} bytes for {tensor.nbytes}", field=name)
         padding = -position % ALIGNMENT
@@ -72,12 +73,15 @@ def decode(data: bytes | memoryview, *, max_bytes: int = MAX_FRAME_BYTES) -> Mes
     if cls is None:
         raise ProtocolError(f"message type {str(name)[:40]!r} is unknown", "Update the older side.", field="t")
     listed = fields.pop("x", ())
-    fields.update(read_tensors(view, position, listed))
+    tensors = read_tensors(view, position, listed)
+    for field in fields.keys() & tensors.keys():
+        raise ProtocolError(f"{name}: field {field!r} comes twice", field=field)
+    fields.update(tensors)
     try:
         return cast(Message, cls(**dict(checker(cls)(**fields))))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        field = str(first["loc"][0]) if first["loc"] else ""
+        field = str(first["loc"][0])[:64] if first["loc"] else ""
         raise ProtocolError(f"{name}: field {field!r} is wrong: {first['msg']}", field=field) from error
 
 
@@ -124,6 +128,8 @@ def read_tensors(view: memoryview, position: int, listed: Any) -> Mapping[str, T
     tensors: dict[str, TensorBytes] = {}
     for item in listed:
         name, dtype, shape = read_tensor_entry(item)
+        if name in tensors:
+            raise ProtocolError(f"field {name!r} comes twice", field=name)
         position += -position % ALIGNMENT
         size = expected_bytes(dtype, shape)
         if size > len(view) - position:

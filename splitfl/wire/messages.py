@@ -70,12 +70,14 @@ Tensor = InstanceOf[TensorBytes]
 class Hello:
     """Client's first word. ``resume`` is the token of an earlier Welcome; ``round`` the last one it holds durably.
 
+    ``fresh`` says that the client lost that session's state (it crashed): the server replaces the session.
     ``n_bottom`` and ``n_top`` of -1 take the federation's own cut.
     """
 
     versions: tuple[Annotated[int, Field(ge=1, le=10_000)], ...]
     name: Name
     resume: Token = ""
+    fresh: bool = False
     round: Index = -1
     n_bottom: Index = -1
     n_top: Index = -1

@@ -53,29 +53,41 @@ ClientEvent = Connected | Rejected | Answered
 class ClientSession:
     """The client's side: feed it what arrives; send what ``hello``, ``request`` and ``unanswered`` give."""
 
-    def __init__(self, hello: Hello, *, max_bytes: int = MAX_FRAME_BYTES) -> None:
+    def __init__(self, hello: Hello, *, next_seq: int = 0, max_bytes: int = MAX_FRAME_BYTES) -> None:
+        """``next_seq`` goes on with a session (``hello.resume``) that was paused with nothing unanswered."""
         self._hello = hello
         self._max_bytes = max_bytes
         self._unanswered: dict[int, Parts] = {}
-        self._next_seq = 0
+        self._next_seq = next_seq
         self._answered: set[int] = set()  # beyond the contiguous ones
-        self._ack = 0  # all requests below this number are answered
+        self._ack = next_seq  # all requests below this number are answered
         self.welcome: Welcome | None = None
 
     def hello(self) -> Parts:
         """The first frame of each connection; it asks to resume once a session is known."""
-        token = self.welcome.session if self.welcome else self._hello.resume
-        return encode(replace(self._hello, resume=token))
+        if self.welcome is None:
+            return encode(self._hello)
+        return encode(replace(self._hello, resume=self.welcome.session, fresh=False))
 
     def request(self, message: Request) -> tuple[int, Parts]:
         """Number ``message`` (its ``seq`` and ``ack`` are filled in here) and remember it until it is answered."""
-        if len(self._unanswered) >= CREDIT_WINDOW:
-            raise ProtocolError(f"more than {CREDIT_WINDOW} requests are unanswered", "Wait for answers first.")
+        if self.credit <= 0:
+            raise ProtocolError(f"{len(self._unanswered)} requests are unanswered", "Wait for answers first.")
         seq = self._next_seq
         self._next_seq += 1
         parts = encode(replace(message, seq=seq, ack=self._ack))
         self._unanswered[seq] = parts
         return seq, parts
+
+    @property
+    def next_seq(self) -> int:
+        """The number of the next request."""
+        return self._next_seq
+
+    @property
+    def credit(self) -> int:
+        """How many more requests may be sent before an answer comes; one left waiting long holds up the rest."""
+        return min(CREDIT_WINDOW - len(self._unanswered), self._ack + 2 * CREDIT_WINDOW - self._next_seq)
 
     def unanswered(self) -> list[Parts]:
         """Frames to send again on a resumed session, in order."""
@@ -142,8 +154,10 @@ class ServerSession:
         if not isinstance(message, REQUESTS):
             raise ProtocolError(f"a client never sends {type(message).__name__} here", field="t")
         request: Request = message  # type: ignore[assignment]
-        self._acknowledge(request.ack)
         seq = request.seq
+        if request.ack > min(self._open | {seq}):
+            raise ProtocolError(f"request {seq} acknowledges {request.ack}, which has no answer yet", field="ack")
+        self._acknowledge(request.ack)
         if seq in self._answers:
             return None, self._answers[seq]
         if seq in self._open or seq < self._ack:
@@ -161,8 +175,8 @@ class ServerSession:
         return parts
 
     def _acknowledge(self, ack: int) -> None:
-        if ack < self._ack:
-            return  # an older frame, sent again
+        if ack <= self._ack:
+            return  # nothing new, or an older frame, sent again
         for seq in [seq for seq in self._answers if seq < ack]:
             del self._answers[seq]
         self._ack = ack

@@ -79,7 +79,9 @@ def split_training_pass(parts: Parts, batch: Batch) -> tuple[float, dict[str, Te
         for name, parameter in part.named_weights():
             if parameter.grad is not None:
                 tied_head = name == head and is_tied(part.model.config)
-                gradients[embedding if tied_head else name] = gradients[embedding if tied_head else name] + parameter.grad
+                gradients[embedding if tied_head else name] = (
+                    gradients[embedding if tied_head else name] + parameter.grad
+                )
     return loss.total, dict(gradients)
 
 

@@ -1,0 +1,230 @@
+"""``splitfl join``: the thin client. Torch is imported inside, so that --help stays quick."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+
+from splitfl.console import command, note, print_json, require_loopback
+from splitfl.errors import ConfigError
+from splitfl.split.cut import Cut
+from splitfl.wire.messages import PROTOCOL_VERSIONS, Bye, Hello
+
+if TYPE_CHECKING:
+    from client_model.link import Link
+    from client_model.participant import Event, Participant
+    from client_model.store import ClientStore
+
+DEFAULT_STATE = Path("~/.local/state/splitfl")
+DEFAULT_CACHE = Path("~/.cache/splitfl/blobs")
+
+
+def join(
+    address: Annotated[str, typer.Argument(metavar="JOIN", help="The server's address, ws://HOST:PORT.")],
+    data: Annotated[Path, typer.Option(help="Your text: .jsonl, .csv, .txt, .parquet, or a folder of them.")],
+    name: Annotated[str, typer.Option(help="This client's name in the federation.")],
+    state: Annotated[
+        Path | None, typer.Option(help="Folder for this client's state; the default is under ~/.local/state.")
+    ] = None,
+    plan: Annotated[
+        str, typer.Option(help="Blocks to keep here, BOTTOM,TOP; auto takes the federation's own cut.")
+    ] = "auto",
+    model: Annotated[
+        Path | None, typer.Option(help="A local copy of the base model, instead of fetching the ends.")
+    ] = None,
+    cache: Annotated[Path, typer.Option(help="Folder for fetched parts of base models.")] = DEFAULT_CACHE,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Threads torch may use; 0 = all cores.")] = 0,
+    patience: Annotated[float, typer.Option(help="Seconds to wait for a server that is away.")] = 600.0,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count rows that cannot be read; go on.")] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Allow an unencrypted link beyond this machine.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line: events, then report.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
+) -> None:
+    """Train with a federation until it ends: your text stays here, activations go to the trunk."""
+    with command(verbose=verbose):
+        url = check_address(address, insecure=insecure)
+        if not data.exists():
+            from splitfl.errors import DataError
+
+            raise DataError(f"there is no {data}", "Name your data file or folder with --data.")
+        participant = prepare(name, data, state, cache, device, threads, url)
+        participant.skip_bad, participant.local_model = skip_bad, model
+        participant.report = EventPrinter(as_json=as_json)
+        run(participant, url, parse_plan(plan), patience, as_json=as_json)
+
+
+def check_address(address: str, *, insecure: bool) -> str:
+    """The websocket address to join. Raises ConfigError."""
+    parts = urlsplit(address)
+    if parts.scheme != "ws" or not parts.hostname:
+        raise ConfigError(f"{address!r} is no address to join", "Write it as ws://HOST:PORT, as `splitfl serve` says.")
+    require_loopback(parts.hostname, insecure=insecure)
+    return address
+
+
+def parse_plan(plan: str) -> Cut | None:
+    return None if plan == "auto" else Cut.parse(plan)
+
+
+def prepare(name: str, data: Path, state: Path | None, cache: Path, device: str, threads: int, url: str) -> Participant:
+    """A participant with its state folder; loads torch."""
+    import torch
+
+    from client_model.participant import Participant
+    from client_model.store import ClientStore
+    from splitfl.split.modes import choose_device
+
+    if threads:
+        torch.set_num_threads(threads)
+    place = urlsplit(url).netloc.replace(":", "-")
+    folder = state if state is not None else DEFAULT_STATE.expanduser() / f"{place}-{name}"
+    return Participant(name, data, ClientStore(folder), cache.expanduser(), choose_device(device))
+
+
+def run(participant: Participant, url: str, cut: Cut | None, patience: float, *, as_json: bool) -> None:
+    """Connect, take part, and end well however it ends."""
+    from client_model.link import Link
+    from client_model.participant import PausedError
+
+    hello, next_seq = first_words(participant.name, participant.store, cut)
+    link = Link(url, hello, next_seq=next_seq, patience_s=patience, say=note)
+    stop = StopSignal(participant)
+    participant.stop = stop.asked
+    try:
+        report = participant.run(link, link.open(), url)
+    except PausedError:
+        note(f"paused; the state is in {participant.store.folder}. Run the same command to go on.")
+        raise KeyboardInterrupt from None
+    except KeyboardInterrupt:
+        say_goodbye(link)
+        note(f"the state is in {participant.store.folder}. Run the same command to go on.")
+        raise
+    finally:
+        link.close()
+    print_json({"report": report}) if as_json else print_report(report)
+
+
+def first_words(name: str, store: ClientStore, cut: Cut | None) -> tuple[Hello, int]:
+    """Hello for a new session, a paused one, or one whose state a crash has lost; and the next request's number."""
+    record = store.session()
+    paused = record is not None and record.next_seq >= 0 and store.pause_folder.exists()
+    hello = Hello(
+        versions=PROTOCOL_VERSIONS,
+        name=name,
+        resume=record.token if record is not None and record.name == name else "",
+        fresh=not paused,
+        round=max(store.rounds(), default=-1),
+        n_bottom=cut.n_bottom if cut else -1,
+        n_top=cut.n_top if cut else -1,
+    )
+    return hello, record.next_seq if paused and record is not None else 0
+
+
+class StopSignal:
+    """Ctrl-C: the first one ends after the step under way, the second one at once."""
+
+    def __init__(self, participant: Participant) -> None:
+        self.participant = participant
+        self.count = 0
+        signal.signal(signal.SIGINT, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, _signal: int, _frame: FrameType | None) -> None:
+        self.count += 1
+        if self.count > 1 or not self.participant.in_step:
+            raise KeyboardInterrupt
+        note("stopping after this step (Ctrl-C again: at once)")
+
+    def asked(self) -> bool:
+        return self.count > 0
+
+
+def say_goodbye(link: Link) -> None:
+    """Tell the server not to wait, if it can be told quickly."""
+    from concurrent.futures import CancelledError, TimeoutError
+
+    from splitfl.errors import SplitFLError
+
+    try:
+        link.request(Bye(0, 0, "interrupted")).result(timeout=2)
+    except (SplitFLError, TimeoutError, CancelledError):
+        return
+
+
+class EventPrinter:
+    """Events as JSON lines on stdout, or as text for a person on stderr."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+    def __call__(self, event: Event) -> None:
+        if self.as_json:
+            print_json({"event": event.event, **event.facts})
+            return
+        text = describe(event.event, event.facts)
+        if event.event == "step" and self.live:
+            sys.stderr.write(f"\r\x1b[K{text}")
+            sys.stderr.flush()
+        elif text:
+            note(("\r\x1b[K" if self.live else "") + text)
+
+
+def describe(event: str, facts: dict[str, Any]) -> str:
+    """One line for a person."""
+    match event:
+        case "fetching":
+            return str(facts["text"])
+        case "data":
+            skipped = f", {facts['skipped_rows']} rows skipped" if facts["skipped_rows"] else ""
+            return f"data: {facts['train_records']} records to train on, {facts['held_out_records']} held out{skipped}"
+        case "waiting":
+            return "waiting for the next round"
+        case "step":
+            sent, received = facts["bytes_sent"] / 1e6, facts["bytes_received"] / 1e6
+            return (
+                f"round {facts['round'] + 1} step {facts['step'] + 1}: loss {facts['loss']:.3f}, "
+                f"{facts['tokens_per_s']:.0f} tokens/s, {sent:.1f} MB sent, {received:.1f} MB received"
+            )
+        case "evaluation":
+            return f"held-out loss {facts['loss']:.3f} (perplexity {facts['perplexity']:.1f}) before round {facts['round'] + 1}"
+        case "step_missed":
+            return f"round {facts['round'] + 1} step {facts['step'] + 1} left out: {facts['reason']}"
+        case "round_durable":
+            late = "" if facts["merged"] else " (too late for this client's part)"
+            return f"round {facts['round'] + 1} merged{late}"
+        case "server_restarted":
+            return f"the server restarted; going on after round {facts['durable_round'] + 1}"
+        case "resumed":
+            return f"going on with round {facts['round'] + 1} at step {facts['step'] + 1}"
+    return ""
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The closing report for a person, on stdout."""
+    losses = report["held_out_losses"]
+    lines = [f"{report['client']} in {report['federation']}: {report['rounds']} rounds, {report['seconds']:.0f} s"]
+    if losses:
+        first, last = losses[0]["loss"], losses[-1]["loss"]
+        lines.append(f"  held-out loss: {first:.3f} before, {last:.3f} after (nats per token)")
+    traffic = report["bytes"]
+    lines.append(
+        f"  link: {traffic['bytes_sent'] / 1e6:.1f} MB sent, {traffic['bytes_received'] / 1e6:.1f} MB received"
+    )
+    privacy = report["privacy"]
+    lines.append(f"  privacy: {privacy['mode']}. {privacy['statement']}")
+    lines.append(f"  stayed here: {', '.join(privacy['stayed'])}")
+    for kind, count in privacy["left"].items():
+        lines.append(f"  left: {count['releases']} x {kind}, {count['bytes'] / 1e6:.2f} MB")
+    lines.append(f"  trained ends: {report['weights']}")
+    sys.stdout.write("\n".join(lines) + "\n")

@@ -1,0 +1,110 @@
+"""The ends of the model on the client: bottom and top as segments, each with its own optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from splitfl.config import Federation
+from splitfl.split.checkpoint import TensorSource, load_segment
+from splitfl.split.cut import Cut
+from splitfl.split.loss import HeadLoss, head_loss
+from splitfl.split.modes import arithmetic, bottom_trains, optimizer_spec, training_policy, trunk_needs_backward
+from splitfl.split.optimizer import PartOptimizer
+from splitfl.split.segment import Segment
+from splitfl.split.shares import choose_shared, ends_pieces
+from splitfl.split.training import set_up_training, stays_tied
+
+
+class Ends:
+    """Bottom and top of ``cut``, read slice-wise from ``source`` onto ``device``."""
+
+    def __init__(self, source: TensorSource, settings: Federation, cut: Cut, device: torch.device) -> None:
+        self.settings = settings
+        self.cut = cut
+        self.device = device
+        self.layers: int = source.config.num_hidden_layers
+        policy = training_policy(settings, self.layers, device)
+        self.bottom, self.top = (load_segment(source, piece) for piece in ends_pieces(cut, self.layers))
+        for segment in (self.bottom, self.top):
+            set_up_training(segment, policy)
+            segment.to(device)
+        if stays_tied(source.config, policy):
+            setattr(self.top.model, self.top.anatomy.head, tied_head(self.top, self.bottom))
+        bottom, top = trainable(self.bottom), trainable(self.top)
+        own = {id(weight) for weight in bottom.values()}
+        top = {name: weight for name, weight in top.items() if id(weight) not in own}
+        self.bottom_optimizer = PartOptimizer(bottom, optimizer_spec(settings))
+        self.top_optimizer = PartOptimizer(top, optimizer_spec(settings))
+        self.shared = list(choose_shared(settings, shapes(bottom), shapes(top)))
+        self.bottom_trains = bottom_trains(settings, cut)
+        self.trunk_is_empty = len(cut.trunk(self.layers)) == 0
+        self.needs_backward = trunk_needs_backward(settings, cut, self.layers)
+
+    def run_bottom(self, input_ids: Tensor, lengths: Tensor | None, *, train: bool) -> Tensor:
+        """Token ids (B, T) -> hidden states (B, T, D) at the trunk's input."""
+        with torch.set_grad_enabled(train and self.bottom_trains), arithmetic(self.settings, self.device):
+            hidden: Tensor = self.bottom(self.bottom.embed(input_ids), lengths)
+        return hidden.float()
+
+    def run_top(self, hidden: Tensor, lengths: Tensor | None, labels: Tensor, *, train: bool) -> HeadLoss:
+        """Hidden states (B, T, D) at the trunk's output -> summed loss; with ``train`` also runs backward.
+
+        Gradients accumulate in the top's weights, and in ``hidden`` where it asks for one.
+        """
+        with torch.set_grad_enabled(train), arithmetic(self.settings, self.device):
+            final = self.top(hidden, lengths)
+            return head_loss(self.top, final, labels, train=train)
+
+    def step_top(self, learning_rate: float, tokens: int) -> float:
+        """Apply the top's gradients; returns their norm."""
+        return self.top_optimizer.step(learning_rate, lambda _: tokens)
+
+    def step_bottom(self, learning_rate: float, tokens: int) -> float:
+        """Apply the bottom's gradients; returns their norm."""
+        return self.bottom_optimizer.step(learning_rate, lambda _: tokens)
+
+    def clear_gradients(self) -> None:
+        """Discard what a missed step left."""
+        self.bottom_optimizer.clear()
+        self.top_optimizer.clear()
+
+    def weights(self) -> dict[str, Tensor]:
+        """All trained weights by global name, on the CPU."""
+        named = self.bottom_optimizer.named | self.top_optimizer.named
+        return {name: weight.detach().cpu() for name, weight in named.items()}
+
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite those trained weights that ``tensors`` names."""
+        named = self.bottom_optimizer.named | self.top_optimizer.named
+        with torch.no_grad():
+            for name, weight in named.items():
+                if name in tensors:
+                    weight.copy_(tensors[name])
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Moments of both optimizers."""
+        return self.bottom_optimizer.state_tensors() | self.top_optimizer.state_tensors()
+
+    def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put moments back."""
+        self.bottom_optimizer.load_state_tensors(tensors)
+        self.top_optimizer.load_state_tensors(tensors)
+
+
+def trainable(segment: Segment) -> dict[str, nn.Parameter]:
+    """Global name -> trainable weight."""
+    return {name: weight for name, weight in segment.named_weights() if weight.requires_grad}
+
+
+def shapes(named: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in named.items()}
+
+
+def tied_head(top: Segment, bottom: Segment) -> nn.Module:
+    """The top's head with the bottom's embedding as its weight: one parameter for both."""
+    head: nn.Module = top.model.get_submodule(top.anatomy.head)
+    head.weight = bottom.embedding.weight
+    return head

@@ -1,0 +1,261 @@
+"""The websocket shell of a client: keeps one connection up, feeds frames in and out, decides nothing.
+
+The trainer is ordinary blocking code; the link runs an event loop in a thread of its own, so bytes go on moving
+while torch computes. Requests return futures. When the connection breaks, the link reconnects with backoff and
+repeats what is unanswered; when the server comes back without the session, the futures raise SessionLostError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+
+from splitfl.errors import ConfigError, LinkError, ProtocolError, RefusedError, SplitFLError
+from splitfl.pipe import send_frame, watch
+from splitfl.wire.frames import MAX_FRAME_BYTES, Parts, frame_bytes
+from splitfl.wire.messages import Answer, Failed, Hello, Refused, Request, Welcome
+from splitfl.wire.session import Answered, ClientSession, Connected, Rejected
+
+log = logging.getLogger("splitfl.client.link")
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+TOO_BIG = 1009  # websocket close code: a message over the receiver's limit
+
+
+class SessionLostError(LinkError):
+    """The server is back without this session: go back to the last durable round that ``welcome`` names."""
+
+    def __init__(self, welcome: Welcome) -> None:
+        super().__init__("the server restarted", "Going back to its last durable round.")
+        self.welcome = welcome
+
+
+class CountingConnection(ClientConnection):
+    """A connection that counts what comes off its socket: bytes that move are a sign of life."""
+
+    bytes_received = 0
+
+    def data_received(self, data: bytes) -> None:
+        self.bytes_received += len(data)
+        super().data_received(data)
+
+
+class Link:
+    """One client's link to ``url``. ``say`` receives one line whenever the link waits for something.
+
+    ``patience_s`` is how long the server may be away before the link gives up.
+    """
+
+    def __init__(
+        self, url: str, hello: Hello, *, next_seq: int = 0, patience_s: float = 600.0, say: Callable[[str], None]
+    ) -> None:
+        self.url = url
+        self.patience_s = patience_s
+        self.say = say
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._session = ClientSession(hello, next_seq=next_seq)
+        self._futures: dict[int, Future[Answer]] = {}
+        self._welcome: Future[Welcome] = Future()
+        self._loop = asyncio.new_event_loop()
+        self._outgoing: asyncio.Queue[Parts] | None = None
+        self._fatal: SplitFLError | None = None
+        self._lost: SessionLostError | None = None
+        self._thread = threading.Thread(target=self._run_thread, name="link", daemon=True)
+
+    # -- called from the trainer's thread ----------------------------------------------------------------------
+
+    def open(self) -> Welcome:
+        """Connect and say Hello; returns the server's Welcome. Raises LinkError, RefusedError, ProtocolError."""
+        self._thread.start()
+        return self._welcome.result()
+
+    def request(self, message: Request) -> Future[Answer]:
+        """Send a request; its future gives the answer.
+
+        The future raises RefusedError when the server refuses, SessionLostError after a server's restart, and
+        LinkError when the server stays away.
+        """
+        future: Future[Answer] = Future()
+        self._loop.call_soon_threadsafe(self._send_request, message, future)
+        return future
+
+    def ask(self, message: Request) -> Answer:
+        """Send a request and wait for its answer, as long as the link lives."""
+        return self.request(message).result()
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._cancel_all)
+            self._thread.join(timeout=5)
+
+    @property
+    def next_seq(self) -> int:
+        """The number of the next request, to go on with a paused session."""
+        return self._session.next_seq
+
+    # -- on the link's thread ----------------------------------------------------------------------------------
+
+    def _run_thread(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        with contextlib.suppress(asyncio.CancelledError):
+            self._main = self._loop.create_task(self._stay_connected())
+            self._loop.run_until_complete(self._main)
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+
+    def _cancel_all(self) -> None:
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+
+    async def _stay_connected(self) -> None:
+        try:
+            await self._connect_forever()
+        except SplitFLError as error:
+            self._give_up(error)
+        except Exception as error:  # noqa: BLE001 - whatever it was, nobody must wait for ever
+            self._give_up(LinkError(f"the link failed: {error!r}", "Start the client again; it goes on."))
+
+    async def _connect_forever(self) -> None:
+        pause, away_since = FIRST_PAUSE_S, time.monotonic()
+        while True:
+            try:
+                async with connect(
+                    self.url,
+                    compression=None,
+                    ping_interval=None,
+                    max_size=MAX_FRAME_BYTES,
+                    proxy=None,
+                    create_connection=CountingConnection,
+                    user_agent_header=None,
+                ) as connection:
+                    if await self._converse(as_any(connection)):
+                        pause, away_since = FIRST_PAUSE_S, time.monotonic()
+                    reason = "the connection ended"
+            except InvalidURI as error:
+                raise ConfigError(f"{self.url!r} is no websocket address", "Write it as ws://HOST:PORT.") from error
+            except ConnectionClosed as closed:
+                reason = str(closed)
+                if closed.rcvd is not None and closed.rcvd.code == TOO_BIG:
+                    raise ProtocolError(
+                        "a frame was over the server's limit", "Lower batch.records or batch.max_length."
+                    ) from closed
+            except (OSError, InvalidHandshake, TimeoutError) as error:
+                reason = one_line(error)
+            away = time.monotonic() - away_since
+            if away > self.patience_s:
+                raise LinkError(
+                    f"the server at {self.url} has been away for {away:.0f} s ({reason})",
+                    "Check the address and that `splitfl serve` runs, then join again: the client goes on.",
+                )
+            self.say(f"waiting for the server at {self.url} ({reason}); next try in {pause:.0f} s")
+            await asyncio.sleep(pause * random.uniform(0.8, 1.2))
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    async def _converse(self, connection: CountingConnection) -> bool:
+        """Hello, then frames until the connection ends; whether the server welcomed us."""
+        outgoing: asyncio.Queue[Parts] = asyncio.Queue()
+        helpers = [asyncio.create_task(watch(as_any(connection)))]
+        welcomed = False
+        try:
+            await send_frame(as_any(connection), self._session.hello())
+            async for data in connection:
+                self.bytes_received += len(data)
+                for event in self._session.receive(data if isinstance(data, bytes) else data.encode()):
+                    if isinstance(event, Connected):
+                        self._connected(event.welcome, outgoing)
+                        helpers.append(asyncio.create_task(self._write(connection, outgoing)))
+                        welcomed = True
+                    elif isinstance(event, Rejected):
+                        raise refusal_error(event.refusal)
+                    else:
+                        self._answered(event)
+        except ConnectionClosed:
+            if not welcomed:
+                raise
+            self._raise_if_too_big(connection)
+        finally:
+            self._outgoing = None
+            for helper in helpers:
+                helper.cancel()
+        return welcomed
+
+    def _raise_if_too_big(self, connection: CountingConnection) -> None:
+        if connection.close_code == TOO_BIG:
+            raise ProtocolError("a frame was over the server's limit", "Lower batch.records or batch.max_length.")
+
+    def _connected(self, welcome: Welcome, outgoing: asyncio.Queue[Parts]) -> None:
+        if not self._welcome.done():
+            self._welcome.set_result(welcome)
+        elif not welcome.resumed:
+            futures, self._futures = self._futures, {}
+            self._lost = None if futures else SessionLostError(welcome)  # nobody asks now: tell the next who does
+            for future in futures.values():
+                future.set_exception(SessionLostError(welcome))
+        for parts in self._session.unanswered():
+            outgoing.put_nowait(parts)
+        self._outgoing = outgoing
+
+    def _answered(self, event: Answered) -> None:
+        future = self._futures.pop(event.answer.seq, None)
+        if future is None:
+            return
+        if isinstance(event.answer, Failed):
+            failed = event.answer
+            future.set_exception(RefusedError(failed.reason, failed.remedy, code=failed.code))
+        else:
+            future.set_result(event.answer)
+
+    async def _write(self, connection: CountingConnection, outgoing: asyncio.Queue[Parts]) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                parts = await outgoing.get()
+                await send_frame(as_any(connection), parts)
+                self.bytes_sent += frame_bytes(parts)
+
+    def _send_request(self, message: Request, future: Future[Answer]) -> None:
+        if self._fatal is not None:
+            future.set_exception(self._fatal)
+            return
+        if self._lost is not None:
+            lost, self._lost = self._lost, None
+            future.set_exception(lost)
+            return
+        seq, parts = self._session.request(message)
+        self._futures[seq] = future
+        if self._outgoing is not None:
+            self._outgoing.put_nowait(parts)
+
+    def _give_up(self, error: SplitFLError) -> None:
+        self._fatal = error
+        if not self._welcome.done():
+            self._welcome.set_exception(error)
+        futures, self._futures = self._futures, {}
+        for future in futures.values():
+            future.set_exception(error)
+
+
+def refusal_error(refusal: Refused) -> SplitFLError:
+    """The error that a Refused means for the person at the client."""
+    if refusal.code in ("version", "bad_message"):
+        return ProtocolError(f"the server refuses: {refusal.reason}", refusal.remedy)
+    return RefusedError(f"the server refuses: {refusal.reason}", refusal.remedy, code=refusal.code)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def as_any(connection: ClientConnection) -> Any:
+    return connection

@@ -1,0 +1,299 @@
+"""A client from Hello to the end of the federation: rounds, snapshots, evaluations, faults.
+
+The loop is: ask for a round, take the newest merge, train the local steps, make a snapshot, send the update, and
+go on once the merge is durable. After a server's restart it goes back to the snapshot of the last durable round.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save as to_safetensors
+
+from client_model.assets import PIECE_BYTES, Assets, RemoteSource
+from client_model.ends import Ends
+from client_model.link import SessionLostError
+from client_model.records import ClientData, open_tokenizer
+from client_model.store import ClientStore, SessionRecord, Snapshot
+from client_model.trainer import MissedStepError, Trainer
+from splitfl.config import Federation, parse_federation
+from splitfl.data.packing import Batch, DataOrder
+from splitfl.errors import ProtocolError
+from splitfl.files import sha256_of
+from splitfl.privacy.gate import Gate, ReleaseKind
+from splitfl.split.checkpoint import CheckpointFolder, TensorSource
+from splitfl.split.cut import Cut
+from splitfl.split.loss import HeadLoss
+from splitfl.split.segment import Segment
+from splitfl.split.shares import ends_pieces, weight_names
+from splitfl.wire.messages import (
+    Answer,
+    Bye,
+    Finished,
+    NextRound,
+    Request,
+    RoundDurable,
+    RoundOpen,
+    TensorBytes,
+    Update,
+    Upload,
+    Uploaded,
+    Welcome,
+)
+
+
+class Connection(Protocol):
+    """What a participant needs of a link; the websocket link and the lab's in-process one both have it."""
+
+    bytes_sent: int
+    bytes_received: int
+
+    def request(self, message: Request) -> Future[Answer]: ...
+
+    def ask(self, message: Request) -> Answer: ...
+
+    @property
+    def next_seq(self) -> int: ...
+
+
+class PausedError(Exception):
+    """Ctrl-C: the state is saved."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a person or a program wants to see while it happens."""
+
+    event: str
+    facts: dict[str, Any]
+
+
+@dataclass
+class Participant:
+    """One client in one federation. ``stop`` is asked between steps; True pauses."""
+
+    name: str
+    data_path: Path
+    store: ClientStore
+    cache: Path
+    device: torch.device
+    report: Callable[[Event], None] = lambda _: None
+    stop: Callable[[], bool] = lambda: False
+    skip_bad: bool = False
+    local_model: Path | None = None
+    losses: list[dict[str, Any]] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+    in_step: bool = False  # a step is under way: Ctrl-C waits for its end
+
+    def run(self, link: Connection, welcome: Welcome, url: str) -> dict[str, Any]:
+        """Take part until the federation ends; returns the closing report.
+
+        Raises PausedError after Ctrl-C, and SplitFLError with its remedy for anything that cannot go on.
+        """
+        self.link, self.url = link, url
+        self._prepare(welcome)
+        while True:
+            try:
+                self._go_on_from(welcome)
+                return self._rounds()
+            except SessionLostError as lost:
+                welcome = lost.welcome
+                self._say("server_restarted", durable_round=welcome.round)
+
+    # -- start -------------------------------------------------------------------------------------------------
+
+    def _prepare(self, welcome: Welcome) -> None:
+        """Fetch config, tokenizer and ends; read the data."""
+        self.settings: Federation = parse_federation_json(welcome.settings)
+        self.cut = Cut(welcome.n_bottom, welcome.n_top)
+        self._remember(welcome)
+        self.assets = Assets(self.link, self.cache, self.store.model, lambda text: self._say("fetching", text=text))
+        self.assets.open(welcome.manifest)
+        tokenizer = open_tokenizer(self.store.model)
+        self.data = ClientData.open(self.data_path, self.settings, tokenizer, skip_bad=self.skip_bad)
+        self.evaluation: list[Batch] = self.data.evaluation()
+        self._say("data", **self._data_facts())
+        self.source: TensorSource = self._open_source()
+        self.gate = Gate(self.settings.wire.codec)
+
+    def _open_source(self) -> TensorSource:
+        if self.local_model is not None:
+            return CheckpointFolder(self.local_model)
+        source = RemoteSource(self.assets)
+        tied = bool(getattr(source.config, "tie_word_embeddings", False))
+        names: dict[str, None] = {}
+        for piece in ends_pieces(self.cut, source.config.num_hidden_layers):
+            names |= dict.fromkeys(weight_names(Segment(source.config, piece), tied=tied))
+        self.assets.fetch_tensors(names)
+        return source
+
+    def _data_facts(self) -> dict[str, Any]:
+        return {
+            "train_records": len(self.data.train),
+            "held_out_records": len(self.data.held_out) if self.data.held_out is not None else 0,
+            "skipped_rows": self.data.skipped,
+            "truncated_records": self.data.train.truncated,
+        }
+
+    def _remember(self, welcome: Welcome, next_seq: int = -1) -> None:
+        record = SessionRecord(self.name, self.url, welcome.session, next_seq, welcome.incarnation)
+        self.store.save_session(record)
+        self.welcome = welcome
+
+    def _go_on_from(self, welcome: Welcome) -> None:
+        """Set up the ends as they were after the last durable round, or in the middle of one after a pause."""
+        self._remember(welcome)
+        paused = self.store.take_pause()
+        resumed = paused is not None and welcome.resumed
+        snapshot = paused if resumed else self.store.newest(welcome.round)
+        if snapshot is not None and Cut(*snapshot.cut) != self.cut:
+            snapshot = None
+        self.ends = Ends(self.source, self.settings, self.cut, self.device)
+        self.trainer = Trainer(self.ends, self.link, self.gate)
+        self.held_weights = ""
+        self.round = snapshot.round if snapshot else -1
+        self.order: DataOrder = self.data.order(self.name, snapshot.cursor if snapshot else (0, 0))
+        if snapshot is not None:
+            self.ends.load_weights(snapshot.weights)
+            self.ends.load_optimizer_tensors(snapshot.optimizer)
+        self.unfinished = paused if resumed else None
+
+    # -- rounds ------------------------------------------------------------------------------------------------
+
+    def _rounds(self) -> dict[str, Any]:
+        if self.unfinished is not None:
+            self._say("resumed", round=self.round, step=self.unfinished.step)
+            self._train_round(self.round, self.unfinished.step, self.unfinished.tokens)
+        while True:
+            self._stop_if_asked(None, 0)
+            self._say("waiting", for_="the next round")
+            answer = self.link.ask(NextRound(0, 0, self.round))
+            if isinstance(answer, Finished):
+                return self._finish(answer)
+            if not isinstance(answer, RoundOpen):
+                raise ProtocolError(f"{type(answer).__name__} instead of a round")
+            self._take_merge(answer.weights)
+            self._evaluate(answer.round)
+            self._train_round(answer.round, 0, 0)
+
+    def _take_merge(self, weights: str) -> None:
+        """Load the newest merge, unless it is what we hold. Personal weights stay."""
+        if weights and weights != self.held_weights:
+            names = self.ends.shared if self.settings.merge.share != "none" else []
+            self.ends.load_weights(self.assets.weights(weights, names))
+        self.held_weights = weights
+
+    def _train_round(self, round_: int, first_step: int, tokens: int) -> None:
+        """The local steps of a round, a snapshot, the update, and the wait until the merge is durable."""
+        self.round = round_
+        seen, began = 0, time.monotonic()
+        for step in range(first_step, self.settings.rounds.local_steps):
+            self._stop_if_asked(step, tokens)
+            batches = self.data.step(self.order)
+            try:
+                self.in_step = True
+                loss = self.trainer.step(round_, step, batches)
+            except MissedStepError as missed:
+                self._say("step_missed", round=round_, step=step, reason=missed.reason)
+                continue
+            finally:
+                self.in_step = False
+            tokens, seen = tokens + loss.tokens, seen + loss.tokens
+            rate = seen / max(1e-9, time.monotonic() - began)
+            self._say("step", round=round_, step=step, loss=mean(loss), tokens_per_s=rate, **self._traffic())
+        self._send_update(round_, tokens)
+
+    def _send_update(self, round_: int, tokens: int) -> None:
+        self.store.save(self._snapshot(round_, self.settings.rounds.local_steps, tokens))
+        weights = self.ends.weights()
+        shared = {name: weights[name].contiguous() for name in self.ends.shared}
+        digest = self._upload(to_safetensors(shared)) if shared else ""
+        answer = self.link.ask(Update(0, 0, round_, tokens, digest))
+        if not isinstance(answer, RoundDurable):
+            raise ProtocolError(f"{type(answer).__name__} instead of a merged round")
+        self._take_merge(answer.weights)
+        self._say("round_durable", round=round_, merged=answer.merged)
+
+    def _upload(self, data: bytes) -> str:
+        """Send a blob in pieces; returns its hash."""
+        digest, view = sha256_of(data), memoryview(data)
+        for offset in range(0, len(data), PIECE_BYTES):
+            piece = view[offset : offset + PIECE_BYTES]
+            tensor = TensorBytes("u8", (len(piece),), piece)
+            answer = self.link.ask(Upload(0, 0, digest, offset, len(data), tensor))
+            if not isinstance(answer, Uploaded):
+                raise ProtocolError(f"{type(answer).__name__} instead of a receipt")
+        self.gate.count(ReleaseKind.WEIGHTS, len(data))
+        return digest
+
+    def _snapshot(self, round_: int, step: int, tokens: int) -> Snapshot:
+        cut = (self.cut.n_bottom, self.cut.n_top)
+        return Snapshot(
+            round_, step, tokens, self.order.cursor, cut, self.ends.weights(), self.ends.optimizer_tensors()
+        )
+
+    def _stop_if_asked(self, step: int | None, tokens: int) -> None:
+        """On Ctrl-C: save where we are, so that the next start goes on here. Raises PausedError."""
+        if not self.stop():
+            return
+        if step is not None:
+            self.store.save_pause(self._snapshot(self.round, step, tokens))
+            self._remember(self.welcome, self.link.next_seq)
+        raise PausedError
+
+    # -- measuring and the end ---------------------------------------------------------------------------------
+
+    def _evaluate(self, round_: int) -> None:
+        """Loss on the held-out rows with the weights that ``round_`` starts from."""
+        every = self.settings.evaluation.every_rounds
+        last = round_ == self.settings.rounds.count
+        if not self.evaluation or not (round_ == 0 or last or (every and round_ % every == 0)):
+            return
+        loss = self.trainer.evaluate(round_, self.evaluation)
+        self.losses.append({"round": round_, "loss": mean(loss), "tokens": loss.tokens})
+        self._say("evaluation", round=round_, loss=mean(loss), perplexity=math.exp(min(50.0, mean(loss))))
+
+    def _finish(self, finished: Finished) -> dict[str, Any]:
+        self._take_merge(finished.weights)
+        self._evaluate(finished.round + 1)
+        path = self.store.save_merged({name: tensor.contiguous() for name, tensor in self.ends.weights().items()})
+        self.link.ask(Bye(0, 0, "finished"))
+        return {
+            "client": self.name,
+            "federation": self.settings.name,
+            "rounds": finished.round + 1,
+            "cut": str(self.cut),
+            "held_out_losses": self.losses,
+            "data": self._data_facts(),
+            "bytes": self._traffic(),
+            "privacy": self.gate.report(),
+            "weights": str(path),
+            "seconds": time.monotonic() - self.started,
+        }
+
+    def _traffic(self) -> dict[str, int]:
+        return {"bytes_sent": self.link.bytes_sent, "bytes_received": self.link.bytes_received}
+
+    def _say(self, event: str, **facts: Any) -> None:
+        self.report(Event(event, facts))
+
+
+def mean(loss: HeadLoss) -> float:
+    """Nats a token."""
+    return loss.total / max(1, loss.tokens)
+
+
+def parse_federation_json(text: str) -> Federation:
+    """The settings out of Welcome. Raises ProtocolError when they are none."""
+    try:
+        return parse_federation(json.loads(text), "the server's settings")
+    except ValueError as error:
+        raise ProtocolError("the server's settings are not JSON", "Install the same release on both sides.") from error

@@ -1,0 +1,146 @@
+"""A client's own state folder: what it needs to go on after any fault.
+
+    client.json                 name, federation, session token (to resume)
+    model/                      config and tokenizer as the server handed them out
+    snapshots/round-000003/     weights.safetensors  optimizer.safetensors  state.json
+    pause/                      the same in the middle of a round, after Ctrl-C
+    merged.safetensors          the trained weights at the end
+
+A snapshot is the state after a round's local steps, before the merge; the last two are kept, for the server may
+restart and go back by one. It holds no text.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from splitfl.errors import StorageError
+from splitfl.files import new_folder, storage_errors, write_file
+
+KEPT_SNAPSHOTS = 2
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a client stood: ``round``, the next ``step`` in it and the label ``tokens`` so far, weights, moments."""
+
+    round: int
+    step: int
+    tokens: int
+    cursor: tuple[int, int]  # epoch, position
+    cut: tuple[int, int]
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SessionRecord:
+    """How to find back to the server's session; ``next_seq`` is -1 unless it was paused cleanly."""
+
+    name: str
+    url: str
+    token: str = ""
+    next_seq: int = -1
+    incarnation: str = ""
+
+
+class ClientStore:
+    """The state folder of one client."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o700)
+        self.model = folder / "model"
+        self.snapshots = folder / "snapshots"
+        self.pause_folder = folder / "pause"
+
+    def session(self) -> SessionRecord | None:
+        """The last session, or None on a fresh folder. Raises StorageError when the record is damaged."""
+        path = self.folder / "client.json"
+        if not path.exists():
+            return None
+        try:
+            return SessionRecord(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise StorageError(f"{path} cannot be read", "Delete the folder to start this client anew.") from error
+
+    def save_session(self, record: SessionRecord) -> None:
+        """Remember a session."""
+        write_file(self.folder / "client.json", json.dumps(asdict(record)).encode())
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Make a snapshot durable and forget all but the last two. Raises StorageError."""
+        self._write(self.snapshots / f"round-{snapshot.round:06d}", snapshot)
+        for number in self.rounds()[:-KEPT_SNAPSHOTS]:
+            shutil.rmtree(self.snapshots / f"round-{number:06d}", ignore_errors=True)
+
+    def rounds(self) -> list[int]:
+        """Rounds that have a snapshot, oldest first."""
+        if not self.snapshots.is_dir():
+            return []
+        return sorted(int(path.name.removeprefix("round-")) for path in self.snapshots.glob("round-[0-9]*"))
+
+    def newest(self, upto: int) -> Snapshot | None:
+        """The newest snapshot of a round up to ``upto``; later ones, which the server has lost, are deleted."""
+        chosen: Snapshot | None = None
+        for number in self.rounds():
+            folder = self.snapshots / f"round-{number:06d}"
+            if number > upto:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                chosen = self._read(folder)
+        return chosen
+
+    def save_pause(self, snapshot: Snapshot) -> None:
+        """Remember the middle of a round."""
+        self._write(self.pause_folder, snapshot)
+
+    def take_pause(self) -> Snapshot | None:
+        """The paused state, once."""
+        if not self.pause_folder.exists():
+            return None
+        snapshot = self._read(self.pause_folder)
+        shutil.rmtree(self.pause_folder, ignore_errors=True)
+        return snapshot
+
+    def save_merged(self, weights: Mapping[str, Tensor]) -> Path:
+        """Leave the trained ends on disk."""
+        path = self.folder / "merged.safetensors"
+        with storage_errors(path):
+            save_file(dict(weights), path.with_suffix(".new"))
+            path.with_suffix(".new").replace(path)
+        return path
+
+    def _write(self, folder: Path, snapshot: Snapshot) -> None:
+        facts: dict[str, object] = {"round": snapshot.round, "step": snapshot.step, "tokens": snapshot.tokens}
+        facts |= {"cursor": snapshot.cursor, "cut": snapshot.cut}
+        with new_folder(folder) as work:
+            try:
+                save_file(dict(snapshot.weights), work / "weights.safetensors")
+                save_file(dict(snapshot.optimizer), work / "optimizer.safetensors")
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+            (work / "state.json").write_text(json.dumps(facts))
+
+    def _read(self, folder: Path) -> Snapshot:
+        try:
+            facts = json.loads((folder / "state.json").read_text())
+            weights, optimizer = (load_file(folder / f"{name}.safetensors") for name in ("weights", "optimizer"))
+            epoch, position = facts["cursor"]
+            cut = (int(facts["cut"][0]), int(facts["cut"][1]))
+            place = (int(facts["round"]), int(facts["step"]), int(facts["tokens"]))
+            return Snapshot(*place, (epoch, position), cut, weights, optimizer)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise StorageError(
+                f"{folder} cannot be read", f"Delete {folder}: the client then goes on from the newest merge."
+            ) from error

@@ -1,0 +1,158 @@
+"""``splitfl serve`` and ``splitfl export``. Torch is imported inside, so that --help stays quick."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from splitfl.console import command, note, parse_address, print_json, require_loopback
+
+if TYPE_CHECKING:
+    from server_model.coordinator import Coordinator, Progress
+
+LEAVING_S = 60.0  # how long a finished service waits for clients that are still there
+
+
+def serve(
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Folder of a Hugging Face checkpoint.")],
+    state: Annotated[Path, typer.Option(help="Folder for checkpoints of the trunk and the merges.")],
+    listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes any free one.")] = "127.0.0.1:7000",
+    federation: Annotated[Path | None, typer.Option(help="federation.toml; the defaults without it.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the federation in --state.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Threads torch may use; 0 = all cores.")] = 0,
+    skip_check: Annotated[
+        bool, typer.Option("--skip-check", help="Do not check that an unlisted model family splits exactly.")
+    ] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Allow an unencrypted link beyond this machine.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line for each event.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
+) -> None:
+    """Host the trunk of MODEL_DIR: batch the clients' steps, merge their heads, keep it all durable."""
+    with command(verbose=verbose):
+        host, port = parse_address(listen)
+        require_loopback(host, insecure=insecure)
+        report = report_json if as_json else report_text
+        coordinator = prepare(model, federation, state, device, threads, report, resume=resume, check=not skip_check)
+        asyncio.run(run(coordinator, host, port, report))
+
+
+def prepare(
+    model: Path,
+    federation: Path | None,
+    state: Path,
+    device: str,
+    threads: int,
+    report: object,
+    *,
+    resume: bool,
+    check: bool,
+) -> Coordinator:
+    """Load the trunk. Raises SplitFLError for anything that is wrong with model, settings or state."""
+    import torch
+
+    from server_model.coordinator import Coordinator
+    from server_model.store import Store
+    from splitfl.config import load_federation
+    from splitfl.split.checkpoint import read_config
+    from splitfl.split.modes import choose_device
+    from splitfl.split.selfcheck import check_family_splits
+
+    if threads:
+        torch.set_num_threads(threads)
+    settings = load_federation(federation) if federation or not resume else Store(state).federation()[1]
+    if check:
+        check_family_splits(read_config(model))
+    return Coordinator(model, settings, state, device=choose_device(device), resume=resume, report=report)  # type: ignore[arg-type]
+
+
+async def run(coordinator: Coordinator, host: str, port: int, report: object) -> None:
+    """Listen until the federation has ended and its clients have left, or a signal comes."""
+    from server_model.coordinator import Progress
+    from server_model.service import Service
+
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    service = Service(coordinator)
+    try:
+        bound = await service.start(host, port)
+        report(Progress("listening", {"url": f"ws://{host}:{bound}", "durable_round": coordinator.durable}))  # type: ignore[operator]
+        ended = asyncio.create_task(until_everybody_left(coordinator))
+        signalled = asyncio.create_task(stopped.wait())
+        await asyncio.wait([ended, signalled], return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+        signalled.cancel()
+    finally:
+        await service.stop()
+        coordinator.close()
+    if stopped.is_set():
+        note(f"stopped; rounds up to {coordinator.durable + 1} are durable. Start again with --resume.")
+        raise KeyboardInterrupt
+
+
+async def until_everybody_left(coordinator: Coordinator) -> None:
+    """Wait for the end, then for connected clients to say goodbye."""
+    await coordinator.finished.wait()
+    loop = asyncio.get_running_loop()
+    quiet_since = loop.time()
+    while coordinator.members:
+        if any(member.connected for member in coordinator.members.values()):
+            quiet_since = loop.time()
+        elif loop.time() - quiet_since > min(LEAVING_S, coordinator.settings.trunk.grace_s):
+            return
+        await asyncio.sleep(0.05)
+
+
+def report_json(progress: Progress) -> None:
+    print_json({"event": progress.event, **progress.facts})
+
+
+def report_text(progress: Progress) -> None:
+    """One line an event for the operator."""
+    facts = progress.facts
+    match progress.event:
+        case "listening":
+            note(f"listening on {facts['url']}; clients join with: splitfl join {facts['url']} --name NAME --data PATH")
+            note("privacy mode off: this server can read the clients' text")
+        case "round_open":
+            note(f"round {as_number(facts['round'])} open for {', '.join(as_names(facts['cohort']))}")
+        case "round_durable":
+            note(f"round {as_number(facts['round'])} merged and durable")
+        case "finished":
+            note("the federation has ended; export its model with: splitfl export --state STATE OUT")
+        case other:
+            note(f"{facts.get('client', '')} {other.replace('_', ' ')}".strip())
+
+
+def as_number(value: object) -> int:
+    return int(str(value)) + 1
+
+
+def as_names(value: object) -> list[str]:
+    return [str(name) for name in value] if isinstance(value, list) else []
+
+
+def export(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the Hugging Face checkpoint.")],
+    state: Annotated[Path, typer.Option(help="State folder of the trunk service.")],
+    client: Annotated[
+        Path | None, typer.Option(help="A client's state folder, for personal heads (merge.share = none).")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
+) -> None:
+    """Write the federation's model as a plain Hugging Face checkpoint."""
+    with command(verbose=verbose):
+        from server_model.exporting import export_state
+
+        facts = export_state(state, out, client=client, dtype=dtype)
+        print_json(facts) if as_json else note(f"wrote {out}: {facts['tensors_trained']} trained tensors")

@@ -1,0 +1,40 @@
+"""The command ``splitfl``: every subcommand under one roof."""
+
+from __future__ import annotations
+
+import os
+
+# Two torch processes that spin for work fight over the cores; this must be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Nothing is ever downloaded behind the user's back.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import typer
+
+from client_model.cli import join
+from server_model.cli import export, serve
+from splitfl.lab.cli import evaluate, init
+
+app = typer.Typer(
+    name="splitfl",
+    help="Fine-tune large language models on text that must not leave the places that own it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(init)
+app.command()(serve)
+app.command()(join)
+app.command("eval")(evaluate)
+app.command()(export)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What every command does alike: errors become one line and an exit code, logs go to stderr, JSON to stdout."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from splitfl.errors import INTERRUPTED_EXIT_CODE, ConfigError, SplitFLError
+
+
+@contextmanager
+def command(*, verbose: bool = False) -> Iterator[None]:
+    """Run a command's body: a SplitFLError is printed with its remedy and ends the process with its exit code."""
+    level = logging.DEBUG if verbose else logging.WARNING
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    for noisy in ("websockets", "asyncio", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        yield
+    except SplitFLError as error:
+        if verbose:
+            logging.exception("the error came from here")
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; what was saved stays saved\n")
+        raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+
+
+def print_json(value: object) -> None:
+    """One JSON value on one line of stdout, at once."""
+    sys.stdout.write(json.dumps(value, sort_keys=True) + "\n")
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """One line for a person, on stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """``HOST:PORT`` -> its parts. Raises ConfigError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535 or not host:
+        raise ConfigError(f"{text!r} is no HOST:PORT", "Write it as 127.0.0.1:7000; port 0 takes any free one.")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether traffic to ``host`` stays on this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def require_loopback(host: str, *, insecure: bool) -> None:
+    """Plain sockets are for this machine alone, unless somebody insists. Raises ConfigError."""
+    if is_loopback(host):
+        return
+    if not insecure:
+        raise ConfigError(
+            f"{host} is not this machine, and this link is not encrypted",
+            "Use 127.0.0.1, or a tunnel to it; --insecure sends everything in the clear.",
+        )
+    note(f"WARNING: the link to {host} is NOT encrypted: anyone on the way can read what crosses it.")

@@ -1,0 +1,64 @@
+"""``splitfl init`` and ``splitfl eval``. Torch is imported inside, so that --help stays quick."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splitfl.console import command, note, print_json
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder for the checkpoint.")],
+    corpus: Annotated[list[Path], typer.Option(help="Text files for the tokenizer; may be given several times.")],
+    family: Annotated[str, typer.Option(help="Model family, for example llama, qwen2, gpt2.")] = "llama",
+    layers: Annotated[int, typer.Option(help="Blocks.")] = 8,
+    hidden: Annotated[int, typer.Option(help="Width of the hidden states.")] = 256,
+    vocab: Annotated[int, typer.Option(help="Tokens in the vocabulary.")] = 2048,
+    max_length: Annotated[int, typer.Option(help="Longest sequence, in tokens.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
+) -> None:
+    """Make a small Hugging Face checkpoint with random weights and a tokenizer of its own."""
+    with command(verbose=verbose):
+        from splitfl.data.readers import open_corpus
+        from splitfl.split.create import create_checkpoint
+
+        texts = (example.content().decode() for path in corpus for example in open_corpus(path))
+        create_checkpoint(
+            folder,
+            family=family,
+            layers=layers,
+            hidden=hidden,
+            vocab=vocab,
+            corpus=texts,
+            seed=seed,
+            max_length=max_length,
+        )
+        note(f"wrote {folder}: {family}, {layers} blocks, hidden {hidden}; serve it with: splitfl serve {folder}")
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Folder of a Hugging Face checkpoint.")],
+    data: Annotated[Path, typer.Option(help="Text: .jsonl, .csv, .txt, .parquet, or a folder of them.")],
+    federation: Annotated[Path | None, typer.Option(help="federation.toml, for record length and packing.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
+) -> None:
+    """Measure a checkpoint on text: loss in nats per token, and perplexity."""
+    with command(verbose=verbose):
+        from splitfl.config import load_federation
+        from splitfl.lab.whole import evaluate_folder
+        from splitfl.split.modes import choose_device
+
+        loss = evaluate_folder(model, data, load_federation(federation), choose_device(device))
+        mean = loss.total / max(1, loss.tokens)
+        facts = {"loss": mean, "perplexity": math.exp(min(50.0, mean)), "tokens": loss.tokens}
+        if as_json:
+            print_json(facts)
+        else:
+            print(f"loss {mean:.4f} nats per token, perplexity {facts['perplexity']:.2f}, {loss.tokens} tokens")
