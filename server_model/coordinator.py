@@ -308,7 +308,7 @@ class Coordinator:
 
     async def _forward(self, member: Member, request: Forward) -> Answer:
         hidden = await asyncio.to_thread(decode_tensor, request.hidden, self.device, what="hidden")
-        batch, time_, width = checked_shape(hidden, self.source.config.hidden_size)
+        batch, time_, _ = checked_shape(hidden, self.source.config.hidden_size)
         if request.lengths and (len(request.lengths) != batch or max(request.lengths) > time_):
             raise ProtocolError("lengths do not fit the batch", field="lengths")
         lengths = torch.tensor(request.lengths, device=self.device) if request.lengths else None

@@ -121,7 +121,7 @@ def join(clients: Sequence[Rows]) -> tuple[Tensor, Tensor | None]:
     """Rows of several clients -> one batch padded on the right to the longest, and lengths when any is padded."""
     longest = max(rows.hidden.shape[1] for rows in clients)
     padded = [nn.functional.pad(rows.hidden, (0, 0, 0, longest - rows.hidden.shape[1])) for rows in clients]
-    joint = torch.cat(padded) if len(padded) > 1 else padded[0].detach().clone()
+    joint = torch.cat(padded) if len(padded) > 1 else padded[0].detach()
     if all(rows.lengths is None and rows.hidden.shape[1] == longest for rows in clients):
         return joint, None
     return joint, torch.cat([true_lengths(rows) for rows in clients])

@@ -60,6 +60,16 @@ def write_file(path: Path, data: bytes) -> None:
         sync(path.parent)
 
 
+def give_usual_mode(path: Path) -> None:
+    """Give ``path`` the mode of any new file beside it: safetensors writes 0600, whatever the umask says."""
+    probe = path.with_name(f".{path.name}.mode")
+    probe.touch()
+    try:
+        path.chmod(probe.stat().st_mode & 0o777)
+    finally:
+        probe.unlink()
+
+
 def sync(path: Path) -> None:
     """fsync a file or folder."""
     handle = os.open(path, os.O_RDONLY)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from splitfl.errors import NumericalError, ProtocolError
 from splitfl.wire.messages import TensorBytes
+
+# Received bytes are read-only, and so are tensors over them; torch warns once of what nobody here does.
+warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
 
 CodecName = Literal["fp32", "bf16"]
 
@@ -29,7 +33,7 @@ def encode_tensor(tensor: Tensor, codec: CodecName) -> TensorBytes:
 
 
 def decode_tensor(payload: TensorBytes, device: torch.device, *, what: str) -> Tensor:
-    """Bytes -> a new fp32 tensor on ``device``. ``what`` names it in errors.
+    """Bytes -> an fp32 tensor on ``device``, never to be written to in place. ``what`` names it in errors.
 
     Raises ProtocolError for bytes that are not floats, NumericalError for NaN or infinity.
     """
@@ -38,7 +42,7 @@ def decode_tensor(payload: TensorBytes, device: torch.device, *, what: str) -> T
         raise ProtocolError(f"{what} came as {payload.dtype}, which is no float codec", field=what)
     if payload.nbytes == 0:
         return torch.zeros(payload.shape, device=device)
-    view = torch.frombuffer(bytearray(payload.data) if dtype == torch.float32 else payload.data, dtype=dtype)
+    view = torch.frombuffer(payload.data, dtype=dtype)
     tensor = view.reshape(payload.shape).to(device=device, dtype=torch.float32)
     check_finite(tensor, what)
     return tensor

@@ -46,8 +46,8 @@ class Gate:
         """What left, by kind, and what that means."""
         return {
             "mode": "off",
-            "statement": "No noise was added: the server can read the text.",
-            "stayed": ["text", "labels (token ids)", "embedding and output head inputs", "losses"],
+            "statement": "No noise was added: the server can read the text, and labels can be recovered from gradients.",
+            "stayed": ["the data file", "label ids", "losses", "moments of the optimizer"],
             "left": {
                 kind: {"releases": self.releases[kind], "bytes": self.bytes[kind]} for kind in sorted(self.releases)
             },

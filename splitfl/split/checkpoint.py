@@ -137,10 +137,8 @@ def one_line(error: BaseException) -> str:
 def folder_entries(folder: Path) -> list[TensorEntry]:
     """Every tensor of the folder's safetensors files. Raises CheckpointError when there is none."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = [folder / name for name in indexed_files(index)]
-    else:
-        files = [folder / "model.safetensors"]
+    names = indexed_files(index) if index.is_file() else ["model.safetensors"]
+    files = [folder / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(

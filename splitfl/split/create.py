@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from splitfl.data.tokenizer import train_tokenizer
 from splitfl.errors import ConfigError, StorageError
+from splitfl.files import give_usual_mode
 from splitfl.split.families import build_small_model, small_config
 
 
@@ -72,6 +73,8 @@ def _save_whole(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
             partial.mkdir()
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+            for file in partial.glob("*.safetensors"):
+                give_usual_mode(file)
             partial.replace(folder)
     except (OSError, SafetensorError) as error:
         raise StorageError(

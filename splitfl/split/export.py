@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from splitfl.errors import ConfigError, StorageError
+from splitfl.errors import CheckpointError, ConfigError, StorageError
+from splitfl.files import give_usual_mode
 from splitfl.split.checkpoint import CheckpointFolder, embedding_name, is_tied
 
 SHARD_BYTES = 4 << 30
@@ -51,8 +53,11 @@ def export_checkpoint(
     """Write ``base`` with ``trained`` laid over it to the new folder ``out``.
 
     The folder opens with ``AutoModelForCausalLM.from_pretrained``. Raises ConfigError when ``out`` is in use,
-    StorageError when it cannot be written; a half-written folder never stays behind under that name.
+    CheckpointError when ``trained`` belongs to another model, StorageError when ``out`` cannot be written; a
+    half-written folder never stays behind under that name.
     """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file", "Name a new folder to export to.")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty", "Name a new folder to export to.")
     try:
@@ -65,8 +70,9 @@ def export_checkpoint(
             if out.exists():
                 out.rmdir()
             folder.rename(out)
-    except OSError as error:
-        raise StorageError(f"cannot write {out}: {error.strerror}", "Free some space, export again.") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"cannot write {out}: {reason}", "Free some space, export again.") from error
 
 
 def write_model(source: CheckpointFolder, trained: TrainedWeights, folder: Path, dtype: torch.dtype) -> None:
@@ -78,6 +84,7 @@ def write_model(source: CheckpointFolder, trained: TrainedWeights, folder: Path,
         names.append(head)
     if not untied and is_tied(source.config):
         names = [name for name in names if name != head]
+    check_belongs(trained, names)
     write_shards(folder, exported(source, trained, names, dtype))
     config = json.loads((source.folder / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -88,6 +95,17 @@ def write_model(source: CheckpointFolder, trained: TrainedWeights, folder: Path,
     for name in COPIED_FILES:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
+
+
+def check_belongs(trained: TrainedWeights, names: list[str]) -> None:
+    """Raise CheckpointError for a trained tensor that no exported weight takes up: it would be lost in silence."""
+    for name in trained.tensors:
+        factor = LORA_PART.match(name)
+        weight = f"{factor['base']}.weight" if factor else name.replace(".base_layer.", ".")
+        if weight not in names:
+            raise CheckpointError(
+                f"trained weight {name!r} has no place in the base model", "Name the checkpoint that was trained."
+            )
 
 
 def exported(
@@ -134,6 +152,7 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
 def write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> dict[str, str]:
     path = folder / f"shard-{number}.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
+    give_usual_mode(path)
     return dict.fromkeys(tensors, path.name)
 
 

@@ -89,8 +89,8 @@ class PartOptimizer:
             name, _, moment = key.rpartition("/")
             if name in self.named:
                 parameter = self.named[name]
-                place = torch.device("cpu") if moment == "step" else parameter.device
-                self._optimizer.state[parameter][moment] = value.to(place).clone()
+                # fused AdamW keeps even its step count beside the weight
+                self._optimizer.state[parameter][moment] = value.to(parameter.device).clone()
 
 
 def build(parameters: list[nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:

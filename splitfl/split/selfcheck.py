@@ -153,7 +153,7 @@ def compare_batch(model: PreTrainedModel, parts: list[Segment], ids: Tensor, len
     whole_rows, whole = run_whole(model, ids, mask)
     rows = bottom.embed(ids).detach().requires_grad_()
     hidden = top(trunk(bottom(rows, lengths), lengths), lengths)  # (B, T, D)
-    logits = top.logits(hidden.flatten(0, 1)).unflatten(0, ids.shape)  # (B, T, V)
+    logits = top.logits(hidden.flatten(0, 1)).view(*ids.shape, -1)  # (B, T, V)
     kind = "padded" if lengths is not None else "full"
     if not torch.equal(logits[valid], whole[valid]):
         gap = float((logits - whole).detach()[valid].abs().max())

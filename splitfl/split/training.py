@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,10 +50,11 @@ class TrainingPolicy:
 def set_up_training(segment: Segment, policy: TrainingPolicy) -> None:
     """Give every weight of ``segment`` its mode and dtype, and inject LoRA where the policy says so.
 
-    Raises ConfigError for LoRA on a slice that has no linear layer to adapt.
+    Raises ConfigError for LoRA on a block that has no linear layer to adapt.
     """
     settle_dtypes(segment, policy)
     targets = lora_targets(segment, policy)
+    check_adapted(segment, policy, targets)
     if targets:
         inject_lora(segment, policy, targets)
     for name, parameter in segment.named_weights():
@@ -107,6 +109,14 @@ def lora_targets(segment: Segment, policy: TrainingPolicy) -> list[str]:
     return found
 
 
+def check_adapted(segment: Segment, policy: TrainingPolicy, targets: list[str]) -> None:
+    """Raise ConfigError when a block that trains by LoRA has nothing to adapt: it would stay as it is in silence."""
+    adapted = {segment.block_of(segment.global_name(name)) for name in targets}
+    for block in range(max(segment.piece.start, policy.freeze_below), segment.piece.stop):
+        if policy.train == "lora" and block not in adapted:
+            raise ConfigError(f"block {block} has no linear layer for LoRA to adapt", 'Set train = "full".')
+
+
 def inject_lora(segment: Segment, policy: TrainingPolicy, targets: list[str]) -> None:
     """Adapters through peft, with A drawn from the federation's seed and the weight's name: equal for all holders."""
     config = LoraConfig(
@@ -116,10 +126,13 @@ def inject_lora(segment: Segment, policy: TrainingPolicy, targets: list[str]) ->
         target_modules="|".join(re.escape(name) for name in targets),
         fan_in_fan_out=any(isinstance(segment.model.get_submodule(name), Conv1D) for name in targets),
     )
-    inject_adapter_in_model(config, segment.model, adapter_name=ADAPTER)
+    with warnings.catch_warnings():  # GPT-2 has layers of both kinds; peft corrects the flag for each, and says so
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
+        inject_adapter_in_model(config, segment.model, adapter_name=ADAPTER)
     for name, parameter in segment.named_weights():
         if ".lora_A." in name:
-            parameter.data = initial_a(name, parameter.shape, policy.seed)
+            drawn = initial_a(name, parameter.shape, policy.seed)
+            parameter.data = drawn.to(parameter.device)  # the meta device too, where only names and shapes count
 
 
 def initial_a(name: str, shape: torch.Size, seed: int) -> Tensor:
