@@ -15,7 +15,7 @@ from splitfl.split.modes import arithmetic, bottom_trains, optimizer_spec, train
 from splitfl.split.optimizer import PartOptimizer
 from splitfl.split.segment import Segment
 from splitfl.split.shares import choose_shared, ends_pieces
-from splitfl.split.training import set_up_training, stays_tied
+from splitfl.split.training import set_up_training, stays_tied, tie_head
 
 
 class Ends:
@@ -32,7 +32,7 @@ class Ends:
             set_up_training(segment, policy)
             segment.to(device)
         if stays_tied(source.config, policy):
-            setattr(self.top.model, self.top.anatomy.head, tied_head(self.top, self.bottom))
+            tie_head(self.top, self.bottom.embedding)
         bottom, top = trainable(self.bottom), trainable(self.top)
         own = {id(weight) for weight in bottom.values()}
         top = {name: weight for name, weight in top.items() if id(weight) not in own}
@@ -102,9 +102,3 @@ def trainable(segment: Segment) -> dict[str, nn.Parameter]:
 def shapes(named: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in named.items()}
 
-
-def tied_head(top: Segment, bottom: Segment) -> nn.Module:
-    """The top's head with the bottom's embedding as its weight: one parameter for both."""
-    head: nn.Module = top.model.get_submodule(top.anatomy.head)
-    head.weight = bottom.embedding.weight
-    return head

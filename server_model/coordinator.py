@@ -281,6 +281,9 @@ class Coordinator:
         except StorageError as error:
             log.error("%s", error)
             return Failed(request.seq, "storage", "the server cannot write its state", "Tell its operator.")
+        except Exception:  # an answer must come, whatever happened; cancelled requests have no client any more
+            log.exception("%s of %s failed", type(request).__name__, member.name)
+            return Failed(request.seq, "internal", "the server failed inside", "Tell its operator to look at the log.")
 
     def _dispatch(self, member: Member, request: Request) -> Awaitable[Answer]:
         match request:

@@ -14,8 +14,11 @@ from torch import Tensor
 from splitfl.errors import NumericalError, ProtocolError
 from splitfl.wire.messages import TensorBytes
 
-# Received bytes are read-only, and so are tensors over them; torch warns once of what nobody here does.
-warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+# Received bytes are read-only, and nobody here writes to a tensor over them. Torch warns of it once in a process:
+# let it do so here, unheard.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
 
 CodecName = Literal["fp32", "bf16"]
 

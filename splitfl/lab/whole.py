@@ -23,7 +23,7 @@ from splitfl.split.loss import HeadLoss, head_loss
 from splitfl.split.modes import arithmetic, optimizer_spec, training_policy
 from splitfl.split.optimizer import PartOptimizer
 from splitfl.split.segment import Piece
-from splitfl.split.training import set_up_training, stays_tied
+from splitfl.split.training import set_up_training, stays_tied, tie_head
 
 
 class WholeModel:
@@ -39,7 +39,7 @@ class WholeModel:
         policy = training_policy(settings, self.layers, device)
         set_up_training(self.segment, policy)
         if stays_tied(self.source.config, policy):
-            self.segment.model.get_submodule(self.segment.anatomy.head).weight = self.segment.embedding.weight
+            tie_head(self.segment, self.segment.embedding)
         self.segment.to(device)
         self.parts = [PartOptimizer(part, optimizer_spec(settings)) for part in self._parts()]
 

@@ -33,7 +33,7 @@ class Cut:
     def parse(cls, text: str) -> Cut:
         """Read ``"N,N"`` (blocks at the bottom, blocks at the top). Raises ConfigError."""
         parts = text.split(",")
-        if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+        if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
             raise ConfigError(f"cut {text!r} is not two numbers", "Write it as BOTTOM,TOP, for example 1,1.")
         return cls(int(parts[0]), int(parts[1]))
 

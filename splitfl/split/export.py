@@ -79,12 +79,12 @@ def write_model(source: CheckpointFolder, trained: TrainedWeights, folder: Path,
     """Config, tokenizer and sharded weights of one checkpoint."""
     names = sorted(source.entries)
     head = f"{source.anatomy.head}.weight"
-    untied = is_tied(source.config) and any(name.startswith(source.anatomy.head + ".") for name in trained.tensors)
+    untied = is_tied(source.config) and any(weight_of(name) == head for name in trained.tensors)
     if untied and head not in names:
         names.append(head)
     if not untied and is_tied(source.config):
         names = [name for name in names if name != head]
-    check_belongs(trained, names)
+    check_belongs(source, trained, names)
     write_shards(folder, exported(source, trained, names, dtype))
     config = json.loads((source.folder / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -97,14 +97,25 @@ def write_model(source: CheckpointFolder, trained: TrainedWeights, folder: Path,
             shutil.copyfile(source.folder / name, folder / name)
 
 
-def check_belongs(trained: TrainedWeights, names: list[str]) -> None:
-    """Raise CheckpointError for a trained tensor that no exported weight takes up: it would be lost in silence."""
-    for name in trained.tensors:
-        factor = LORA_PART.match(name)
-        weight = f"{factor['base']}.weight" if factor else name.replace(".base_layer.", ".")
+def weight_of(name: str) -> str:
+    """The base weight that a trained tensor changes: its own, or the one that its LoRA factor is added to."""
+    factor = LORA_PART.match(name)
+    return f"{factor['base']}.weight" if factor else name.replace(".base_layer.", ".")
+
+
+def check_belongs(source: CheckpointFolder, trained: TrainedWeights, names: list[str]) -> None:
+    """Raise CheckpointError for a trained tensor that no exported weight takes up, or that does not fit it."""
+    for name, tensor in trained.tensors.items():
+        weight = weight_of(name)
         if weight not in names:
             raise CheckpointError(
                 f"trained weight {name!r} has no place in the base model", "Name the checkpoint that was trained."
+            )
+        shape = source.entries[weight if source.has(weight) else embedding_name(source.anatomy)].shape
+        if not LORA_PART.match(name) and tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"trained weight {name!r} has shape {tuple(tensor.shape)}, the base model's has {shape}",
+                "Name the checkpoint that was trained.",
             )
 
 

@@ -10,17 +10,20 @@ different slices mean the same tensor by the same name.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from splitfl.errors import CheckpointError
+from splitfl.split.building import exclusive
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,33 @@ class PassThrough(nn.Module):
         return _PassThroughOutput(last_hidden_state=inputs_embeds)
 
 
+_this_thread = threading.local()
+
+
+def _without_memory(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """Torch asks this of every new parameter, everywhere; None leaves it alone."""
+    if parameter is None or not getattr(_this_thread, "builds_empty", False):
+        return None
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+
+register_module_parameter_registration_hook(_without_memory)  # type: ignore[arg-type]
+
+
+@contextmanager
+def empty_parameters() -> Iterator[None]:
+    """Parameters made here are on the meta device, buffers are real.
+
+    accelerate's ``init_empty_weights`` does the same by patching ``nn.Module`` for the whole process, so that two
+    threads that build models at once ruin each other's weights. This acts on the calling thread alone.
+    """
+    _this_thread.builds_empty = True
+    try:
+        yield
+    finally:
+        _this_thread.builds_empty = False
+
+
 def slice_config(config: PreTrainedConfig, start: int, stop: int) -> PreTrainedConfig:
     """Copy ``config`` for blocks ``start..stop-1``: the block count and all per-block lists are cut."""
     layers = config.num_hidden_layers
@@ -100,15 +130,16 @@ def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     return part
 
 
+@exclusive
 def one_block(config: PreTrainedConfig) -> PreTrainedModel:
     """The family's model with its first block only, without memory: to look at its structure and names.
 
     Raises CheckpointError for a config that is not of a causal language model.
     """
     try:
-        with init_empty_weights(include_buffers=True):
+        with torch.device("meta"):  # dtype: transformers makes it torch's default meanwhile, in every thread
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                slice_config(config, 0, 1), trust_remote_code=False
+                slice_config(config, 0, 1), trust_remote_code=False, dtype=torch.float32
             )
     except (ValueError, AttributeError) as error:
         raise not_a_plain_decoder(config) from error
@@ -171,6 +202,7 @@ class Segment(nn.Module):
     for the whole model.
     """
 
+    @exclusive
     def __init__(self, config: PreTrainedConfig, piece: Piece, *, attention: str | None = None) -> None:
         super().__init__()
         if getattr(config, "scale_attn_by_inverse_layer_idx", False):
@@ -181,7 +213,7 @@ class Segment(nn.Module):
         self.piece = piece
         self.anatomy = find_anatomy(one_block(config))
         self.total_blocks = int(config.num_hidden_layers)
-        with init_empty_weights(include_buffers=False):
+        with empty_parameters():
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 slice_config(config, piece.start, piece.stop),
                 trust_remote_code=False,

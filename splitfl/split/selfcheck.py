@@ -19,7 +19,7 @@ from splitfl.errors import CheckpointError
 from splitfl.split.checkpoint import is_tied, load_segment
 from splitfl.split.cut import Cut
 from splitfl.split.families import FAMILIES, build_small_model
-from splitfl.split.segment import Piece, Segment, slice_config, without_dropout
+from splitfl.split.segment import Piece, Segment, find_anatomy, one_block, slice_config, without_dropout
 
 BLOCKS = 3  # one for each part; more only where the per-layer lists name kinds that come later
 VOCAB = 128
@@ -40,15 +40,18 @@ def check_family_splits(config: PreTrainedConfig) -> None:
         return
     try:
         with torch.random.fork_rng(devices=[]):
+            find_anatomy(one_block(config))
             difference = compare(build_check_model(config))
     except Exception as error:  # a foreign family may raise anything, and it always means the same
-        raise refusal(config, f"the check ended in {describe(error)}") from error
+        raise refusal(config, describe(error)) from error
     if difference:
         raise refusal(config, difference)
 
 
 def describe(error: Exception) -> str:
-    reason = error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, CheckpointError):
+        return error.message
+    reason = f"the check raised {type(error).__name__}: {error}"
     return " ".join(reason.split())[:200]
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from splitfl.errors import ConfigError
+from splitfl.split.building import exclusive
 from splitfl.split.checkpoint import is_tied
 from splitfl.split.segment import Segment
 
@@ -117,6 +118,7 @@ def check_adapted(segment: Segment, policy: TrainingPolicy, targets: list[str]) 
             raise ConfigError(f"block {block} has no linear layer for LoRA to adapt", 'Set train = "full".')
 
 
+@exclusive
 def inject_lora(segment: Segment, policy: TrainingPolicy, targets: list[str]) -> None:
     """Adapters through peft, with A drawn from the federation's seed and the weight's name: equal for all holders."""
     config = LoraConfig(
@@ -141,6 +143,12 @@ def initial_a(name: str, shape: torch.Size, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
     bound = math.sqrt(1.0 / shape[1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+@exclusive
+def tie_head(top: Segment, embedding: nn.Embedding) -> None:
+    """Make the head of ``top`` and ``embedding`` one parameter."""
+    top.model.get_submodule(top.anatomy.head).weight = embedding.weight
 
 
 def check_policy(policy: TrainingPolicy, *, tied: bool) -> None:

@@ -36,7 +36,6 @@ ErrorCode = Literal[
     "bad_cut",  # the federation does not allow this cut
     "not_found",  # no blob with this hash
     "wrong_round",  # not the round that is open
-    "wrong_assets",  # tokenizer, chat template or maximum length differ
     "over_limit",  # more bytes or requests than allowed
     "storage",  # the server's disk
     "ended",  # the federation has ended
@@ -90,7 +89,7 @@ class Welcome:
 
     ``resumed`` says that the session of ``resume`` lives on; else the client goes back to its state after
     ``round``, the last durable one. ``settings`` is the federation's JSON, ``manifest`` the hash of the list of
-    assets (config, tokenizer, tensors), ``weights`` of the list of merged tensors ("" before the first merge).
+    assets (config, tokenizer, tensors).
     """
 
     version: Count

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgpack
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splitfl.errors import ProtocolError
@@ -22,8 +22,8 @@ from splitfl.wire.messages import (
 )
 from splitfl.wire.session import ClientSession, ServerSession
 
-FEW = settings(max_examples=30, deadline=None)
-MANY = settings(max_examples=200, deadline=None)
+FEW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+MANY = settings(FEW, max_examples=200)
 
 
 @st.composite

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -440,4 +440,6 @@ class Faults(RuleBasedStateMachine):
 
 
 class TestAnySchedule(Faults.TestCase):
-    settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+    settings = settings(
+        max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
