@@ -2,7 +2,8 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
+# $(call PIP_INSTALL,arguments): silent when all is well, all that pip said when it is not.
+PIP_INSTALL = log=$$($(BIN)/python -m pip install -q --no-input --disable-pip-version-check -c constraints.txt $(1) 2>&1) || { echo "$$log" >&2; exit 1; }
 # PyPI's torch for Linux brings gigabytes of CUDA; here are the same releases for the processor alone. Empty: do not ask.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Tests use small models in several processes: threads that spin for work would only be in each other's way.
@@ -48,12 +49,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { $(FIND_PYTHON); "$$python" -m venv --clear $(VENV); }
 	@echo "installing into $(VENV): some minutes the first time, for torch alone is about 200 MB" >&2
 	@$(FETCH_CPU_TORCH)
-	@$(PIP) -e .
+	@$(call PIP_INSTALL,-e .)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing what the tests and checks need" >&2
-	@$(PIP) -e '.[dev]'
+	@$(call PIP_INSTALL,-e '.[dev]')
 	@touch $@
 
 # Sets $python to the first interpreter that will do; PYTHON=... names one. Shims that lead nowhere are tried too, so run it.
@@ -72,6 +73,6 @@ endef
 # With a GPU, or away from Linux, PyPI's torch is the right one. An index that cannot be reached is passed over.
 define FETCH_CPU_TORCH
 if [ -n "$(TORCH_CPU_INDEX)" ] && [ "$$(uname -s)" = Linux ] && ! nvidia-smi >/dev/null 2>&1; then \
-	$(PIP) --retries 2 --timeout 30 --extra-index-url "$(TORCH_CPU_INDEX)" torch; \
+	$(call PIP_INSTALL,--no-deps --retries 2 --timeout 30 --extra-index-url "$(TORCH_CPU_INDEX)" torch); \
 fi
 endef

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from splitfl.errors import ProtocolError
+from splitfl.errors import CheckpointError, ProtocolError
 from splitfl.files import storage_errors, write_file
-from splitfl.split.checkpoint import DTYPES, read_config
+from splitfl.split.checkpoint import DTYPES, CheckpointFolder, read_config
+from splitfl.split.cut import Cut
+from splitfl.split.shares import ends_names
 from splitfl.wire.messages import Answer, Chunk, Fetch, Request
 
 PIECE_BYTES = 1 << 20
@@ -98,6 +100,17 @@ class Assets:
             self.say(f"fetching {len(missing)} tensors of the model, {size / 1e6:.1f} MB")
         for item in missing:
             self.blob(item["sha256"], item["nbytes"])
+
+    def same_as_local(self, local: CheckpointFolder, cut: Cut) -> CheckpointFolder:
+        """A local checkpoint, once its tensors are known to be the server's. Raises CheckpointError."""
+        for name in ends_names(local.config, cut):
+            offered = self.tensors.get(name)
+            if offered is None or name not in local.entries or local.entries[name].sha256() != offered["sha256"]:
+                raise CheckpointError(
+                    f"tensor {name!r} in {local.folder} is not the one that the server's model has",
+                    "Leave out --model to fetch the ends from the server, or name the folder that it serves.",
+                )
+        return local
 
     def weights(self, digest: str, names: Iterable[str]) -> dict[str, Tensor]:
         """Merged tensors of the list ``digest``, those among ``names`` that it has; not kept in the cache."""

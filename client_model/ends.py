@@ -101,4 +101,3 @@ def trainable(segment: Segment) -> dict[str, nn.Parameter]:
 
 def shapes(named: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in named.items()}
-

@@ -13,6 +13,7 @@ import logging
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -67,6 +68,7 @@ class Link:
         self.bytes_received = 0
         self._session = ClientSession(hello, next_seq=next_seq)
         self._futures: dict[int, Future[Answer]] = {}
+        self._backlog: deque[tuple[Request, Future[Answer]]] = deque()  # beyond the credit window
         self._welcome: Future[Welcome] = Future()
         self._loop = asyncio.new_event_loop()
         self._outgoing: asyncio.Queue[Parts] | None = None
@@ -199,10 +201,8 @@ class Link:
         if not self._welcome.done():
             self._welcome.set_result(welcome)
         elif not welcome.resumed:
-            futures, self._futures = self._futures, {}
-            self._lost = None if futures else SessionLostError(welcome)  # nobody asks now: tell the next who does
-            for future in futures.values():
-                future.set_exception(SessionLostError(welcome))
+            asked = self._void_requests(SessionLostError(welcome))
+            self._lost = None if asked else SessionLostError(welcome)  # nobody asks now: tell the next who does
         for parts in self._session.unanswered():
             outgoing.put_nowait(parts)
         self._outgoing = outgoing
@@ -216,6 +216,7 @@ class Link:
             future.set_exception(RefusedError(failed.reason, failed.remedy, code=failed.code))
         else:
             future.set_result(event.answer)
+        self._send_backlog()
 
     async def _write(self, connection: CountingConnection, outgoing: asyncio.Queue[Parts]) -> None:
         with contextlib.suppress(ConnectionClosed):
@@ -232,18 +233,32 @@ class Link:
             lost, self._lost = self._lost, None
             future.set_exception(lost)
             return
-        seq, parts = self._session.request(message)
-        self._futures[seq] = future
-        if self._outgoing is not None:
-            self._outgoing.put_nowait(parts)
+        self._backlog.append((message, future))
+        self._send_backlog()
+
+    def _send_backlog(self) -> None:
+        """Send what waits, as far as the credit window lets it."""
+        while self._backlog and self._session.credit > 0:
+            message, future = self._backlog.popleft()
+            seq, parts = self._session.request(message)
+            self._futures[seq] = future
+            if self._outgoing is not None:
+                self._outgoing.put_nowait(parts)
 
     def _give_up(self, error: SplitFLError) -> None:
         self._fatal = error
         if not self._welcome.done():
             self._welcome.set_exception(error)
-        futures, self._futures = self._futures, {}
-        for future in futures.values():
+        self._void_requests(error)
+
+    def _void_requests(self, error: SplitFLError) -> bool:
+        """Fail every request that waits; whether there was any."""
+        futures = [*self._futures.values(), *(future for _, future in self._backlog)]
+        self._futures.clear()
+        self._backlog.clear()
+        for future in futures:
             future.set_exception(error)
+        return bool(futures)
 
 
 def refusal_error(refusal: Refused) -> SplitFLError:

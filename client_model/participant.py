@@ -32,8 +32,7 @@ from splitfl.privacy.gate import Gate, ReleaseKind
 from splitfl.split.checkpoint import CheckpointFolder, TensorSource
 from splitfl.split.cut import Cut
 from splitfl.split.loss import HeadLoss
-from splitfl.split.segment import Segment
-from splitfl.split.shares import ends_pieces, weight_names
+from splitfl.split.shares import ends_names
 from splitfl.wire.messages import (
     Answer,
     Bye,
@@ -126,13 +125,9 @@ class Participant:
 
     def _open_source(self) -> TensorSource:
         if self.local_model is not None:
-            return CheckpointFolder(self.local_model)
+            return self.assets.same_as_local(CheckpointFolder(self.local_model), self.cut)
         source = RemoteSource(self.assets)
-        tied = bool(getattr(source.config, "tie_word_embeddings", False))
-        names: dict[str, None] = {}
-        for piece in ends_pieces(self.cut, source.config.num_hidden_layers):
-            names |= dict.fromkeys(weight_names(Segment(source.config, piece), tied=tied))
-        self.assets.fetch_tensors(names)
+        self.assets.fetch_tensors(ends_names(source.config, self.cut))
         return source
 
     def _data_facts(self) -> dict[str, Any]:

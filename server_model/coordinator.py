@@ -33,7 +33,7 @@ from splitfl.split.checkpoint import CheckpointFolder, file_entries, is_tied
 from splitfl.split.cut import Cut
 from splitfl.split.export import COPIED_FILES
 from splitfl.split.modes import bottom_trains, training_policy
-from splitfl.split.shares import Shapes, client_tensor_names, shared_shapes
+from splitfl.split.shares import Shapes, ends_names, shared_shapes
 from splitfl.split.training import check_policy, stays_tied
 from splitfl.wire.messages import (
     Answer,
@@ -153,7 +153,8 @@ class Coordinator:
         for name in names:
             data = (folder / name).read_bytes()
             files[name] = {"sha256": self.blobs.add_bytes(data), "nbytes": len(data)}
-        wanted = client_tensor_names(self.source.config, self.settings)
+        deepest = Cut(self.settings.bottoms[-1], self.settings.tops[-1])
+        wanted = ends_names(self.source.config, deepest)
         tensors = self.blobs.add_tensors((name, self.source.entries[name]) for name in wanted)
         return self.blobs.add_bytes(json.dumps({"files": files, "tensors": tensors}, sort_keys=True).encode())
 
@@ -358,7 +359,7 @@ class Coordinator:
 
     async def _upload(self, member: Member, request: Upload) -> Answer:
         limit = 4 * sum(numel(shape) for shape in member.shared.values()) + HEADER_ALLOWANCE
-        received = self.inbox.receive(member.name, request, limit)
+        received = await asyncio.to_thread(self.inbox.receive, member.name, request, limit)
         return Uploaded(request.seq, request.sha256, received)
 
     async def _update(self, member: Member, request: Update) -> Answer:
@@ -414,8 +415,8 @@ class Coordinator:
                 log.error("round %d: %s; trying again in 10 s", action.round, error)
                 self._say("storage_error", round=action.round, error=str(error))
                 await asyncio.sleep(10)
+        await asyncio.to_thread(self._offer_weights, action.round)
         self.durable = action.round
-        self._offer_weights(action.round)
         for folder in self.store.prune():
             self.blobs.forget_folder(folder)
         self.inbox.clear()

@@ -380,7 +380,14 @@ def spawn(work: Any) -> None:
     """Run a coroutine in the background and keep it alive until it ends."""
     task = asyncio.get_running_loop().create_task(work)
     _tasks.add(task)
-    task.add_done_callback(_tasks.discard)
+    task.add_done_callback(_ended)
+
+
+def _ended(task: asyncio.Task[None]) -> None:
+    """A background task that failed says so in the log instead of vanishing."""
+    _tasks.discard(task)
+    if not task.cancelled() and task.exception() is not None:
+        log.error("a background task failed", exc_info=task.exception())
 
 
 def resolve(reply: asyncio.Future[Tensor] | None, value: Tensor) -> None:

@@ -14,7 +14,7 @@ from websockets.exceptions import ConnectionClosed
 from server_model.coordinator import Coordinator, Member
 from server_model.engine import spawn
 from splitfl.config import Federation
-from splitfl.errors import ConfigError, ProtocolError, RefusedError
+from splitfl.errors import ConfigError, ProtocolError, RefusedError, SplitFLError
 from splitfl.pipe import send_frame, watch
 from splitfl.wire.frames import Parts, decode, encode, frame_bytes
 from splitfl.wire.messages import Hello, Refused, Request
@@ -91,7 +91,7 @@ class Service:
             async for data in connection:
                 self._receive(member, line, data)
         except ProtocolError as error:
-            await refuse(connection, Refused("bad_message", error.message, error.remedy))
+            await refuse(connection, refusal("bad_message", error))
         except ConnectionClosed as closed:
             log.info("%s: connection ended: %s", member.name, closed)
         finally:
@@ -113,10 +113,10 @@ class Service:
             return None
         except ProtocolError as error:
             code = "version" if error.field == "versions" else "bad_message"
-            await refuse(connection, Refused(code, error.message, error.remedy))  # type: ignore[arg-type]
+            await refuse(connection, refusal(code, error))
             return None
         except RefusedError as error:
-            await refuse(connection, Refused(error.code, error.message, error.remedy))  # type: ignore[arg-type]
+            await refuse(connection, refusal(error.code, error))
             return None
         line = Line(connection)
         older = self.lines.get(member.token)
@@ -158,6 +158,11 @@ async def refuse(connection: ServerConnection, refusal: Refused) -> None:
     with contextlib.suppress(ConnectionClosed):
         await send_frame(as_any(connection), encode(refusal))
         await connection.close(1008, refusal.code)
+
+
+def refusal(code: str, error: SplitFLError) -> Refused:
+    """An error as the peer may hear it, within the message's bounds."""
+    return Refused(code, error.message[:2000], error.remedy[:2000])  # type: ignore[arg-type]
 
 
 def as_any(connection: ServerConnection) -> Any:

@@ -15,6 +15,7 @@ import typer
 
 from client_model.cli import join
 from server_model.cli import export, serve
+from splitfl.lab.bench.cli import bench
 from splitfl.lab.cli import evaluate, init
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app.command()(serve)
 app.command()(join)
 app.command("eval")(evaluate)
 app.command()(export)
+app.command()(bench)
 
 
 def main() -> None:

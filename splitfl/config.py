@@ -179,6 +179,11 @@ class Federation(Section):
         """Raise ConfigError when the model has too few blocks for any allowed cut."""
         Cut(self.bottoms[0], self.tops[0]).check(layers)
         self.cut.check(layers)
+        if max(self.bottoms[-1], self.tops[-1]) > layers:
+            raise ConfigError(
+                f"max_bottom = {self.bottoms[-1]} or max_top = {self.tops[-1]} is above the model's {layers} blocks",
+                "Lower model.max_bottom or model.max_top.",
+            )
         if self.freeze_below > layers:
             raise ConfigError(
                 f"freeze_below = {self.freeze_below} but the model has {layers} blocks", "Lower model.freeze_below."

@@ -23,6 +23,10 @@ class ReleaseKind(Enum):
     WEIGHTS = "weights"
 
 
+#: what mode "off" means, in the words that the closing report uses
+STATEMENT = "No noise was added: the server can read the text, and labels can be recovered from gradients."
+
+
 class Gate:
     """Encodes what leaves and keeps count of it."""
 
@@ -46,7 +50,7 @@ class Gate:
         """What left, by kind, and what that means."""
         return {
             "mode": "off",
-            "statement": "No noise was added: the server can read the text, and labels can be recovered from gradients.",
+            "statement": STATEMENT,
             "stayed": ["the data file", "label ids", "losses", "moments of the optimizer"],
             "left": {
                 kind: {"releases": self.releases[kind], "bytes": self.bytes[kind]} for kind in sorted(self.releases)

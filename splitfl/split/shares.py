@@ -52,12 +52,11 @@ def choose_shared(settings: Federation, bottom: Shapes, top: Shapes) -> Shapes:
     return dict(top) if share == "top" else {**bottom, **top}
 
 
-def client_tensor_names(config: PreTrainedConfig, settings: Federation) -> list[str]:
-    """Stored names of all base tensors that some allowed client needs."""
+def ends_names(config: PreTrainedConfig, cut: Cut) -> list[str]:
+    """Stored names of the base tensors that a client with ``cut`` needs; cuts may overlap here."""
     layers = config.num_hidden_layers
-    pieces = [Piece(0, settings.bottoms[-1], embedding=True), Piece(layers - settings.tops[-1], layers, head=True)]
     names: dict[str, None] = {}
-    for piece in pieces:
+    for piece in (Piece(0, cut.n_bottom, embedding=True), Piece(layers - cut.n_top, layers, head=True)):
         segment = Segment(config, piece)
         names |= dict.fromkeys(weight_names(segment, tied=is_tied(config)))
     return list(names)

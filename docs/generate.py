@@ -1,0 +1,170 @@
+"""Writes the reference pages that repeat what the code says: docs/federation.md and docs/commands.md.
+
+``make docs`` runs it; tests/unit/test_docs.py fails while a page differs from what the code says now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import typer.main
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from splitfl.cli import app
+from splitfl.config import Federation, Section
+
+HERE = Path(__file__).parent
+BOUNDS: dict[type, str] = {Ge: ">=", Gt: ">", Le: "<=", Lt: "<"}
+
+FEDERATION_HEAD = """\
+# federation.toml
+
+<!-- Written by docs/generate.py from splitfl/config.py; `make docs` writes it anew. -->
+
+What a federation agrees on, in one TOML file, given to `splitfl serve --federation FILE`. The server's settings win:
+every client receives them when it joins, so nothing has to be set twice. What is left out takes its default; an
+unknown field, or a value out of its range, is refused at start with the field's name. [recipes/](recipes) holds whole
+files to start from.
+
+```toml
+name = "three-hospitals"
+
+[rounds]
+count = 5
+local_steps = 20
+
+[optimizer]
+learning_rate = 3e-4
+```
+
+Some combinations are refused as well: `micro_batches` that does not divide `records`; a default cut outside its own
+limits, or with more blocks than the model has; `share = "none"` when clients may differ in `n_top` (personal tops of
+different depth cannot be exported); on a model whose head is its embedding, `head` other than `"full"` or
+`share = "top"` while that embedding trains.
+"""
+
+COMMANDS_HEAD = """\
+# Commands
+
+<!-- Written by docs/generate.py from the commands themselves; `make docs` writes it anew. -->
+
+What `splitfl COMMAND --help` says, on one page. Reports and JSON go to stdout, everything else to stderr. A command
+that fails says why and what to do in one line, and ends with the exit code that [errors.md](errors.md) gives for it;
+Ctrl-C ends with 130, and what was saved stays saved.
+"""
+
+
+def federation_page() -> str:
+    """Every field of federation.toml with its values, default and unit."""
+    parts = [FEDERATION_HEAD, "## At the top of the file\n", *field_table(Federation)]
+    for name, field in Federation.model_fields.items():
+        if is_section(field):
+            section: type[Section] = field.annotation  # type: ignore[assignment]
+            parts += [f"## [{name}]\n", f"{paragraph(section.__doc__)}\n", *field_table(section)]
+    return "\n".join(parts)
+
+
+def field_table(section: type[Section]) -> Iterator[str]:
+    """One row a field; tables inside the section have headings of their own."""
+    yield "| field | values | default | meaning, unit |"
+    yield "| --- | --- | --- | --- |"
+    for name, field in section.model_fields.items():
+        if not is_section(field):
+            yield f"| `{name}` | {cell(values(field))} | {cell(default(field))} | {cell(field.description or '')} |"
+    yield ""
+
+
+def is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+
+
+def values(field: FieldInfo) -> str:
+    """What a field may hold, for a reader."""
+    annotation: Any = field.annotation
+    if get_origin(annotation) is Literal:
+        return ", ".join(f'`"{choice}"`' for choice in get_args(annotation))
+    kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not type(None)]
+    words = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}
+    bounds = [f"{BOUNDS[type(m)]} {getattr(m, type(m).__name__.lower())}" for m in field.metadata if type(m) in BOUNDS]
+    patterns = [f"`{m.pattern}`" for m in field.metadata if getattr(m, "pattern", None)]
+    return ", ".join([words[kinds[0]], *bounds, *patterns])
+
+
+def default(field: FieldInfo) -> str:
+    if field.default is None:
+        return "none"
+    return f"`{str(field.default).lower()}`" if isinstance(field.default, bool) else toml(field.default)
+
+
+def toml(value: object) -> str:
+    return f'`"{value}"`' if isinstance(value, str) else f"`{value}`"
+
+
+def commands_page() -> str:
+    """Every command with its arguments and options."""
+    parts = [COMMANDS_HEAD]
+    for path, command in commands(typer.main.get_command(app), "splitfl"):
+        parts += [f"## {path}\n", f"{paragraph(command.help)}\n", *parameter_table(command)]
+    return "\n".join(parts)
+
+
+def commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """(name, command) of every command that does something, groups opened."""
+    inner = getattr(command, "commands", None)
+    if inner is None:
+        yield path, command
+        return
+    for name, child in inner.items():
+        yield from commands(child, f"{path} {name}")
+
+
+def parameter_table(command: Any) -> Iterator[str]:
+    """One row an argument or option."""
+    hints = get_type_hints(command.callback)
+    yield "| | default | meaning |"
+    yield "| --- | --- | --- |"
+    for parameter in command.params:
+        name = signature(parameter, hints[parameter.name])
+        yield f"| {name} | {cell(parameter_default(parameter))} | {cell(parameter.help or '')} |"
+    yield ""
+
+
+def signature(parameter: Any, hint: Any) -> str:
+    """How a parameter is written: ``DIR``, ``--layers N``, ``--json``, ``--verbose``, ``-v``."""
+    if parameter.param_type_name == "argument":
+        return f"`{parameter.metavar or parameter.name.upper()}`"
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    word = {Path: " PATH", int: " N", float: " N", str: " TEXT"}.get(kinds[0], "")
+    return ", ".join(f"`{flag}{word}`" for flag in parameter.opts)
+
+
+def parameter_default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    nothing = parameter.default is None or parameter.default is False or parameter.default == ""
+    return "" if nothing else f"`{parameter.default}`"
+
+
+def paragraph(text: str | None) -> str:
+    """A docstring as one line of Markdown."""
+    return " ".join((text or "").split()).replace("``", "`")
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+PAGES = {"federation.md": federation_page, "commands.md": commands_page}
+
+
+def main() -> None:
+    """Write every page anew."""
+    for name, page in PAGES.items():
+        (HERE / name).write_text(page())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What every benchmark shares: the machine, medians with spread, bars, and one JSON object in one shape."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from splitfl.errors import SplitFLError
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A figure and what it should be. ``better`` says on which side of ``bar`` it holds."""
+
+    name: str
+    value: float
+    bar: float
+    better: Literal["lower", "higher"]
+
+    @property
+    def holds(self) -> bool:
+        return self.value <= self.bar if self.better == "lower" else self.value >= self.bar
+
+
+@dataclass
+class Result:
+    """One benchmark's outcome."""
+
+    bench: str
+    config: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    bars: list[Bar] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        bars = [{**asdict(bar), "holds": bar.holds} for bar in self.bars]
+        return {"bench": self.bench, "config": self.config, "machine": machine(), "rows": self.rows, "bars": bars}
+
+
+def machine() -> dict[str, Any]:
+    """What this ran on."""
+    return {
+        "cores": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        "processor": processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Minimum, median and maximum."""
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+@contextmanager
+def served(model: Path, federation: str, *, threads: int = 0) -> Iterator[tuple[str, psutil.Process]]:
+    """A trunk service in a process of its own; gives its address and process. Raises SplitFLError."""
+    with tempfile.TemporaryDirectory() as work:
+        (Path(work) / "federation.toml").write_text(federation)
+        command = [sys.executable, "-m", "splitfl.cli", "serve", str(model), "--state", f"{work}/state"]
+        command += ["--listen", "127.0.0.1:0", "--federation", f"{work}/federation.toml", "--json"]
+        command += ["--threads", str(threads)]
+        log = Path(work) / "log"
+        with log.open("w") as messages:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages, text=True)
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line:
+                raise SplitFLError("the trunk service did not start", log.read_text()[-300:])
+            yield json.loads(line)["url"], psutil.Process(process.pid)
+        finally:
+            process.terminate()
+            process.wait(timeout=30)

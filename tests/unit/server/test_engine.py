@@ -1,0 +1,624 @@
+"""The compute queue: who runs together, in what order, what happens to those who are late, and that it never hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import permutations
+from typing import Any
+
+import pytest
+import torch
+from helpers import HIDDEN, LAYERS, MemorySource
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from server_model.engine import Engine, MissedError, StepKey
+from server_model.trunk import Graph, Rows, Trunk
+from splitfl.config import Federation, parse_federation
+
+BLOCKS = range(1, LAYERS - 1)
+RATE = 0.1
+TIMEOUT_S = 60.0
+SOON_S = 0.2
+
+
+def federation(*, micro: int = 1, steps: int = 50, **trunk: Any) -> Federation:
+    """Plain SGD without clipping, so that a step is a sum that a test can write down."""
+    table = {
+        "rounds": {"count": 1, "local_steps": steps},
+        "batch": {"records": 4 * micro, "micro_batches": micro},
+        "optimizer": {"name": "sgd", "schedule": "constant", "learning_rate": RATE, "max_grad_norm": 0.0},
+        "trunk": trunk,
+    }
+    return parse_federation(table, "the test")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One client's micro-batch: hidden states, their lengths, label tokens, the gradient that it will send."""
+
+    rows: Rows
+    tokens: int
+    gradient: Tensor
+
+    @classmethod
+    def draw(cls, seed: int, *, batch: int = 2, time: int = 7, padded: bool = False) -> Piece:
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(batch, time, HIDDEN, generator=generator)
+        lengths = torch.tensor([time, *[max(1, time - 3)] * (batch - 1)]) if padded else None
+        return cls(Rows(hidden, lengths), batch * time - 1, torch.randn(hidden.shape, generator=generator))
+
+
+PIECES = {name: Piece.draw(seed, time=5 + seed, padded=seed == 2) for seed, name in enumerate("abc")}
+
+
+@dataclass
+class Bench:
+    """An engine over a real trunk, with an open round."""
+
+    source: MemorySource
+    settings: Federation
+    cohort: Iterable[str] = "abc"
+    trunk: Trunk = field(init=False)
+    engine: Engine = field(init=False)
+
+    async def __aenter__(self) -> Bench:
+        self.trunk = Trunk(self.settings, self.source, BLOCKS, torch.device("cpu"))
+        self.engine = Engine(self.trunk, self.settings)
+        self.engine.open_round(0, self.cohort)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.engine.close()
+
+    async def forward(self, name: str, step: int = 0, micro: int = 0, piece: Piece | None = None) -> Tensor:
+        piece = piece or PIECES[name]
+        return await self.engine.forward(name, StepKey(0, step, micro), BLOCKS, piece.rows, piece.tokens, True)
+
+    async def backward(self, name: str, step: int = 0, micro: int = 0, piece: Piece | None = None) -> Tensor:
+        return await self.engine.backward(name, StepKey(0, step, micro), (piece or PIECES[name]).gradient)
+
+    async def both(self, name: str, step: int = 0, micro: int = 0, piece: Piece | None = None) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one micro-batch."""
+        return await self.forward(name, step, micro, piece), await self.backward(name, step, micro, piece)
+
+    async def settled(self) -> dict[str, Tensor]:
+        """The trunk's weights once nothing is in work any more."""
+        while self.engine.work is not None:
+            await asyncio.sleep(0.001)
+        await self.engine.call(lambda: None)
+        return {name: weight.clone() for name, weight in self.trunk.weights().items()}
+
+
+def alone(source: MemorySource, steps: Sequence[Sequence[Piece]]) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """The slow oracle: each piece by itself, then one SGD step on the sum over all label tokens of the step."""
+    trunk = Trunk(federation(), source, BLOCKS, torch.device("cpu"))
+    results = []
+    for pieces in steps:
+        for piece in pieces:
+            hidden = piece.rows.hidden.clone().requires_grad_()
+            output = trunk.segment(hidden, piece.rows.lengths)
+            output.backward(piece.gradient)
+            assert hidden.grad is not None
+            results.append((output.detach(), hidden.grad))
+        tokens = sum(piece.tokens for piece in pieces)
+        with torch.no_grad():
+            for weight in trunk.trainable().values():
+                assert weight.grad is not None
+                weight -= RATE * weight.grad / tokens
+                weight.grad = None
+    return results, trunk.weights()
+
+
+def run(work: Callable[[], Awaitable[Any]]) -> Any:
+    """Run a test's coroutine; a hang is a failure."""
+    return asyncio.run(asyncio.wait_for(work(), TIMEOUT_S))  # type: ignore[arg-type]
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
+
+
+async def soon(work: Awaitable[Any]) -> bool:
+    """Whether ``work`` ends within a moment; it goes on otherwise."""
+    done, _ = await asyncio.wait([asyncio.ensure_future(work)], timeout=SOON_S)
+    return bool(done)
+
+
+# one joint step
+
+
+def test_client_batch_gives_each_client_what_it_would_get_alone(source: MemorySource) -> None:
+    async def work() -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
+        async with Bench(source, federation()) as bench:
+            results = await asyncio.gather(*(bench.both(name) for name in "abc"))
+            return results, await bench.settled()
+
+    results, weights = run(work)
+    expected, stepped = alone(source, [[PIECES[name] for name in "abc"]])
+    for (output, below), (output_alone, below_alone), name in zip(results, expected, "abc", strict=True):
+        lengths = PIECES[name].rows.lengths
+        valid = torch.ones(output.shape[:2], dtype=torch.bool)
+        if lengths is not None:
+            valid = torch.arange(output.shape[1]) < lengths[:, None]
+        torch.testing.assert_close(output[valid], output_alone[valid], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(below[valid], below_alone[valid], atol=1e-5, rtol=1e-5)
+    assert_close(weights, stepped)
+
+
+def test_order_of_arrival_changes_no_bit(source: MemorySource) -> None:
+    async def work(order: Sequence[str]) -> dict[str, Tensor]:
+        async with Bench(source, federation()) as bench:
+            for step in range(2):
+                jobs = []
+                for name in order:
+                    jobs.append(asyncio.ensure_future(bench.both(name, step)))
+                    await asyncio.sleep(0.002)
+                await asyncio.gather(*jobs)
+            return await bench.settled()
+
+    first, *others = [run(lambda order=order: work(order)) for order in permutations("abc")]
+    for weights in others:
+        assert all(torch.equal(weights[name], tensor) for name, tensor in first.items())
+
+
+def test_micro_batches_add_up_to_one_step(source: MemorySource) -> None:
+    pieces = {(name, micro): Piece.draw(10 * micro + ord(name)) for name in "ab" for micro in range(3)}
+
+    async def client(bench: Bench, name: str) -> None:
+        for micro in range(3):
+            await bench.both(name, 0, micro, pieces[name, micro])
+
+    async def work() -> tuple[dict[str, Tensor], int]:
+        async with Bench(source, federation(micro=3), "ab") as bench:
+            await asyncio.gather(client(bench, "a"), client(bench, "b"))
+            return await bench.settled(), bench.engine.steps_applied
+
+    weights, steps = run(work)
+    assert steps == 1
+    assert_close(weights, alone(source, [list(pieces.values())])[1])
+
+
+def test_next_step_waits_until_the_one_before_is_applied(source: MemorySource) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(), "ab") as bench:
+            await asyncio.gather(bench.forward("a"), bench.forward("b"))
+            backward_a = asyncio.ensure_future(bench.backward("a"))
+            ahead = asyncio.ensure_future(bench.forward("a", 1))
+            assert not await soon(asyncio.shield(ahead))
+            await asyncio.gather(backward_a, bench.backward("b"))
+            next_b = asyncio.ensure_future(bench.forward("b", 1))
+            await asyncio.gather(ahead, next_b)
+            assert bench.engine.steps_applied == 1
+
+    run(work)
+
+
+def test_sequential_steps_the_trunk_after_each_client(source: MemorySource) -> None:
+    async def work() -> tuple[dict[str, Tensor], int]:
+        async with Bench(source, federation(mode="sequential"), "ab") as bench:
+            await bench.forward("a")
+            waiting = asyncio.ensure_future(bench.both("b"))
+            assert not await soon(asyncio.shield(waiting))  # a holds the trunk from its forward to its step
+            await bench.backward("a")
+            await waiting
+            return await bench.settled(), bench.engine.steps_applied
+
+    weights, steps = run(work)
+    assert steps == 2
+    assert_close(weights, alone(source, [[PIECES["a"]], [PIECES["b"]]])[1])
+
+
+def test_evaluation_passes_while_a_step_is_in_work(source: MemorySource) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(), "ab") as bench:
+            await asyncio.gather(bench.forward("a"), bench.forward("b"))
+            piece = PIECES["c"]
+            output = await bench.engine.forward("c", StepKey(0, 0, 0), BLOCKS, piece.rows, 0, False)
+            with torch.no_grad():
+                expected = bench.trunk.segment(piece.rows.hidden, piece.rows.lengths)
+            torch.testing.assert_close(output, expected)
+
+    run(work)
+
+
+# clients that are late, leave, or skip
+
+
+def test_client_that_misses_the_deadline_is_dropped_and_goes_on_with_the_next_step(source: MemorySource) -> None:
+    async def work() -> dict[str, Tensor]:
+        async with Bench(source, federation(step_deadline_s=0.3), "ab") as bench:
+            await asyncio.gather(bench.forward("a"), bench.forward("b"))
+            await bench.backward("a")  # b is silent; the deadline ends its part of the step
+            with pytest.raises(MissedError):
+                await bench.backward("b")
+            with pytest.raises(MissedError):
+                await bench.forward("b")
+            weights = await bench.settled()
+            await asyncio.gather(bench.both("a", 1), bench.both("b", 1))
+            assert bench.engine.steps_applied == 2
+            return weights
+
+    assert_close(run(work), alone(source, [[PIECES["a"]]])[1])
+
+
+def test_client_that_never_comes_misses_the_deadline_alone(source: MemorySource) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(step_deadline_s=0.2)) as bench:
+            for step in range(2):
+                await asyncio.gather(bench.both("a", step), bench.both("b", step))
+            await bench.settled()
+            assert bench.engine.steps_applied == 2
+
+    run(work)
+
+
+def test_deadline_spares_a_client_that_waits_for_the_server(source: MemorySource) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(step_deadline_s=0.2), "ab") as bench:
+            blocker = threading.Event()
+            held = asyncio.ensure_future(bench.engine.call(blocker.wait, 10.0))
+            jobs = [asyncio.ensure_future(bench.both(name)) for name in "ab"]
+            await asyncio.sleep(0.5)  # the compute thread is busy, well beyond the deadline
+            blocker.set()
+            await asyncio.gather(held, *jobs)
+
+    run(work)
+
+
+def test_deadline_comes_again_for_those_who_stop_later(source: MemorySource) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(step_deadline_s=0.2)) as bench:
+            first = [asyncio.ensure_future(bench.forward(name)) for name in "ab"]
+            await asyncio.gather(*first)  # after the deadline took c out
+            await bench.backward("a")  # and b stops here
+            await bench.settled()
+            assert bench.engine.steps_applied == 1
+
+    run(work)
+
+
+def test_client_that_leaves_a_joint_graph_counts_no_more(source: MemorySource) -> None:
+    async def work() -> tuple[Tensor, dict[str, Tensor]]:
+        async with Bench(source, federation(), "ab") as bench:
+            await asyncio.gather(bench.forward("a"), bench.forward("b"))
+            below = asyncio.ensure_future(bench.backward("a"))
+            assert not await soon(asyncio.shield(below))
+            bench.engine.leave_round("b")
+            result = await below
+            with pytest.raises(MissedError):
+                await bench.backward("b")
+            return result, await bench.settled()
+
+    below, weights = run(work)
+    expected, stepped = alone(source, [[PIECES["a"]]])
+    torch.testing.assert_close(below, expected[0][1], atol=1e-5, rtol=1e-5)
+    assert_close(weights, stepped)
+
+
+def test_client_that_leaves_before_its_forward_holds_nobody_up(source: MemorySource) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(), "ab") as bench:
+            waiting = asyncio.ensure_future(bench.both("a"))
+            assert not await soon(asyncio.shield(waiting))
+            bench.engine.leave_round("b")
+            await waiting
+
+    run(work)
+
+
+def test_client_that_sits_out_goes_on_with_the_next_step(source: MemorySource) -> None:
+    async def work() -> dict[str, Tensor]:
+        async with Bench(source, federation(), "ab") as bench:
+            await asyncio.gather(bench.forward("a"), bench.forward("b"))
+            bench.engine.sit_out("b", 0)
+            await bench.backward("a")
+            await asyncio.gather(bench.both("a", 1), bench.both("b", 1))
+            return await bench.settled()
+
+    pieces = [PIECES["a"], PIECES["b"]]
+    assert_close(run(work), alone(source, [pieces[:1], pieces])[1])
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_client_that_skips_ahead_holds_nobody_up(source: MemorySource, ahead: int) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(), "ab") as bench:
+            waiting = asyncio.ensure_future(bench.both("a"))
+            assert not await soon(asyncio.shield(waiting))
+            later = asyncio.ensure_future(bench.both("b", ahead))
+            await waiting
+            for step in range(1, ahead):
+                await bench.both("a", step)
+            await asyncio.gather(later, bench.both("a", ahead))
+
+    run(work)
+
+
+@pytest.mark.parametrize("key", [StepKey(1, 0, 0), StepKey(-1, 0, 0)])
+def test_forward_of_another_round_is_missed(source: MemorySource, key: StepKey) -> None:
+    async def work() -> None:
+        async with Bench(source, federation()) as bench:
+            piece = PIECES["a"]
+            with pytest.raises(MissedError):
+                await bench.engine.forward("a", key, BLOCKS, piece.rows, piece.tokens, True)
+            with pytest.raises(MissedError):
+                await bench.engine.backward("a", key, piece.gradient)
+
+    run(work)
+
+
+def test_forward_of_a_stranger_is_missed(source: MemorySource) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(), "ab") as bench:
+            with pytest.raises(MissedError):
+                await bench.forward("c")
+
+    run(work)
+
+
+def test_forward_of_a_step_that_is_over_is_missed(source: MemorySource) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(), "a") as bench:
+            await bench.both("a")
+            await bench.settled()
+            with pytest.raises(MissedError):
+                await bench.forward("a", 0)
+
+    run(work)
+
+
+def test_second_forward_of_a_micro_batch_is_missed(source: MemorySource) -> None:
+    async def work() -> dict[str, Tensor]:
+        async with Bench(source, federation(), "ab") as bench:
+            first = asyncio.ensure_future(bench.forward("a"))
+            await asyncio.sleep(0)
+            with pytest.raises(MissedError):
+                await bench.forward("a")
+            await asyncio.gather(first, bench.forward("b"))
+            with pytest.raises(MissedError):
+                await bench.forward("a")
+            await asyncio.gather(bench.backward("a"), bench.backward("b"))
+            return await bench.settled()
+
+    assert_close(run(work), alone(source, [[PIECES["a"], PIECES["b"]]])[1])
+
+
+def test_second_backward_of_a_micro_batch_is_missed(source: MemorySource) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(), "ab") as bench:
+            await asyncio.gather(bench.forward("a"), bench.forward("b"))
+            first = asyncio.ensure_future(bench.backward("a"))
+            await asyncio.sleep(0)
+            with pytest.raises(MissedError):
+                await bench.backward("a")
+            await asyncio.gather(first, bench.backward("b"))
+
+    run(work)
+
+
+def test_gradient_of_another_shape_is_refused(source: MemorySource) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(), "a") as bench:
+            await bench.forward("a")
+            with pytest.raises(ValueError, match="gradient"):
+                await bench.engine.backward("a", StepKey(0, 0, 0), torch.zeros(1, 1, HIDDEN))
+            await bench.backward("a")
+
+    run(work)
+
+
+# numbers that are none
+
+
+def test_activations_that_overflow_in_the_trunk_spoil_their_own_client_alone(source: MemorySource) -> None:
+    huge = Piece(Rows(torch.full((2, 7, HIDDEN), 3e38), None), 14, torch.ones(2, 7, HIDDEN))
+
+    async def work() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        async with Bench(source, federation(), "ab") as bench:
+            output, bad = await asyncio.gather(bench.forward("a"), bench.forward("b", piece=huge))
+            assert not torch.isfinite(bad).all()
+            bench.engine.sit_out("b", 0)  # the coordinator does so when it cannot encode the output
+            below = await bench.backward("a")
+            return output, below, await bench.settled()
+
+    output, below, weights = run(work)
+    expected, stepped = alone(source, [[PIECES["a"]]])
+    torch.testing.assert_close(output, expected[0][0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(below, expected[0][1], atol=1e-5, rtol=1e-5)
+    assert_close(weights, stepped)
+
+
+def test_gradient_that_overflows_leaves_the_trunk_as_it_was(source: MemorySource) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(), "a") as bench:
+            before = {name: weight.clone() for name, weight in bench.trunk.weights().items()}
+            huge = Piece(PIECES["a"].rows, 13, torch.full_like(PIECES["a"].gradient, 3e38))
+            await bench.both("a", piece=huge)
+            assert all(torch.equal(before[name], weight) for name, weight in (await bench.settled()).items())
+            await bench.both("a", 1)
+            assert not all(torch.equal(before[name], weight) for name, weight in (await bench.settled()).items())
+
+    run(work)
+
+
+# rounds
+
+
+def test_round_that_opens_forgets_what_the_last_one_left(source: MemorySource) -> None:
+    async def work() -> dict[str, Tensor]:
+        async with Bench(source, federation(micro=2), "ab") as bench:
+            await asyncio.gather(bench.both("a"), bench.both("b"))  # half a step: its gradients wait in the trunk
+            late = [asyncio.ensure_future(bench.forward(name, 0, 1)) for name in "ab"]
+            await asyncio.gather(*late)
+            pending = asyncio.ensure_future(bench.backward("a", 0, 1))
+            await asyncio.sleep(0.01)
+            bench.engine.open_round(1, "a")
+            with pytest.raises(MissedError):
+                await pending
+            assert bench.engine.tokens_held == 0
+            piece = PIECES["a"]
+            for micro in range(2):
+                key = StepKey(1, 0, micro)
+                await bench.engine.forward("a", key, BLOCKS, piece.rows, piece.tokens, True)
+                await bench.engine.backward("a", key, piece.gradient)
+            return await bench.settled()
+
+    assert_close(run(work), alone(source, [[PIECES["a"], PIECES["a"]]])[1])
+
+
+def test_forward_that_runs_while_a_new_round_opens_gives_its_room_back(source: MemorySource) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(max_tokens_in_flight=1), "a") as bench:
+            blocker = threading.Event()
+            held = asyncio.ensure_future(bench.engine.call(blocker.wait, 10.0))
+            running = asyncio.ensure_future(bench.forward("a"))
+            await asyncio.sleep(0.01)
+            bench.engine.open_round(1, "a")
+            blocker.set()
+            await held
+            with pytest.raises(MissedError):
+                await running
+            piece = PIECES["a"]
+            await bench.engine.forward("a", StepKey(1, 0, 0), BLOCKS, piece.rows, piece.tokens, True)
+            await bench.engine.backward("a", StepKey(1, 0, 0), piece.gradient)
+            await bench.settled()
+            assert bench.engine.tokens_held == 0
+
+    run(work)
+
+
+# memory
+
+
+def test_backward_never_waits_behind_admission(source: MemorySource) -> None:
+    async def work() -> None:
+        tokens = PIECES["a"].rows.hidden.shape[0] * PIECES["a"].rows.hidden.shape[1]
+        async with Bench(source, federation(max_tokens_in_flight=tokens), "ab") as bench:
+            first = asyncio.ensure_future(bench.forward("a"))
+            second = asyncio.ensure_future(bench.forward("b"))
+            await first
+            assert not await soon(asyncio.shield(second))  # no room
+            await bench.backward("a")
+            await second
+            await bench.backward("b")
+
+    run(work)
+
+
+class FakeTrunk:
+    """Arithmetic in place of a model: output = 2 x, gradient = 2 g. It notes how much memory graphs hold."""
+
+    def __init__(self, *, fails: Callable[[], bool] = lambda: False) -> None:
+        self.round_tokens: dict[int, int] = {}
+        self.steps = 0
+        self.fails = fails
+
+    def forward(self, blocks: range, clients: Sequence[Rows], *, train: bool) -> tuple[list[Tensor], Graph | None]:
+        if self.fails():
+            raise RuntimeError("out of memory")
+        outputs = [2 * rows.hidden for rows in clients]
+        shapes = [(rows.hidden.shape[0], rows.hidden.shape[1]) for rows in clients]
+        return outputs, Graph(blocks, outputs[0], outputs[0], shapes) if train else None
+
+    def backward(self, graph: Graph, gradients: Sequence[Tensor | None], tokens: Sequence[int]) -> list[Tensor]:
+        assert len(gradients) == len(graph.shapes) == len(tokens)
+        return [torch.zeros(1) if gradient is None else 2 * gradient for gradient in gradients]
+
+    def step(self, rate: float) -> float:
+        self.steps += 1
+        return rate
+
+    def clear(self) -> None:
+        pass
+
+
+async def play(engine: Engine, name: str, steps: int, micro: int, blocks: range, behave: random.Random) -> int:
+    """An honest client of any temper: it sometimes sits out; how many steps it finished."""
+    finished = 0
+    for step in range(steps):
+        try:
+            for number in range(micro):
+                if behave.random() < 0.1:
+                    engine.sit_out(name, step)
+                    raise MissedError
+                rows = Rows(torch.ones(behave.randint(1, 3), behave.randint(1, 5), 1), None)
+                key = StepKey(0, step, number)
+                output = await engine.forward(name, key, blocks, rows, 1, True)
+                assert output.shape == rows.hidden.shape
+                await asyncio.sleep(behave.random() * 0.002)
+                below = await engine.backward(name, key, rows.hidden)
+                assert torch.equal(below, 2 * rows.hidden)
+            finished += 1
+        except MissedError:
+            continue
+    engine.leave_round(name)
+    return finished
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    clients=st.integers(1, 4),
+    micro=st.integers(1, 3),
+    limit=st.sampled_from([1, 10, 30, 10**6]),
+    mode=st.sampled_from(["client-batch", "sequential"]),
+    cuts=st.integers(1, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_honest_clients_never_hang_whatever_the_memory(
+    seed: int, clients: int, micro: int, limit: int, mode: str, cuts: int
+) -> None:
+    async def work() -> None:
+        chance = random.Random(seed)
+        chosen = federation(micro=micro, mode=mode, max_tokens_in_flight=limit)
+        trunk = FakeTrunk()
+        engine = Engine(trunk, chosen)  # type: ignore[arg-type]
+        names = [f"client-{number}" for number in range(clients)]
+        engine.open_round(0, names)
+        jobs = [
+            play(engine, name, 6, micro, range(1, 2 + number % cuts), random.Random(chance.random()))
+            for number, name in enumerate(names)
+        ]
+        await asyncio.gather(*jobs)
+        while engine.work is not None:
+            await asyncio.sleep(0.001)
+        assert engine.tokens_held == 0
+        assert engine.waiting == []
+        engine.close()
+
+    run(work)
+
+
+@pytest.mark.parametrize("mode", ["client-batch", "sequential"])
+def test_forward_that_fails_inside_holds_nobody_up(mode: str) -> None:
+    async def work() -> None:
+        failures = iter([True])
+        trunk = FakeTrunk(fails=lambda: next(failures, False))
+        engine = Engine(trunk, federation(mode=mode))  # type: ignore[arg-type]
+        engine.open_round(0, "ab")
+        rows = Rows(torch.ones(2, 3, 1), None)
+
+        async def client(name: str) -> list[str]:
+            story = []
+            for step in range(2):
+                key = StepKey(0, step, 0)
+                try:
+                    await engine.forward(name, key, range(1, 2), rows, 1, True)
+                    await engine.backward(name, key, rows.hidden)
+                    story.append("done")
+                except RuntimeError:
+                    story.append("failed")
+            return story
+
+        stories = await asyncio.gather(client("a"), client("b"))
+        assert stories in ([["failed", "done"]] * 2, [["failed", "done"], ["done", "done"]])
+        assert engine.tokens_held == 0
+        engine.close()
+
+    run(work)
