@@ -197,7 +197,8 @@ def describe(event: str, facts: dict[str, Any]) -> str:
                 f"{facts['tokens_per_s']:.0f} tokens/s, {sent:.1f} MB sent, {received:.1f} MB received"
             )
         case "evaluation":
-            return f"held-out loss {facts['loss']:.3f}, perplexity {facts['perplexity']:.1f}, after {facts['round']} rounds"
+            loss, words = facts["loss"], facts["perplexity"]
+            return f"held-out loss {loss:.3f}, perplexity {words:.1f}, after {facts['round']} rounds"
         case "step_missed":
             return f"round {facts['round'] + 1} step {facts['step'] + 1} left out: {facts['reason']}"
         case "round_durable":

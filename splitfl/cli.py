@@ -17,6 +17,7 @@ from client_model.cli import join
 from server_model.cli import export, serve
 from splitfl.lab.bench.cli import bench
 from splitfl.lab.cli import evaluate, init
+from splitfl.lab.demo.cli import demo
 
 app = typer.Typer(
     name="splitfl",
@@ -25,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(demo)
 app.command()(init)
 app.command()(serve)
 app.command()(join)

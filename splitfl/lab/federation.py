@@ -111,8 +111,11 @@ def run_federation(
     federation's own cut; ``settings`` must allow them. ``report`` hears every event as it happens, one at a time.
 
     The same arguments give the same weights, to the bit, on the same machine: the first round waits for everybody, and
-    the trunk orders its batches by name. Not so with ``trunk.mode = "sequential"`` or with deadlines, where who comes
-    first counts.
+    the trunk orders its batches by name. With ``cuts`` that differ they are equal but for rounding (gradients of
+    different block ranges are summed as they come); with ``trunk.mode = "sequential"`` or with deadlines it counts
+    who comes first.
+
+    All clients and the trunk share the cores. With many clients ``torch.set_num_threads(1)`` is fastest.
 
     Raises whatever the first failing client or the service raised; the others are stopped, and no thread stays behind.
     """

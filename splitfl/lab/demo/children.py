@@ -1,0 +1,174 @@
+"""The demo's processes: started, listened to, measured, and ended whatever happens.
+
+Each is a new interpreter that prints JSON events on stdout; its stderr goes to a log file. A process that fails ends
+the demo, and only processes started here are ever ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from splitfl.errors import SplitFLError
+
+POLL_S = 0.2  # between looks at the memory
+GRACE_S = 3.0  # from asking a process to end until it is ended
+
+Event = dict[str, Any]
+
+# Processes that spin for work fight over the cores: said before torch is imported there. Nothing is downloaded.
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+@dataclass
+class Child:
+    """One process. ``peak_rss`` is in bytes, as of the last look."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    peak_rss: int = 0
+
+    def measure(self) -> None:
+        """Look at the memory."""
+        self.peak_rss = max(self.peak_rss, peak_rss(self.process.pid))
+
+    def failure(self) -> SplitFLError:
+        """Why it ended, out of its log, with its own exit code."""
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        code = self.process.returncode
+        why = said[-1] if said else lines[-1] if lines else f"exit code {code}"
+        error = SplitFLError(f"{self.name} failed: {why.rstrip('.')}", f"All it said is in {self.log}.")
+        error.exit_code = code if 0 < code < 128 else SplitFLError.exit_code
+        return error
+
+
+class Children:
+    """Processes that end with the ``with`` block. ``logs`` is the folder for their stderr."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs = logs
+        self.all: list[Child] = []
+        self._open: set[str] = set()  # those whose stdout has not ended
+        self._events: queue.Queue[tuple[Child, Event | None]] = queue.Queue()
+
+    def __enter__(self) -> Children:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self, name: str, module: str, *arguments: object) -> None:
+        """Run ``python -m module arguments`` under ``name``."""
+        log = self.logs / f"{name}.log"
+        with log.open("wb") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=ENVIRONMENT | os.environ,
+                process_group=0,  # Ctrl-C reaches the demo alone, which then ends them in order
+            )
+        child = Child(name, process, log)
+        self.all.append(child)
+        self._open.add(name)
+        threading.Thread(target=self._listen, args=(child,), name=f"listen-{name}", daemon=True).start()
+
+    def events(self) -> Iterator[tuple[str, Event]]:
+        """(name, event) as they come, until every process has ended well.
+
+        Raises SplitFLError with the process's own message when one fails.
+        """
+        looked = 0.0
+        while self._open:
+            if time.monotonic() - looked > POLL_S:
+                self._measure()
+                looked = time.monotonic()
+            try:
+                child, event = self._events.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+            if event is not None:
+                yield child.name, event
+            else:
+                self._ended(child)
+
+    def peak_rss(self) -> dict[str, int]:
+        """Bytes of memory that each process held at most."""
+        return {child.name: child.peak_rss for child in self.all}
+
+    def stop(self) -> None:
+        """End every process that still runs: ask, wait a little, insist."""
+        try:
+            for child in self.all:
+                if child.process.poll() is None:
+                    child.process.terminate()
+            deadline = time.monotonic() + GRACE_S
+            for child in self.all:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.process.wait(max(0.0, deadline - time.monotonic()))
+        finally:  # also when another Ctrl-C comes meanwhile
+            for child in self.all:
+                if child.process.poll() is None:
+                    child.process.kill()
+                    child.process.wait()
+
+    def _listen(self, child: Child) -> None:
+        """On a thread of its own: stdout, line by line, into the queue."""
+        assert child.process.stdout is not None
+        with child.process.stdout as lines:
+            for line in lines:
+                if line.startswith(b"{"):
+                    self._events.put((child, json.loads(line)))
+        self._events.put((child, None))
+
+    def _measure(self) -> None:
+        for child in self.all:
+            if child.name in self._open:
+                child.measure()
+
+    def _ended(self, child: Child) -> None:
+        if child.process.wait() != 0:
+            raise child.failure()
+        self._open.discard(child.name)
+
+
+def peak_rss(pid: int) -> int:
+    """Most bytes of memory that a running process has held so far; 0 when it has gone.
+
+    Linux keeps that mark itself. ``ru_maxrss`` of an ended process is no help: it counts the memory of the process
+    that started it as well. Elsewhere it is the memory held now, and the largest of many looks must do.
+    """
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0
