@@ -84,7 +84,7 @@ async def run(coordinator: Coordinator, host: str, port: int, report: object) ->
     service = Service(coordinator)
     try:
         bound = await service.start(host, port)
-        report(Progress("listening", {"url": f"ws://{host}:{bound}", "durable_round": coordinator.durable}))  # type: ignore[operator]
+        report(Progress("listening", {"url": f"ws://{host}:{bound}", "durable_round": coordinator.rounds.durable}))  # type: ignore[operator]
         ended = asyncio.create_task(until_everybody_left(coordinator))
         signalled = asyncio.create_task(stopped.wait())
         await asyncio.wait([ended, signalled], return_when=asyncio.FIRST_COMPLETED)
@@ -94,17 +94,17 @@ async def run(coordinator: Coordinator, host: str, port: int, report: object) ->
         await service.stop()
         coordinator.close()
     if stopped.is_set():
-        note(f"stopped; rounds up to {coordinator.durable + 1} are durable. Start again with --resume.")
+        note(f"stopped; rounds up to {coordinator.rounds.durable + 1} are durable. Start again with --resume.")
         raise KeyboardInterrupt
 
 
 async def until_everybody_left(coordinator: Coordinator) -> None:
     """Wait for the end, then for connected clients to say goodbye."""
-    await coordinator.finished.wait()
+    await coordinator.rounds.finished.wait()
     loop = asyncio.get_running_loop()
     quiet_since = loop.time()
-    while coordinator.members:
-        if any(member.connected for member in coordinator.members.values()):
+    while len(coordinator.members):
+        if any(member.connected for member in coordinator.members):
             quiet_since = loop.time()
         elif loop.time() - quiet_since > min(LEAVING_S, coordinator.settings.trunk.grace_s):
             return

@@ -106,24 +106,41 @@ class Engine:
     # -- rounds ------------------------------------------------------------------------------------------------
 
     def open_round(self, round_: int, cohort: Iterable[str]) -> None:
-        """Serve ``round_`` for ``cohort`` (the clients whose trunk is not empty) from step 0."""
+        """Serve ``round_`` for ``cohort`` (the clients that train through the trunk) from step 0."""
+        self.end_round()
         self.round = round_
         self.cohort = set(cohort)
         self.next_step = dict.fromkeys(self.cohort, 0)
-        self.work = None
         self.trunk.round_tokens.clear()
         self._advance()
+
+    def end_round(self) -> None:
+        """Nobody is in the round any more; a step that was not finished is void, and its clients miss it."""
+        self.cohort = set()
+        self._refuse_waiting(lambda arrival: arrival.train)
+        work, self.work = self.work, None
+        if work is None or work.applying:
+            return
+        if work.timer is not None:
+            work.timer.cancel()
+        for joint in work.joints:
+            for member in joint.members:
+                self._refuse(member.reply)
+                self._refuse(joint.replies.get(member.client))
+            self._release(joint)
+        spawn(self.call(self.trunk.clear))  # behind whatever of it still runs
 
     def leave_round(self, client: str) -> None:
         """A client is out of this round: its update came, or it has gone. Others stop waiting for it."""
         self.cohort.discard(client)
+        self._refuse_waiting(lambda arrival: arrival.client == client and arrival.train)
         self.drop(client)
 
     def drop(self, client: str) -> None:
         """Take a client out of the step in work; it may go on with the next one."""
         work = self.work
-        self._refuse_waiting(lambda arrival: arrival.client == client and arrival.train)
         if work is not None and client in work.members and not work.applying:
+            self._refuse_waiting(lambda a: a.client == client and a.train and a.key.step <= work.step)
             self.next_step[client] = work.step + 1
             work.members.discard(client)
             for joint in work.joints:
@@ -133,20 +150,20 @@ class Engine:
         self._advance()
 
     def sit_out(self, client: str, step: int) -> None:
-        """A client skips ``step`` on its own account."""
-        if self.work is not None and self.work.step == step:
+        """A client skips ``step``, and any before it that it has not finished, on its own account."""
+        self._refuse_waiting(lambda a: a.client == client and a.train and a.key.step <= step)
+        if self.work is not None and self.work.step <= step:
             self.drop(client)
-        else:
-            self.next_step[client] = max(self.next_step.get(client, 0), step + 1)
-            self._advance()
+        self.next_step[client] = max(self.next_step.get(client, 0), step + 1)
+        self._advance()
 
     # -- requests ----------------------------------------------------------------------------------------------
 
     async def forward(self, client: str, key: StepKey, blocks: range, rows: Rows, tokens: int, train: bool) -> Tensor:
         """Trunk output for one micro-batch. Raises MissedError when the client is not part of that step."""
-        if train and not self._expected(client, key):
+        if train and (not self._expected(client, key) or self._is_here(client, key)):
             raise MissedError
-        if train and key.step > self.next_step[client]:
+        if train and key.step > self._first_open_step(client):
             self.sit_out(client, key.step - 1)
         reply: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
         self.waiting.append(Arrival(client, key, blocks, rows, tokens, train, reply))
@@ -183,6 +200,19 @@ class Engine:
         ahead = key.step >= self.next_step.get(client, 0)
         return key.round == self.round and client in self.cohort and (current or ahead)
 
+    def _is_here(self, client: str, key: StepKey) -> bool:
+        """Whether this micro-batch has come already."""
+        waits = any(a.client == client and a.key == key and a.train for a in self.waiting)
+        return waits or self._joint_of(client, key) is not None
+
+    def _first_open_step(self, client: str) -> int:
+        """The earliest step to which this client still owes something."""
+        work, expected = self.work, self.next_step[client]
+        if work is None or work.step != expected or client not in work.members:
+            return expected
+        delivered = sum(joint.gradients.get(client) is not None for joint in work.joints)
+        return expected + (delivered >= self.micro_batches)
+
     def _joint_of(self, client: str, key: StepKey) -> Joint | None:
         work = self.work
         if work is None or (work.round, work.step) != (key.round, key.step):
@@ -218,26 +248,29 @@ class Engine:
             step = min(self.next_step[client] for client in self.cohort)
             members = {client for client in self.cohort if self.next_step[client] == step}
         self.work = StepWork(self.round, step, members)
+        self._set_timer(self.work)
+
+    def _set_timer(self, work: StepWork) -> None:
         limit = self.settings.trunk.step_deadline_s
         if limit:
-            self.work.timer = asyncio.get_running_loop().call_later(limit, self._deadline, self.work)
+            work.timer = asyncio.get_running_loop().call_later(limit, self._deadline, work)
 
     def _deadline(self, work: StepWork) -> None:
-        """Drop whoever has not delivered in time."""
+        """Drop whoever has not delivered in time; the others get as long again for what is left."""
         if self.work is not work or work.applying:
             return
-        late = {client for client in work.members if not self._is_waited_for_by_others(client)}
-        for client in late:
+        for client in sorted(client for client in work.members if not self._is_owed(work, client)):
             log.warning("round %d step %d: %s missed the deadline", work.round, work.step, client)
             self.drop(client)
+        self._set_timer(work)
 
-    def _is_waited_for_by_others(self, client: str) -> bool:
-        """Whether everything that the server owes this client still depends on others."""
-        work = self.work
-        assert work is not None
-        asked = any(arrival.client == client for arrival in self.waiting)
-        delivered = any(client in joint.replies for joint in work.joints)
-        return asked or delivered or work.done.get(client, 0) >= self.micro_batches
+    def _is_owed(self, work: StepWork, client: str) -> bool:
+        """Whether it is not this client's turn: it waits for an answer, or has finished."""
+        asked = any(arrival.client == client and arrival.train for arrival in self.waiting)
+        running = any(m.client == client and not m.reply.done() for joint in work.joints for m in joint.members)
+        replies = [joint.replies[client] for joint in work.joints if client in joint.replies]
+        delivered = any(not reply.done() for reply in replies)
+        return asked or running or delivered or work.done.get(client, 0) >= self.micro_batches
 
     def _run_forwards(self, work: StepWork) -> None:
         """Launch each group (same micro-batch, same blocks) that is complete, or as large as memory lets it be."""
@@ -283,10 +316,10 @@ class Engine:
         async def run() -> list[Tensor]:
             outputs, graph = await self.call(self._forward_now, group, group[0].blocks, True)
             assert graph is not None
-            joint.graph = graph
+            joint.graph = None if joint.finished else graph  # the round may have ended meanwhile
             return outputs
 
-        self._launch(run(), group)
+        self._launch(run(), group, joint)
 
     async def _forward(self, group: list[Arrival], blocks: range, *, train: bool) -> list[Tensor]:
         outputs, _ = await self.call(self._forward_now, group, blocks, train)
@@ -295,7 +328,7 @@ class Engine:
     def _forward_now(self, group: list[Arrival], blocks: range, train: bool) -> tuple[list[Tensor], Graph | None]:
         return self.trunk.forward(blocks, [arrival.rows for arrival in group], train=train)
 
-    def _launch(self, work: Any, group: list[Arrival]) -> None:
+    def _launch(self, work: Any, group: list[Arrival], joint: Joint | None = None) -> None:
         """Await a forward in the background and hand out its outputs, or its failure."""
 
         async def run() -> None:
@@ -305,6 +338,10 @@ class Engine:
             except Exception as error:  # noqa: BLE001 - whatever torch raises belongs to the requests
                 for arrival in group:
                     fail(arrival.reply, error)
+                if joint is not None:
+                    self._release(joint)
+                    for arrival in group:
+                        self.drop(arrival.client)
             else:
                 for arrival, output in zip(group, outputs, strict=True):
                     resolve(arrival.reply, output)
@@ -322,22 +359,40 @@ class Engine:
                 spawn(self._backward(work, joint))
 
     async def _backward(self, work: StepWork, joint: Joint) -> None:
-        gradients = [joint.gradients[member.client] for member in joint.members]
-        tokens = [member.label_tokens for member in joint.members]
+        delivered = [member for member in joint.members if joint.gradients[member.client] is not None]
         try:
-            if any(gradient is not None for gradient in gradients):
-                inputs = await self.call(self.trunk.backward, joint.graph, gradients, tokens)
-                for member, gradient in zip(joint.members, inputs, strict=True):
+            if delivered:
+                inputs = await self.call(self._backward_now, joint, delivered)
+                for member, gradient in zip(delivered, inputs, strict=True):
                     resolve(joint.replies.get(member.client), gradient)
         except Exception as error:  # noqa: BLE001
             for reply in joint.replies.values():
                 fail(reply, error)
         for member in joint.members:
             work.done[member.client] = work.done.get(member.client, 0) + 1
-            self.tokens_held -= member.tokens
-        joint.graph = None
-        joint.finished = True
+        self._release(joint)
         self._advance()
+
+    def _backward_now(self, joint: Joint, delivered: list[Arrival]) -> list[Tensor]:
+        """On the compute thread: gradients at the inputs of those who delivered.
+
+        Rows of a dropped client that overflowed would make NaN of its zero gradients: then the others run anew.
+        """
+        graph, members = joint.graph, joint.members
+        assert graph is not None
+        if len(delivered) < len(members) and not graph.outputs.isfinite().all():
+            _, graph = self._forward_now(delivered, graph.blocks, True)
+            members = delivered
+            assert graph is not None
+        gradients = [joint.gradients[member.client] for member in members]
+        inputs = self.trunk.backward(graph, gradients, [member.label_tokens for member in members])
+        return [gradient for member, gradient in zip(members, inputs, strict=True) if member in delivered]
+
+    def _release(self, joint: Joint) -> None:
+        """A joint forward is over, one way or another: its room is free."""
+        if not joint.finished:
+            joint.finished, joint.graph = True, None
+            self.tokens_held -= sum(member.tokens for member in joint.members)
 
     def _finish_step(self, work: StepWork) -> None:
         """Step the trunk when every member has delivered every micro-batch; replies have gone out before."""
@@ -354,13 +409,15 @@ class Engine:
 
     async def _apply(self, work: StepWork) -> None:
         rate = learning_rate(self.settings, work.round, work.step)
-        norm = await self.call(self.trunk.step, rate)
-        if not math.isfinite(norm):
-            log.warning("round %d step %d: gradient norm %s, trunk left as it was", work.round, work.step, norm)
-        self.steps_applied += 1
-        if self.work is work:
-            self.work = None
-        self._advance()
+        try:
+            norm = await self.call(self.trunk.step, rate)
+            if not math.isfinite(norm):
+                log.warning("round %d step %d: gradient norm %s, trunk left as it was", work.round, work.step, norm)
+            self.steps_applied += 1
+        finally:
+            if self.work is work:
+                self.work = None
+            self._advance()
 
     # -- refusals ----------------------------------------------------------------------------------------------
 

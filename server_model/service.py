@@ -11,8 +11,9 @@ from typing import Any
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
-from server_model.coordinator import Coordinator, Member
+from server_model.coordinator import Coordinator
 from server_model.engine import spawn
+from server_model.members import Member
 from splitfl.config import Federation
 from splitfl.errors import ConfigError, ProtocolError, RefusedError, SplitFLError
 from splitfl.pipe import send_frame, watch

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from client_model.participant import Event, Participant
 from client_model.store import ClientStore
-from server_model.coordinator import Coordinator, Member, Progress
+from server_model.coordinator import Coordinator, Progress
 from server_model.engine import spawn
 from server_model.exporting import export_state
+from server_model.members import Member
 from server_model.store import Store
 from splitfl.config import Federation
 from splitfl.errors import ConfigError, LinkError, ProtocolError, RefusedError
@@ -123,7 +124,7 @@ def run_federation(
     check_family_splits(read_config(model))
     place, log = choose_device(device), EventLog(report)
     coordinator = Coordinator(model, settings, server_folder(folder), device=place, report=log.of_service)
-    coordinator.machine.present.update(data)  # no round opens before all of them ask for one
+    coordinator.rounds.machine.present.update(data)  # no round opens before all of them ask for one
     with TemporaryDirectory(dir=folder, prefix=".cache-") as cache, MemoryService(coordinator) as service:
         jobs: dict[str, Callable[[], dict[str, Any]]] = {}
         for name, path in data.items():

@@ -46,9 +46,7 @@ class Screen:
         """A line below the stage's title."""
         self.console.print(f"  {text}", highlight=False, soft_wrap=True, markup=False)
 
-    def follow(
-        self, events: Iterable[tuple[str, Event]], view: View, take: Callable[[str, Event], None]
-    ) -> None:
+    def follow(self, events: Iterable[tuple[str, Event]], view: View, take: Callable[[str, Event], None]) -> None:
         """Show ``events`` in ``view`` until they end, and give each to ``take``."""
         shown = Live(Shown(view), console=self.console, refresh_per_second=4) if self.live else nullcontext()
         with shown:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from server_model.coordinator import Coordinator
+from server_model.rounds import Rounds
 from splitfl.config import Federation, parse_federation
 from splitfl.data.notes import generate_notes, write_notes
 from splitfl.errors import ConfigError, DataError, LinkError, ProtocolError, RefusedError
@@ -267,6 +267,6 @@ def test_failed_service_raises_its_first_error_at_every_client(service: MemorySe
 def test_fault_in_the_services_background_stops_the_federation(
     model: Path, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Coordinator, "_merge_now", lambda *_: 1 / 0)
+    monkeypatch.setattr(Rounds, "_merge_now", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_federation(model, data, settings(), tmp_path / "fed")

@@ -242,6 +242,7 @@ def test_client_that_misses_the_deadline_is_dropped_and_goes_on_with_the_next_st
                 await bench.forward("b")
             weights = await bench.settled()
             await asyncio.gather(bench.both("a", 1), bench.both("b", 1))
+            await bench.settled()
             assert bench.engine.steps_applied == 2
             return weights
 
@@ -418,11 +419,11 @@ def test_gradient_of_another_shape_is_refused(source: MemorySource) -> None:
 
 
 def test_activations_that_overflow_in_the_trunk_spoil_their_own_client_alone(source: MemorySource) -> None:
-    huge = Piece(Rows(torch.full((2, 7, HIDDEN), 3e38), None), 14, torch.ones(2, 7, HIDDEN))
+    overflowing = Piece(Rows(torch.full((2, 7, HIDDEN), torch.inf), None), 14, torch.ones(2, 7, HIDDEN))
 
     async def work() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         async with Bench(source, federation(), "ab") as bench:
-            output, bad = await asyncio.gather(bench.forward("a"), bench.forward("b", piece=huge))
+            output, bad = await asyncio.gather(bench.forward("a"), bench.forward("b", piece=overflowing))
             assert not torch.isfinite(bad).all()
             bench.engine.sit_out("b", 0)  # the coordinator does so when it cannot encode the output
             below = await bench.backward("a")

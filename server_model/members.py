@@ -1,0 +1,122 @@
+"""Who takes part: one session a client, and it outlives its connections by the grace period."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from splitfl.config import Federation
+from splitfl.errors import RefusedError
+from splitfl.split.cut import Cut
+from splitfl.split.shares import Shapes
+from splitfl.wire.messages import Hello
+from splitfl.wire.session import ServerSession
+
+
+@dataclass
+class Member:
+    """One client's session."""
+
+    name: str
+    token: str
+    cut: Cut
+    shared: Shapes  # the weights that it sends for merging
+    wire: ServerSession = field(default_factory=ServerSession)
+    connected: bool = True
+    expiry: asyncio.TimerHandle | None = None
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+class Members:
+    """Sessions by token. ``left`` is told of each client that is gone for good."""
+
+    def __init__(
+        self, settings: Federation, layers: int, shapes_of: Callable[[Cut], Shapes], left: Callable[[Member], None]
+    ) -> None:
+        self.settings = settings
+        self.layers = layers
+        self._shapes_of = shapes_of
+        self._left = left
+        self._by_token: dict[str, Member] = {}
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(list(self._by_token.values()))
+
+    def __len__(self) -> int:
+        return len(self._by_token)
+
+    def named(self, name: str) -> Member:
+        """The session of a client that takes part."""
+        return next(member for member in self if member.name == name)
+
+    def welcome(self, hello: Hello) -> tuple[Member, bool]:
+        """Open a session, or resume the one that Hello names; whether it was resumed. Raises RefusedError."""
+        known = self._by_token.get(hello.resume)
+        if known is not None and known.name == hello.name and not hello.fresh:
+            known.connected = True
+            cancel(known)
+            return known, True
+        if known is not None and known.name == hello.name:
+            self.forget(known)  # it came back without that session's state
+        return self._new(hello), False
+
+    def _new(self, hello: Hello) -> Member:
+        for other in self:
+            if other.name != hello.name:
+                continue
+            if other.connected:
+                raise RefusedError(
+                    f"a client named {hello.name!r} is connected already",
+                    "Choose another --name, or stop the other client.",
+                    code="name_taken",
+                )
+            self.forget(other)
+        cut = self._cut_of(hello)
+        member = Member(hello.name, secrets.token_urlsafe(24), cut, self._shapes_of(cut))
+        self._by_token[member.token] = member
+        return member
+
+    def _cut_of(self, hello: Hello) -> Cut:
+        """The cut that Hello asks for, or the federation's. Raises RefusedError."""
+        if hello.n_bottom < 0 or hello.n_top < 0:
+            return self.settings.cut
+        cut = Cut(hello.n_bottom, hello.n_top)
+        if not self.settings.allows(cut) or cut.n_bottom + cut.n_top > self.layers:
+            low, high = self.settings.bottoms, self.settings.tops
+            raise RefusedError(
+                f"cut {cut} is not allowed here (bottom {low[0]} to {low[-1]}, top {high[0]} to {high[-1]}, "
+                f"{self.layers} blocks in all)",
+                "Choose another --plan, or leave it out.",
+                code="bad_cut",
+            )
+        return cut
+
+    def disconnected(self, member: Member) -> bool:
+        """The connection is gone: the session stays for the grace period. False when it is gone already."""
+        if self._by_token.get(member.token) is not member:
+            return False
+        member.connected = False
+        loop = asyncio.get_running_loop()
+        member.expiry = loop.call_later(self.settings.trunk.grace_s, self.forget, member)
+        return True
+
+    def forget(self, member: Member) -> None:
+        """Drop a session: its client takes part no more until it says Hello anew."""
+        if self._by_token.pop(member.token, None) is not None:
+            cancel(member)
+            self._left(member)
+
+    def close(self) -> None:
+        """Stop all timers."""
+        for member in self:
+            cancel(member)
+
+
+def cancel(member: Member) -> None:
+    """Stop the timer that would end the session."""
+    if member.expiry is not None:
+        member.expiry.cancel()
+        member.expiry = None

@@ -1,0 +1,232 @@
+"""The rounds as the trunk service lives them: who waits for what, merging, and durability.
+
+``splitfl.federation.rounds`` decides; here its decisions meet weights and disk. A round is durable when its folder
+is on disk; only then is any client told, and only then may it forget older states.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from server_model.blobs import Blobs, tensor_list
+from server_model.engine import Engine, spawn
+from server_model.members import Member, Members
+from server_model.store import RoundState, Store
+from server_model.updates import ClientUpdate, Inbox, merge_updates
+from splitfl.config import Federation
+from splitfl.errors import RefusedError, StorageError
+from splitfl.federation.rounds import Action, Finish, MergeRound, OpenRound, Phase, RoundMachine
+from splitfl.federation.strategies import STRATEGIES, Contribution
+from splitfl.split.checkpoint import CheckpointFolder, file_entries
+from splitfl.wire.messages import Answer, Finished, NextRound, RoundDurable, RoundOpen, Update
+
+log = logging.getLogger("splitfl.server.rounds")
+
+RETRY_S = 10.0  # between attempts to write a round to a full disk
+
+Say = Callable[..., None]
+
+
+@dataclass
+class Desk:
+    """Answers that clients wait for, by name: their next round, and what became of their update."""
+
+    next_round: dict[str, asyncio.Future[Answer]] = field(default_factory=dict)
+    update: dict[str, asyncio.Future[Answer]] = field(default_factory=dict)
+
+    def cancel(self, client: str) -> None:
+        """Nobody waits for these answers any more."""
+        for waiting in (self.next_round, self.update):
+            future = waiting.pop(client, None)
+            if future is not None:
+                future.cancel()
+
+
+class Rounds:
+    """Runs the rounds of one federation from its store. ``clock`` gives seconds; ``say`` reports events."""
+
+    def __init__(
+        self,
+        settings: Federation,
+        source: CheckpointFolder,
+        store: Store,
+        engine: Engine,
+        blobs: Blobs,
+        *,
+        clock: Callable[[], float],
+        say: Say,
+    ) -> None:
+        self.settings = settings
+        self.source = source
+        self.layers: int = source.config.num_hidden_layers
+        self.store = store
+        self.engine = engine
+        self.blobs = blobs
+        self.clock = clock
+        self.say = say
+        self.inbox = Inbox(store.uploads)
+        self.machine = RoundMachine(settings, 0)
+        self.merged: dict[str, Tensor] = {}
+        self.weights = ""  # hash of the list of merged tensors
+        self.durable = -1  # the newest round on disk
+        self.finished = asyncio.Event()
+        self._desk = Desk()
+        self._updates: dict[str, ClientUpdate] = {}
+
+    def restore(self) -> None:
+        """Go back to the newest durable round, if there is one."""
+        rounds = self.store.durable_rounds()
+        if not rounds:
+            return
+        state = self.store.load(rounds[-1])
+        self.engine.trunk.load_weights(state.trunk)
+        self.engine.trunk.optimizer.load_state_tensors(state.optimizer)
+        self.merged = dict(state.merged)
+        self.durable = state.round
+        self._offer_weights(state.round)
+        self.machine = RoundMachine(self.settings, state.round + 1)
+        if self.machine.phase is Phase.FINISHED:
+            self.finished.set()
+
+    def _offer_weights(self, round_: int) -> None:
+        path = self.store.folder_of(round_) / "merged.safetensors"
+        listed = self.blobs.add_tensors((entry.name, entry) for entry in file_entries(path))
+        self.weights = self.blobs.add_bytes(tensor_list(listed))
+
+    # -- what clients ask --------------------------------------------------------------------------------------
+
+    async def next_round(self, members: Members, member: Member, request: NextRound) -> Answer:
+        """RoundOpen when this client is in a cohort, or Finished."""
+        if self.machine.phase is Phase.FINISHED:
+            return Finished(request.seq, self.durable, self.weights)
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._desk.next_round[member.name] = future
+        self.engine.leave_round(member.name)
+        self._act(members, self.machine.wait(member.name, self.clock()))
+        return replace(await future, seq=request.seq)
+
+    async def update(self, members: Members, member: Member, request: Update) -> Answer:
+        """RoundDurable once the round is merged and on disk. Raises RefusedError for weights that do not fit."""
+        update = await asyncio.to_thread(self.inbox.check, member.name, request, member.shared)
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._updates[member.name] = update
+        self._desk.update[member.name] = future
+        self.engine.leave_round(member.name)
+        try:
+            actions = self.machine.update(member.name, request.round, request.tokens, self.clock())
+        except RefusedError:  # too late, or not in the cohort: it goes on with the newest merge
+            self._updates.pop(member.name, None)
+            self._desk.update.pop(member.name, None)
+            return RoundDurable(request.seq, self.durable, self.weights, merged=False)
+        self._act(members, actions)
+        return replace(await future, seq=request.seq)
+
+    def leave(self, members: Members, member: Member) -> None:
+        """A client is gone for good; an update that it has sent still counts."""
+        self._desk.cancel(member.name)
+        self.engine.leave_round(member.name)
+        self._act(members, self.machine.leave(member.name, self.clock()))
+
+    # -- what the machine decides ------------------------------------------------------------------------------
+
+    def _act(self, members: Members, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case OpenRound():
+                    self._open(members, action)
+                case MergeRound():
+                    spawn(self._merge(members, action))
+                case Finish():
+                    self._finish(action.round)
+
+    def _open(self, members: Members, action: OpenRound) -> None:
+        self.say("round_open", round=action.round, cohort=list(action.cohort))
+        with_trunk = [name for name in action.cohort if members.named(name).cut.trunk(self.layers)]
+        self.engine.open_round(action.round, with_trunk)
+        for name in action.cohort:
+            resolve(self._desk.next_round.pop(name, None), RoundOpen(0, action.round, self.weights))
+        deadline = self.machine.deadline()
+        if deadline is not None:
+            delay = max(0.0, deadline - self.clock())
+            loop = asyncio.get_running_loop()
+            loop.call_later(delay, lambda: self._act(members, self.machine.tick(self.clock())))
+
+    async def _merge(self, members: Members, action: MergeRound) -> None:
+        """Merge, make it durable, tell everybody."""
+        updates = [self._updates[name] for name in action.contributors]
+        state = await self.engine.call(self._merge_now, action.round, updates)
+        await self._save(state)
+        await asyncio.to_thread(self._offer_weights, action.round)
+        self.durable = action.round
+        for folder in await asyncio.to_thread(self.store.prune):
+            self.blobs.forget_folder(folder)
+        self.inbox.clear()
+        self.say("round_durable", round=action.round, clients=list(action.contributors))
+        done, self._desk.update, self._updates = self._desk.update, {}, {}
+        for name, future in done.items():
+            resolve(future, RoundDurable(0, action.round, self.weights, merged=name in action.contributors))
+        self._act(members, self.machine.merged(self.clock()))
+
+    async def _save(self, state: RoundState) -> None:
+        """Write a round; a full disk holds the federation up, and loses nothing, until there is room."""
+        while True:
+            try:
+                await asyncio.to_thread(self.store.save, state)
+                return
+            except StorageError as error:
+                log.error("round %d: %s; trying again in %.0f s", state.round, error, RETRY_S)
+                self.say("storage_error", round=state.round, error=str(error))
+                await asyncio.sleep(RETRY_S)
+
+    def _finish(self, round_: int) -> None:
+        self.say("finished", round=round_)
+        for future in self._desk.next_round.values():
+            resolve(future, Finished(0, round_, self.weights))
+        self._desk.next_round.clear()
+        self.finished.set()
+
+    # -- merging, on the compute thread ------------------------------------------------------------------------
+
+    def _merge_now(self, round_: int, updates: list[ClientUpdate]) -> RoundState:
+        """Merge tensor by tensor and hand merged blocks to the trunk; returns what is to be made durable."""
+        trunk = self.engine.trunk
+        own = {
+            name: Contribution(tensor, trunk.tokens_through(name))
+            for name, tensor in trunk.weights().items()
+            if trunk.tokens_through(name)
+        }
+        merged = self.merged | {name: part.tensor.clone() for name, part in own.items() if self._held(name)}
+        strategy = STRATEGIES[self.settings.merge.strategy]()
+        merged |= merge_updates(updates, strategy, partial(self._previous, trunk.weights()), own)
+        trunk.load_weights(merged)
+        self.merged = merged
+        facts = {"updates": {update.client: update.tokens for update in updates}, "seed": self.settings.seed}
+        return RoundState(round_, trunk.weights(), trunk.optimizer.state_tensors(), merged, facts)
+
+    def _previous(self, trunk: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+        """A shared tensor's value before the round; LoRA's B starts at zero."""
+        for tensors in (self.merged, trunk):
+            if name in tensors:
+                return tensors[name]
+        stored = name.replace(".base_layer.", ".")
+        return self.source.read(stored).float() if self.source.has(stored) else torch.zeros(shape)
+
+    def _held(self, name: str) -> bool:
+        """Whether some allowed cut puts the block of this trunk weight on a client."""
+        block = self.engine.trunk.segment.block_of(name)
+        assert block is not None
+        top = self.layers - self.settings.tops[-1]
+        return self.settings.merge.share != "none" and (block >= top or block < self.settings.bottoms[-1])
+
+
+def resolve(future: asyncio.Future[Answer] | None, answer: Answer) -> None:
+    """Give an answer to whoever still waits for it."""
+    if future is not None and not future.done():
+        future.set_result(answer)
