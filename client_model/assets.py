@@ -12,14 +12,14 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from splitfl.errors import CheckpointError, ProtocolError
-from splitfl.files import storage_errors, write_file
+from splitfl.files import appending_alone, storage_errors, sync, write_file
 from splitfl.split.checkpoint import DTYPES, CheckpointFolder, read_config
 from splitfl.split.cut import Cut
 from splitfl.split.shares import ends_names
@@ -56,19 +56,23 @@ class Assets:
 
     def blob(self, digest: str, total: int | None = None) -> Path:
         """The file that holds a blob, fetched if need be. Raises ProtocolError when its hash is wrong."""
-        path = self.cache / digest
+        path, part = self.cache / digest, self.cache / f"{digest}.part"
         if not path.exists():
             with storage_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._download(digest, path.with_suffix(".part"), total)
-                path.with_suffix(".part").replace(path)
+                with appending_alone(part) as file:  # other clients on this machine may want the same blob
+                    if path.exists():
+                        part.unlink()
+                    else:
+                        self._download(digest, file, part, total)
+                        part.replace(path)
         return path
 
-    def _download(self, digest: str, part: Path, total: int | None) -> None:
-        offset = part.stat().st_size if part.exists() else 0
-        with part.open("ab") as file:
-            for chunk in self._chunks(digest, offset, total):
-                file.write(chunk.data.data)
+    def _download(self, digest: str, file: BinaryIO, part: Path, total: int | None) -> None:
+        for chunk in self._chunks(digest, file.tell(), total):
+            file.write(chunk.data.data)
+        file.flush()
+        sync(part)
         if file_sha256(part) != digest:
             part.unlink()
             raise ProtocolError(

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import typer
+from pydantic import TypeAdapter, ValidationError
 
 from splitfl.console import command, note, print_json, require_loopback
-from splitfl.errors import ConfigError
+from splitfl.errors import ConfigError, SplitFLError
+from splitfl.files import claimed
 from splitfl.split.cut import Cut
-from splitfl.wire.messages import PROTOCOL_VERSIONS, Bye, Hello
+from splitfl.wire.messages import PROTOCOL_VERSIONS, Bye, Hello, Name
 
 if TYPE_CHECKING:
     from client_model.link import Link
@@ -53,14 +56,18 @@ def join(
     """Train with a federation until it ends: your text stays here, activations go to the trunk."""
     with command(verbose=verbose):
         url = check_address(address, insecure=insecure)
+        check_name(name)
         if not data.exists():
             from splitfl.errors import DataError
 
             raise DataError(f"there is no {data}", "Name your data file or folder with --data.")
-        participant = prepare(name, data, state, cache, device, threads, url)
-        participant.skip_bad, participant.local_model = skip_bad, model
-        participant.report = EventPrinter(as_json=as_json)
-        run(participant, url, parse_plan(plan), patience, as_json=as_json)
+        cut = parse_plan(plan)
+        folder = state if state is not None else default_state(url, name)
+        with claimed(folder):
+            participant = prepare(name, data, folder, cache, device, threads)
+            participant.skip_bad, participant.local_model = skip_bad, model
+            participant.report = EventPrinter(as_json=as_json)
+            run(participant, url, cut, patience, as_json=as_json)
 
 
 def check_address(address: str, *, insecure: bool) -> str:
@@ -72,11 +79,26 @@ def check_address(address: str, *, insecure: bool) -> str:
     return address
 
 
+def check_name(name: str) -> None:
+    """Raise ConfigError for a name that the protocol does not carry; it is part of file names on both sides."""
+    try:
+        TypeAdapter(Name).validate_python(name)
+    except ValidationError:
+        raise ConfigError(
+            f"{name!r} is no client name", "Use letters, digits, dots, dashes and underscores, 64 at most."
+        ) from None
+
+
+def default_state(url: str, name: str) -> Path:
+    """Where a client's state lies unless --state says otherwise."""
+    return DEFAULT_STATE.expanduser() / f"{urlsplit(url).netloc.replace(':', '-')}-{name}"
+
+
 def parse_plan(plan: str) -> Cut | None:
     return None if plan == "auto" else Cut.parse(plan)
 
 
-def prepare(name: str, data: Path, state: Path | None, cache: Path, device: str, threads: int, url: str) -> Participant:
+def prepare(name: str, data: Path, state: Path, cache: Path, device: str, threads: int) -> Participant:
     """A participant with its state folder; loads torch."""
     import torch
 
@@ -86,9 +108,7 @@ def prepare(name: str, data: Path, state: Path | None, cache: Path, device: str,
 
     if threads:
         torch.set_num_threads(threads)
-    place = urlsplit(url).netloc.replace(":", "-")
-    folder = state if state is not None else DEFAULT_STATE.expanduser() / f"{place}-{name}"
-    return Participant(name, data, ClientStore(folder), cache.expanduser(), choose_device(device))
+    return Participant(name, data, ClientStore(state), cache.expanduser(), choose_device(device))
 
 
 def run(participant: Participant, url: str, cut: Cut | None, patience: float, *, as_json: bool) -> None:
@@ -103,11 +123,16 @@ def run(participant: Participant, url: str, cut: Cut | None, patience: float, *,
     try:
         report = participant.run(link, link.open(), url)
     except PausedError:
+        if not participant.store.pause_folder.exists():
+            say_goodbye(link, "interrupted")  # between rounds there is nothing that the server should wait for
         note(f"paused; the state is in {participant.store.folder}. Run the same command to go on.")
         raise KeyboardInterrupt from None
     except KeyboardInterrupt:
-        say_goodbye(link)
+        say_goodbye(link, "interrupted")
         note(f"the state is in {participant.store.folder}. Run the same command to go on.")
+        raise
+    except SplitFLError:
+        say_goodbye(link, "failed")
         raise
     finally:
         link.close()
@@ -117,11 +142,15 @@ def run(participant: Participant, url: str, cut: Cut | None, patience: float, *,
 def first_words(name: str, store: ClientStore, cut: Cut | None) -> tuple[Hello, int]:
     """Hello for a new session, a paused one, or one whose state a crash has lost; and the next request's number."""
     record = store.session()
+    if record is not None and record.name != name:
+        raise ConfigError(
+            f"{store.folder} holds the state of client {record.name!r}", "Name another --state, or join as that one."
+        )
     paused = record is not None and record.next_seq >= 0 and store.pause_folder.exists()
     hello = Hello(
         versions=PROTOCOL_VERSIONS,
         name=name,
-        resume=record.token if record is not None and record.name == name else "",
+        resume=record.token if record is not None else "",
         fresh=not paused,
         round=max(store.rounds(), default=-1),
         n_bottom=cut.n_bottom if cut else -1,
@@ -149,16 +178,12 @@ class StopSignal:
         return self.count > 0
 
 
-def say_goodbye(link: Link) -> None:
+def say_goodbye(link: Link, reason: Literal["interrupted", "failed"]) -> None:
     """Tell the server not to wait, if it can be told quickly."""
     from concurrent.futures import CancelledError, TimeoutError
 
-    from splitfl.errors import SplitFLError
-
-    try:
-        link.request(Bye(0, 0, "interrupted")).result(timeout=2)
-    except (SplitFLError, TimeoutError, CancelledError):
-        return
+    with suppress(SplitFLError, TimeoutError, CancelledError):
+        link.request(Bye(0, 0, reason)).result(timeout=2)
 
 
 class EventPrinter:
@@ -199,6 +224,8 @@ def describe(event: str, facts: dict[str, Any]) -> str:
         case "evaluation":
             loss, words = facts["loss"], facts["perplexity"]
             return f"held-out loss {loss:.3f}, perplexity {words:.1f}, after {facts['round']} rounds"
+        case "evaluation_failed":
+            return f"held-out loss after {facts['round']} rounds could not be measured: {facts['reason']}"
         case "step_missed":
             return f"round {facts['round'] + 1} step {facts['step'] + 1} left out: {facts['reason']}"
         case "round_durable":

@@ -6,6 +6,7 @@ go on once the merge is durable. After a server's restart it goes back to the sn
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -24,9 +25,10 @@ from client_model.link import SessionLostError
 from client_model.records import ClientData, open_tokenizer
 from client_model.store import ClientStore, SessionRecord, Snapshot
 from client_model.trainer import MissedStepError, Trainer
+from splitfl.codec.tensors import check_finite
 from splitfl.config import Federation, parse_federation
 from splitfl.data.packing import Batch, DataOrder
-from splitfl.errors import ProtocolError
+from splitfl.errors import ConfigError, NumericalError, ProtocolError, SplitFLError
 from splitfl.files import sha256_of
 from splitfl.privacy.gate import Gate, ReleaseKind
 from splitfl.split.checkpoint import CheckpointFolder, TensorSource
@@ -47,6 +49,8 @@ from splitfl.wire.messages import (
     Uploaded,
     Welcome,
 )
+
+GOODBYE_S = 10.0  # how long a client that is done waits for the server's farewell
 
 
 class Connection(Protocol):
@@ -91,6 +95,7 @@ class Participant:
     losses: list[dict[str, Any]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     in_step: bool = False  # a step is under way: Ctrl-C waits for its end
+    agreed: tuple[object, ...] = ()  # what of Welcome everything here was prepared for
 
     def run(self, link: Connection, welcome: Welcome, url: str) -> dict[str, Any]:
         """Take part until the federation ends; returns the closing report.
@@ -98,9 +103,10 @@ class Participant:
         Raises PausedError after Ctrl-C, and SplitFLError with its remedy for anything that cannot go on.
         """
         self.link, self.url = link, url
-        self._prepare(welcome)
         while True:
             try:
+                if self.agreed != terms(welcome):
+                    self._prepare(welcome)
                 self._go_on_from(welcome)
                 return self._rounds()
             except SessionLostError as lost:
@@ -113,6 +119,7 @@ class Participant:
         """Fetch config, tokenizer and ends; read the data."""
         self.settings: Federation = parse_federation_json(welcome.settings)
         self.cut = Cut(welcome.n_bottom, welcome.n_top)
+        self._check_state(welcome)
         self._remember(welcome)
         self.assets = Assets(self.link, self.cache, self.store.model, lambda text: self._say("fetching", text=text))
         self.assets.open(welcome.manifest)
@@ -122,6 +129,15 @@ class Participant:
         self._say("data", **self._data_facts())
         self.source: TensorSource = self._open_source()
         self.gate = Gate(self.settings.wire.codec)
+        self.agreed = terms(welcome)
+
+    def _check_state(self, welcome: Welcome) -> None:
+        """Raise ConfigError when the state folder belongs to a federation on another model."""
+        record = self.store.session()
+        if record is not None and record.manifest not in ("", welcome.manifest) and self.store.rounds():
+            raise ConfigError(
+                f"{self.store.folder} holds the state of another federation", "Name another --state, or delete it."
+            )
 
     def _open_source(self) -> TensorSource:
         if self.local_model is not None:
@@ -139,7 +155,7 @@ class Participant:
         }
 
     def _remember(self, welcome: Welcome, next_seq: int = -1) -> None:
-        record = SessionRecord(self.name, self.url, welcome.session, next_seq, welcome.incarnation)
+        record = SessionRecord(self.name, self.url, welcome.session, next_seq, welcome.incarnation, welcome.manifest)
         self.store.save_session(record)
         self.welcome = welcome
 
@@ -204,6 +220,7 @@ class Participant:
             tokens, seen = tokens + loss.tokens, seen + loss.tokens
             rate = seen / max(1e-9, time.monotonic() - began)
             self._say("step", round=round_, step=step, loss=mean(loss), tokens_per_s=rate, **self._traffic())
+        self._stop_if_asked(self.settings.rounds.local_steps, tokens)  # else it would wait for everybody first
         self._send_update(round_, tokens)
 
     def _send_update(self, round_: int, tokens: int) -> None:
@@ -252,7 +269,12 @@ class Participant:
         last = round_ == self.settings.rounds.count
         if not self.evaluation or not (round_ == 0 or last or (every and round_ % every == 0)):
             return
-        loss = self.trainer.evaluate(round_, self.evaluation)
+        try:
+            loss = self.trainer.evaluate(round_, self.evaluation)
+            check_finite(torch.tensor(loss.total), "the loss")
+        except (MissedStepError, NumericalError) as error:  # weights that overflow must not end the federation
+            self._say("evaluation_failed", round=round_, reason=str(error))
+            return
         self.losses.append({"round": round_, "loss": mean(loss), "tokens": loss.tokens})
         self._say("evaluation", round=round_, loss=mean(loss), perplexity=math.exp(min(50.0, mean(loss))))
 
@@ -260,7 +282,7 @@ class Participant:
         self._take_merge(finished.weights)
         self._evaluate(finished.round + 1)
         path = self.store.save_merged({name: tensor.contiguous() for name, tensor in self.ends.weights().items()})
-        self.link.ask(Bye(0, 0, "finished"))
+        self._say_goodbye()
         return {
             "client": self.name,
             "federation": self.settings.name,
@@ -274,11 +296,21 @@ class Participant:
             "seconds": time.monotonic() - self.started,
         }
 
+    def _say_goodbye(self) -> None:
+        """Tell the server that it need not stay for us; all is on disk, so it does not matter whether it hears."""
+        with contextlib.suppress(SplitFLError, TimeoutError):
+            self.link.request(Bye(0, 0, "finished")).result(timeout=GOODBYE_S)
+
     def _traffic(self) -> dict[str, int]:
         return {"bytes_sent": self.link.bytes_sent, "bytes_received": self.link.bytes_received}
 
     def _say(self, event: str, **facts: Any) -> None:
         self.report(Event(event, facts))
+
+
+def terms(welcome: Welcome) -> tuple[object, ...]:
+    """What a client must prepare anew for when a restarted server says otherwise."""
+    return welcome.settings, welcome.manifest, welcome.n_bottom, welcome.n_top
 
 
 def mean(loss: HeadLoss) -> float:

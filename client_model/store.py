@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from splitfl.errors import StorageError
-from splitfl.files import new_folder, storage_errors, write_file
+from splitfl.files import clear_unfinished, new_folder, storage_errors, write_file
 
 KEPT_SNAPSHOTS = 2
 
@@ -50,6 +50,7 @@ class SessionRecord:
     token: str = ""
     next_seq: int = -1
     incarnation: str = ""
+    manifest: str = ""  # of the base model, to tell federations apart
 
 
 class ClientStore:
@@ -63,6 +64,9 @@ class ClientStore:
         self.model = folder / "model"
         self.snapshots = folder / "snapshots"
         self.pause_folder = folder / "pause"
+        with storage_errors(folder):
+            for place in (folder, self.snapshots):
+                clear_unfinished(place)
 
     def session(self) -> SessionRecord | None:
         """The last session, or None on a fresh folder. Raises StorageError when the record is damaged."""
@@ -92,14 +96,10 @@ class ClientStore:
 
     def newest(self, upto: int) -> Snapshot | None:
         """The newest snapshot of a round up to ``upto``; later ones, which the server has lost, are deleted."""
-        chosen: Snapshot | None = None
-        for number in self.rounds():
-            folder = self.snapshots / f"round-{number:06d}"
-            if number > upto:
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
-                chosen = self._read(folder)
-        return chosen
+        kept = [number for number in self.rounds() if number <= upto]
+        for number in self.rounds()[len(kept) :]:
+            shutil.rmtree(self.snapshots / f"round-{number:06d}", ignore_errors=True)
+        return self._read(self.snapshots / f"round-{kept[-1]:06d}") if kept else None
 
     def save_pause(self, snapshot: Snapshot) -> None:
         """Remember the middle of a round."""

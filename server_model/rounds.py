@@ -25,6 +25,7 @@ from splitfl.errors import RefusedError, StorageError
 from splitfl.federation.rounds import Action, Finish, MergeRound, OpenRound, Phase, RoundMachine
 from splitfl.federation.strategies import STRATEGIES, Contribution
 from splitfl.split.checkpoint import CheckpointFolder, file_entries
+from splitfl.split.modes import trunk_needs_backward
 from splitfl.wire.messages import Answer, Finished, NextRound, RoundDurable, RoundOpen, Update
 
 log = logging.getLogger("splitfl.server.rounds")
@@ -148,8 +149,8 @@ class Rounds:
 
     def _open(self, members: Members, action: OpenRound) -> None:
         self.say("round_open", round=action.round, cohort=list(action.cohort))
-        with_trunk = [name for name in action.cohort if members.named(name).cut.trunk(self.layers)]
-        self.engine.open_round(action.round, with_trunk)
+        through_trunk = [name for name in action.cohort if self._trains_through_trunk(members.named(name))]
+        self.engine.open_round(action.round, through_trunk)
         for name in action.cohort:
             resolve(self._desk.next_round.pop(name, None), RoundOpen(0, action.round, self.weights))
         deadline = self.machine.deadline()
@@ -157,6 +158,9 @@ class Rounds:
             delay = max(0.0, deadline - self.clock())
             loop = asyncio.get_running_loop()
             loop.call_later(delay, lambda: self._act(members, self.machine.tick(self.clock())))
+
+    def _trains_through_trunk(self, member: Member) -> bool:
+        return trunk_needs_backward(self.settings, member.cut, self.layers)
 
     async def _merge(self, members: Members, action: MergeRound) -> None:
         """Merge, make it durable, tell everybody."""

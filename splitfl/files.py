@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -9,8 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-from splitfl.errors import StorageError
+from splitfl.errors import ConfigError, StorageError
 
 
 @contextmanager
@@ -23,6 +25,49 @@ def storage_errors(what: Path) -> Iterator[None]:
             f"cannot write {what}: {error.strerror or error}",
             "Free some space or mend the folder, then start again: the older state is whole.",
         ) from error
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a state folder while the block runs; the claim dies with the process.
+
+    Raises ConfigError when another process has it, StorageError when it cannot be written.
+    """
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("ab")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder} is in use by another process", "Stop that one, or name another --state."
+            ) from None
+        yield
+
+
+@contextmanager
+def appending_alone(path: Path) -> Iterator[BinaryIO]:
+    """Open ``path`` for appending when no other process does; until then, wait."""
+    while True:
+        with path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if is_open_as(file, path):  # whoever had it may have renamed or deleted it
+                yield file
+                return
+
+
+def is_open_as(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Delete what ``new_folder`` and ``write_file`` left in ``folder`` when a crash interrupted them."""
+    for path in folder.glob(".new-*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class Command:
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=err,
-                    preexec_fn=(lambda: limit_files(limit)) if limit else None,  # noqa: PLW1509 - one thread here
+                    preexec_fn=(lambda: limit_files(limit)) if limit else None,
                 )
         else:
             self._fork = _forks.Process(target=run_forked, args=(arguments, self.out, self.err, limit))

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from server_model.coordinator import Coordinator
 from server_model.rounds import Rounds
 from splitfl.config import Federation, parse_federation
 from splitfl.data.notes import generate_notes, write_notes

@@ -95,7 +95,9 @@ class Bench:
         return {name: weight.clone() for name, weight in self.trunk.weights().items()}
 
 
-def alone(source: MemorySource, steps: Sequence[Sequence[Piece]]) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
+def alone(
+    source: MemorySource, steps: Sequence[Sequence[Piece]]
+) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """The slow oracle: each piece by itself, then one SGD step on the sum over all label tokens of the step."""
     trunk = Trunk(federation(), source, BLOCKS, torch.device("cpu"))
     results = []
