@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from splitfl.console import command, note, parse_address, print_json, require_loopback
+from splitfl.errors import INTERRUPTED_EXIT_CODE, SplitFLError
+from splitfl.files import claimed
 
 if TYPE_CHECKING:
     from server_model.coordinator import Coordinator, Progress
@@ -39,8 +42,11 @@ def serve(
         host, port = parse_address(listen)
         require_loopback(host, insecure=insecure)
         report = report_json if as_json else report_text
-        coordinator = prepare(model, federation, state, device, threads, report, resume=resume, check=not skip_check)
-        asyncio.run(run(coordinator, host, port, report))
+        with claimed(state):
+            coordinator = prepare(
+                model, federation, state, device, threads, report, resume=resume, check=not skip_check
+            )
+            asyncio.run(run(coordinator, host, port, report))
 
 
 def prepare(
@@ -75,12 +81,22 @@ def prepare(
 async def run(coordinator: Coordinator, host: str, port: int, report: object) -> None:
     """Listen until the federation has ended and its clients have left, or a signal comes."""
     from server_model.coordinator import Progress
+    from server_model.engine import BACKGROUND_FAILURE
     from server_model.service import Service
 
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopped.set)
+        loop.add_signal_handler(number, stop, stopped)
+    failures: list[BaseException] = []
+
+    def background_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        loop.default_exception_handler(context)
+        if context["message"] == BACKGROUND_FAILURE:  # clients may wait for what it was to do: better to restart
+            failures.append(context["exception"])
+            stopped.set()
+
+    loop.set_exception_handler(background_failure)
     service = Service(coordinator)
     try:
         bound = await service.start(host, port)
@@ -93,17 +109,28 @@ async def run(coordinator: Coordinator, host: str, port: int, report: object) ->
     finally:
         await service.stop()
         coordinator.close()
+    if failures:
+        raise SplitFLError(f"the service failed inside: {failures[0]!r}", "Start it again with --resume.")
     if stopped.is_set():
         note(f"stopped; rounds up to {coordinator.rounds.durable + 1} are durable. Start again with --resume.")
         raise KeyboardInterrupt
 
 
+def stop(stopped: asyncio.Event) -> None:
+    """Ctrl-C: the first one ends in order, the second one at once; what is durable is whole either way."""
+    if stopped.is_set():
+        note("stopped at once; what was durable still is")
+        os._exit(INTERRUPTED_EXIT_CODE)
+    stopped.set()
+
+
 async def until_everybody_left(coordinator: Coordinator) -> None:
-    """Wait for the end, then for connected clients to say goodbye."""
+    """Wait for the end, then for the clients to say goodbye: those that are there, and those that may come back."""
+    ended_before = coordinator.rounds.finished.is_set()  # restarted after the end: clients may not know of it yet
     await coordinator.rounds.finished.wait()
     loop = asyncio.get_running_loop()
     quiet_since = loop.time()
-    while len(coordinator.members):
+    while ended_before or len(coordinator.members):
         if any(member.connected for member in coordinator.members):
             quiet_since = loop.time()
         elif loop.time() - quiet_since > min(LEAVING_S, coordinator.settings.trunk.grace_s):
@@ -126,6 +153,11 @@ def report_text(progress: Progress) -> None:
             note(f"round {as_number(facts['round'])} open for {', '.join(as_names(facts['cohort']))}")
         case "round_durable":
             note(f"round {as_number(facts['round'])} merged and durable")
+        case "sat_out":
+            place = f"round {as_number(facts['round'])} step {as_number(facts['step'])}"
+            note(f"{place} goes on without {facts['client']}: {facts['reason']}")
+        case "storage_error":
+            note(f"round {as_number(facts['round'])} cannot be written, trying again: {facts['error']}")
         case "finished":
             note("the federation has ended; export its model with: splitfl export --state STATE OUT")
         case other:

@@ -144,8 +144,8 @@ class Coordinator:
             assert isinstance(request, Forward | Backward)
             return StepMissed(request.seq, request.round, request.step)
         except NumericalError as error:
-            if isinstance(request, Forward | Backward):
-                self.engine.sit_out(member.name, request.step)
+            if isinstance(request, Backward) or (isinstance(request, Forward) and request.train):
+                self._leave_out(member, request.round, request.step, error.message)
             return failed(request.seq, "bad_tensor", error)
         except ProtocolError as error:
             return failed(request.seq, "bad_message", error, error.field)
@@ -185,8 +185,7 @@ class Coordinator:
     async def _forward(self, member: Member, request: Forward) -> Answer:
         hidden = await asyncio.to_thread(decode_tensor, request.hidden, self.device, what="hidden")
         batch, time_, _ = checked_shape(hidden, self.source.config.hidden_size)
-        if request.lengths and (len(request.lengths) != batch or max(request.lengths) > time_):
-            raise ProtocolError("lengths do not fit the batch", field="lengths")
+        self._check_size(request, batch, time_)
         lengths = torch.tensor(request.lengths, device=self.device) if request.lengths else None
         key = StepKey(request.round, request.step, request.micro)
         output = await self.engine.forward(
@@ -197,7 +196,27 @@ class Coordinator:
             request.label_tokens,
             request.train,
         )
-        return Hidden(request.seq, key.round, key.step, key.micro, await self._encode(output))
+        payload = await self._encode(output, "the trunk's output for these activations")
+        return Hidden(request.seq, key.round, key.step, key.micro, payload)
+
+    def _check_size(self, request: Forward, batch: int, time_: int) -> None:
+        """Raise RefusedError or ProtocolError for a micro-batch that this federation does not have."""
+        limits = self.settings.batch
+        if batch > limits.records // limits.micro_batches or time_ > limits.max_length:
+            raise RefusedError(
+                f"a micro-batch of {batch} x {time_} tokens, where {limits.records // limits.micro_batches} x "
+                f"{limits.max_length} is the most",
+                "Train with the settings that the server sent.",
+                code="over_limit",
+            )
+        if request.lengths and (
+            len(request.lengths) != batch or not 1 <= min(request.lengths) <= max(request.lengths) <= time_
+        ):
+            raise ProtocolError("lengths do not fit the batch", field="lengths")
+        if request.label_tokens > batch * time_:
+            raise ProtocolError(f"{request.label_tokens} label tokens in {batch * time_}", field="label_tokens")
+        if request.train and request.micro >= limits.micro_batches:
+            raise ProtocolError(f"micro-batch {request.micro} of {limits.micro_batches}", field="micro")
 
     async def _backward(self, member: Member, request: Backward) -> Answer:
         gradient = await asyncio.to_thread(decode_tensor, request.gradient, self.device, what="gradient")
@@ -208,16 +227,24 @@ class Coordinator:
         except ValueError as error:
             raise ProtocolError(str(error), field="gradient") from error
         owed = bottom_trains(self.settings, member.cut)
-        payload = await self._encode(below) if owed else None
+        payload = await self._encode(below, "the gradient at the trunk's input") if owed else None
         return Gradient(request.seq, key.round, key.step, key.micro, payload)
 
-    async def _encode(self, output: Tensor) -> TensorBytes:
-        return await asyncio.to_thread(encode_tensor, output, self.settings.wire.codec)
+    async def _encode(self, output: Tensor, what: str) -> TensorBytes:
+        try:
+            return await asyncio.to_thread(encode_tensor, output, self.settings.wire.codec)
+        except NumericalError as error:
+            raise NumericalError(f"{what} holds NaN or infinity", error.remedy) from error
 
     async def _sit_out(self, member: Member, request: SitOut) -> Answer:
-        self._say("sat_out", client=member.name, round=request.round, step=request.step)
-        self.engine.sit_out(member.name, request.step)
+        self._leave_out(member, request.round, request.step, "its own numbers were not finite")
         return StepMissed(request.seq, request.round, request.step)
+
+    def _leave_out(self, member: Member, round_: int, step: int, reason: str) -> None:
+        """A step goes on without this client; the others' numbers are sound."""
+        self._say("sat_out", client=member.name, round=round_, step=step, reason=reason)
+        if round_ == self.engine.round:
+            self.engine.sit_out(member.name, step)
 
     async def _upload(self, member: Member, request: Upload) -> Answer:
         limit = 4 * sum(numel(shape) for shape in member.shared.values()) + HEADER_ALLOWANCE

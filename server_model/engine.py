@@ -430,6 +430,7 @@ class Engine:
         fail(reply, MissedError())
 
 
+BACKGROUND_FAILURE = "a background task failed"
 _tasks: set[asyncio.Task[None]] = set()
 
 
@@ -441,10 +442,12 @@ def spawn(work: Any) -> None:
 
 
 def _ended(task: asyncio.Task[None]) -> None:
-    """A background task that failed says so in the log instead of vanishing."""
+    """A background task that failed tells the loop's owner instead of vanishing: somebody may wait for its work."""
     _tasks.discard(task)
-    if not task.cancelled() and task.exception() is not None:
-        log.error("a background task failed", exc_info=task.exception())
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        context = {"message": BACKGROUND_FAILURE, "exception": error, "task": task}
+        task.get_loop().call_exception_handler(context)
 
 
 def resolve(reply: asyncio.Future[Tensor] | None, value: Tensor) -> None:

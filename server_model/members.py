@@ -48,6 +48,10 @@ class Members:
     def __len__(self) -> int:
         return len(self._by_token)
 
+    def __contains__(self, member: object) -> bool:
+        """Whether this session still is."""
+        return isinstance(member, Member) and self._by_token.get(member.token) is member
+
     def named(self, name: str) -> Member:
         """The session of a client that takes part."""
         return next(member for member in self if member.name == name)
@@ -96,7 +100,7 @@ class Members:
 
     def disconnected(self, member: Member) -> bool:
         """The connection is gone: the session stays for the grace period. False when it is gone already."""
-        if self._by_token.get(member.token) is not member:
+        if member not in self:
             return False
         member.connected = False
         loop = asyncio.get_running_loop()

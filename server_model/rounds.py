@@ -21,7 +21,7 @@ from server_model.members import Member, Members
 from server_model.store import RoundState, Store
 from server_model.updates import ClientUpdate, Inbox, merge_updates
 from splitfl.config import Federation
-from splitfl.errors import RefusedError, StorageError
+from splitfl.errors import ConfigError, RefusedError, SplitFLError, StorageError
 from splitfl.federation.rounds import Action, Finish, MergeRound, OpenRound, Phase, RoundMachine
 from splitfl.federation.strategies import STRATEGIES, Contribution
 from splitfl.split.checkpoint import CheckpointFolder, file_entries
@@ -87,6 +87,7 @@ class Rounds:
         if not rounds:
             return
         state = self.store.load(rounds[-1])
+        check_fits(state, self.engine.trunk.weights())
         self.engine.trunk.load_weights(state.trunk)
         self.engine.trunk.optimizer.load_state_tensors(state.optimizer)
         self.merged = dict(state.merged)
@@ -107,6 +108,10 @@ class Rounds:
         """RoundOpen when this client is in a cohort, or Finished."""
         if self.machine.phase is Phase.FINISHED:
             return Finished(request.seq, self.durable, self.weights)
+        if member.name in self._desk.next_round:
+            raise RefusedError(
+                "this client waits for its next round already", "Wait for that answer.", code="wrong_round"
+            )
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._desk.next_round[member.name] = future
         self.engine.leave_round(member.name)
@@ -115,10 +120,16 @@ class Rounds:
 
     async def update(self, members: Members, member: Member, request: Update) -> Answer:
         """RoundDurable once the round is merged and on disk. Raises RefusedError for weights that do not fit."""
-        update = await asyncio.to_thread(self.inbox.check, member.name, request, member.shared)
+        if member.name in self._desk.update:
+            raise RefusedError("this client's update has come already", "Wait for the merge.", code="wrong_round")
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._updates[member.name] = update
         self._desk.update[member.name] = future
+        try:
+            update = await asyncio.to_thread(self.inbox.check, member.name, request, member.shared)
+        except SplitFLError:
+            self._desk.update.pop(member.name, None)
+            raise
+        self._updates[member.name] = update
         self.engine.leave_round(member.name)
         try:
             actions = self.machine.update(member.name, request.round, request.tokens, self.clock())
@@ -143,6 +154,7 @@ class Rounds:
                 case OpenRound():
                     self._open(members, action)
                 case MergeRound():
+                    self.engine.end_round()
                     spawn(self._merge(members, action))
                 case Finish():
                     self._finish(action.round)
@@ -228,6 +240,17 @@ class Rounds:
         assert block is not None
         top = self.layers - self.settings.tops[-1]
         return self.settings.merge.share != "none" and (block >= top or block < self.settings.bottoms[-1])
+
+
+def check_fits(state: RoundState, trunk: dict[str, Tensor]) -> None:
+    """Raise ConfigError when a durable round is not one of this model with these settings."""
+    odd = state.trunk.keys() ^ trunk.keys()
+    odd |= {name for name in state.trunk.keys() & trunk.keys() if state.trunk[name].shape != trunk[name].shape}
+    if odd:
+        raise ConfigError(
+            f"round {state.round + 1} in the state folder is not of this model: {min(odd)}",
+            "Name the model folder that the federation was begun with, or a new --state.",
+        )
 
 
 def resolve(future: asyncio.Future[Answer] | None, answer: Answer) -> None:

@@ -130,6 +130,8 @@ class Service:
     def _receive(self, member: Member, line: Line, data: Any) -> None:
         if isinstance(data, str):
             raise ProtocolError("text instead of binary", field="frame")
+        if member not in self.coordinator.members:
+            raise ProtocolError("this session has ended", "Join again.")
         member.bytes_in += len(data)
         request, repeated = member.wire.receive(data)
         if repeated is not None:

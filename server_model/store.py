@@ -19,7 +19,7 @@ from torch import Tensor
 
 from splitfl.config import Federation, parse_federation
 from splitfl.errors import ConfigError, StorageError
-from splitfl.files import new_folder, write_file
+from splitfl.files import clear_unfinished, new_folder, storage_errors, write_file
 
 KEPT_ROUNDS = 3
 
@@ -44,17 +44,21 @@ class Store:
         self.uploads = folder / "uploads"
 
     def begin(self, model: Path, settings: Federation, *, resume: bool) -> None:
-        """Claim the folder for a federation, or go on with the one it holds."""
-        record = self.folder / "federation.json"
-        if record.exists() and not resume:
-            raise ConfigError(
-                f"{self.folder} already holds a federation", "Add --resume to go on with it, or name a new --state."
-            )
+        """Make the folder this federation's, or go on with the one it holds; one without a round is free to take."""
+        if self.durable_rounds():
+            if not resume:
+                raise ConfigError(
+                    f"{self.folder} already holds a federation", "Add --resume to go on with it, or name a new --state."
+                )
+            check_same(self.federation()[1], settings)
         content = {"model": str(model.resolve()), "settings": settings.model_dump(mode="json")}
-        write_file(record, json.dumps(content, indent=2).encode())
-        shutil.rmtree(self.uploads, ignore_errors=True)
-        self.uploads.mkdir(parents=True, exist_ok=True)
-        self.uploads.chmod(0o700)
+        write_file(self.folder / "federation.json", json.dumps(content, indent=2).encode())
+        with storage_errors(self.folder):
+            for folder in (self.folder, self.rounds):
+                clear_unfinished(folder)
+            shutil.rmtree(self.uploads, ignore_errors=True)
+            self.uploads.mkdir(parents=True, exist_ok=True)
+            self.uploads.chmod(0o700)
 
     def federation(self) -> tuple[Path, Federation]:
         """The model folder and settings that this state belongs to."""
@@ -106,6 +110,22 @@ class Store:
                 f"{folder} cannot be read", "Delete it: the round before it is still there, and --resume uses that."
             ) from error
         return RoundState(round_, parts["trunk"], parts["optimizer"], parts["merged"], facts)
+
+
+def check_same(before: Federation, now: Federation) -> None:
+    """Raise ConfigError for a change that the durable rounds cannot take: what trains, and how it is merged."""
+    fixed = {
+        "seed": (before.seed, now.seed),
+        "model": (before.model, now.model),
+        "merge": (before.merge, now.merge),
+        "optimizer.name": (before.optimizer.name, now.optimizer.name),
+    }
+    for name, (old, new) in fixed.items():
+        if old != new:
+            raise ConfigError(
+                f"{name} differs from what this federation was begun with",
+                "Leave out --federation to go on with its own settings, or name a new --state.",
+            )
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

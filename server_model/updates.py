@@ -34,12 +34,15 @@ class ClientUpdate:
 
 
 class Inbox:
-    """Uploads of all clients, one file each."""
+    """Uploads of all clients: one file each while it comes, another once it is checked, which nobody writes to."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def path(self, client: str) -> Path:
+    def coming(self, client: str) -> Path:
+        return self.folder / f"{client}.part"
+
+    def checked(self, client: str) -> Path:
         return self.folder / f"{client}.safetensors"
 
     def receive(self, client: str, upload: Upload, limit: int) -> int:
@@ -53,7 +56,7 @@ class Inbox:
                 "Update the client: it sends weights that are not shared.",
                 code="over_limit",
             )
-        path = self.path(client)
+        path = self.coming(client)
         there = path.stat().st_size if path.exists() and upload.offset else 0
         if upload.offset > there:
             raise RefusedError(f"a gap in an upload at byte {there}", "Send it again from the start.", code="not_found")
@@ -70,14 +73,14 @@ class Inbox:
         """Check a finished upload. Raises RefusedError that names what is wrong."""
         if not expected:
             return ClientUpdate(client, update.tokens, None)
-        path = self.path(client)
+        path = self.coming(client)
         if not path.exists() or file_hash(path) != update.sha256:
             raise RefusedError("the uploaded weights are not the announced ones", "Upload again.", code="not_found")
         check_tensors(path, expected)
-        return ClientUpdate(client, update.tokens, path)
+        return ClientUpdate(client, update.tokens, path.replace(self.checked(client)))
 
     def clear(self) -> None:
-        """Forget all uploads."""
+        """Forget all checked uploads."""
         for path in self.folder.glob("*.safetensors"):
             path.unlink(missing_ok=True)
 
