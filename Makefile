@@ -33,6 +33,7 @@ check: $(VENV)/.installed-dev ## lint, format, types, who may import whom
 bench: $(VENV)/.installed ## speed and memory, as JSON in results/
 	@$(BIN)/splitfl bench overhead --out results
 	@$(BIN)/splitfl bench memory --out results
+	@$(BIN)/splitfl bench startup --out results
 
 docs: $(VENV)/.installed ## write docs/federation.md and docs/commands.md anew from the code
 	@$(BIN)/python docs/generate.py

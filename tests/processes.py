@@ -137,10 +137,13 @@ class Command:
             os.kill(self.pid, signal.SIGKILL)
             self.wait(20)
 
+    def limit_files(self, limit: int) -> None:
+        """From now on no file of its may grow beyond ``limit`` bytes, as if the disk were full."""
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
     def lift_limit(self) -> None:
         """Give it disk space again."""
-        most = resource.RLIM_INFINITY
-        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (most, most))
+        self.limit_files(resource.RLIM_INFINITY)
 
     def story(self) -> str:
         """All it said, for a failing test."""

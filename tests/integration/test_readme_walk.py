@@ -83,11 +83,14 @@ def test_walk_of_the_readme_works_when_pasted(tmp_path: Path) -> None:
     shells = Shells(tmp_path, prepare(tmp_path))
     try:
         for block in walk():
-            if "splitfl serve" not in block and "splitfl join" not in block:
-                shells.wait()
+            in_a_terminal_of_its_own = "splitfl serve" in block or "splitfl join" in block
             here = block.replace("ws://127.0.0.1:7000", f"ws://127.0.0.1:{port}")
-            log = shells.paste(here.replace("splitfl serve", f"splitfl serve --listen 127.0.0.1:{port}"))
-        shells.wait()
+            here = here.replace("splitfl serve", f"splitfl serve --listen 127.0.0.1:{port}")
+            if not in_a_terminal_of_its_own:
+                shells.wait()
+            log = shells.paste(here)
+            if not in_a_terminal_of_its_own:
+                shells.wait()
     finally:
         shells.close()
     losses = [float(number) for number in re.findall(r"^loss ([\d.]+) nats per token", log.read_text(), re.MULTILINE)]

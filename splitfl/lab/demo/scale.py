@@ -27,13 +27,13 @@ class DemoScale:
     hidden: int = 128
     vocab: int = 2048
     record_tokens: int = 128
-    records: int = 8  # in one step of one client
-    base_steps: int = 330
+    records: int = 4  # in one step of one client
+    base_steps: int = 600
     base_rate: float = 3e-3  # peak step size
     rounds: int = 8
-    local_steps: int = 10
-    rate: float = 1.5e-3  # peak step size
-    held_out_fraction: float = 0.04
+    local_steps: int = 16
+    rate: float = 3e-3  # peak step size
+    held_out_fraction: float = 0.03
     curve_records: int = 32  # held-out records that the curves are measured on, after every round
 
     def federation(self, seed: int) -> Federation:

@@ -1,0 +1,133 @@
+"""A client goes away (power cut, Ctrl-C, full disk) and comes back: it goes on, and nobody waits for it in vain."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from disturbing import SETTINGS, start
+from processes import Place, with_settings
+from proxy import Proxy
+
+Finish = Callable[..., None]
+
+
+def test_client_interrupted_in_a_round_exits_130_and_goes_on_where_it_stopped(
+    place: Place, wards: dict[str, Path], finish: Finish
+) -> None:
+    server, (first, second) = start(place, wards)
+    first.wait_for("step", round=1, step=10)
+    first.interrupt()
+    assert first.wait() == 130, first.story()
+    assert "stopping after this step" in first.stderr or "paused" in first.stderr
+    assert "Run the same command to go on" in first.stderr
+    assert "Traceback" not in first.stderr
+    again = place.join(server.url, "a", wards["a"])
+    resumed = again.wait_for("resumed", round=1)
+    last = first.named("step", round=1)[-1]["step"]
+    assert resumed["step"] == last + 1
+    finish(again, second, server.command)
+    assert not server.command.named("left", client="a")[:-1]  # its session lived on
+
+
+def test_client_interrupted_after_its_last_step_need_not_wait_for_the_others(
+    place: Place, wards: dict[str, Path], finish: Finish
+) -> None:
+    settings = with_settings(SETTINGS, trunk={"mode": "sequential"})  # one client may run ahead of the other
+    server = place.serve(settings)
+    first = place.join(server.url, "a", wards["a"])
+    second = place.join(server.url, "b", wards["b"])
+    second.wait_for("step", round=0, step=0)
+    os.kill(second.pid, signal.SIGSTOP)
+    first.wait_for("step", round=0, step=29)
+    first.interrupt()
+    assert first.wait(20) == 130, first.story()
+    os.kill(second.pid, signal.SIGCONT)
+    again = place.join(server.url, "a", wards["a"])
+    assert [command.wait() for command in (again, second, server.command)] == [0, 0, 0], again.story()
+    assert len(again.named("step", round=0)) + len(first.named("step", round=0)) == 30
+
+
+def test_client_interrupted_while_it_waits_holds_nobody_up(place: Place, wards: dict[str, Path]) -> None:
+    settings = with_settings(SETTINGS, rounds={"count": 1, "local_steps": 2, "min_clients": 2})
+    server = place.serve(settings)
+    first = place.join(server.url, "a", wards["a"])
+    first.wait_for("waiting")
+    first.interrupt()
+    assert first.wait() == 130
+    server.command.wait_for("left", client="a")
+    clients = [place.join(server.url, name, data) for name, data in wards.items()]
+    assert [command.wait() for command in (*clients, server.command)] == [0, 0, 0]
+
+
+def test_client_interrupted_twice_stops_within_a_step(place: Place, wards: dict[str, Path], finish: Finish) -> None:
+    server, (first, second) = start(place, wards)
+    first.wait_for("step", round=0, step=1)
+    os.kill(server.command.pid, signal.SIGSTOP)  # the step under way does not end
+    first.interrupt()
+    first.wait_for_stderr("stopping after this step")
+    assert first.exit_code is None
+    first.interrupt()
+    assert first.wait(10) == 130
+    assert "Traceback" not in first.stderr
+    os.kill(server.command.pid, signal.SIGCONT)
+    again = place.join(server.url, "a", wards["a"])
+    for command in (again, second, server.command):
+        assert command.wait() == 0, command.story()
+
+
+def test_client_killed_in_a_round_comes_back_while_the_server_still_believes_in_it(
+    place: Place, wards: dict[str, Path]
+) -> None:
+    server = place.serve(SETTINGS)
+    with Proxy(server.url, deaf=True) as proxy:
+        first = place.join(proxy.url, "a", wards["a"])
+        second = place.join(server.url, "b", wards["b"])
+        first.wait_for("step", round=1, step=10)
+        first.kill()
+        assert not server.command.named("disconnected", client="a")
+        again = place.join(server.url, "a", wards["a"])
+        connected = server.command.wait_for("connected", client="a", count=2)
+        assert connected["resumed"] is False
+        for command in (again, second, server.command):
+            assert command.wait() == 0, command.story()
+    assert len(second.named("round_durable")) == 3
+
+
+def test_client_that_stays_away_beyond_the_grace_is_not_waited_for(place: Place, wards: dict[str, Path]) -> None:
+    settings = with_settings(SETTINGS, rounds={"min_clients": 1}, trunk={"grace_s": 0.5})
+    server, (first, second) = start(place, wards, settings)
+    first.wait_for("round_durable", round=0)
+    first.wait_for("step", round=1, step=1)
+    first.kill()
+    server.command.wait_for("left", client="a")
+    again = place.join(server.url, "a", wards["a"])
+    for command in (second, again, server.command):
+        assert command.wait() == 0, command.story()
+    assert len(second.named("step", round=1)) == 30
+
+
+def test_client_with_a_full_disk_exits_9_and_goes_on_with_room(place: Place, wards: dict[str, Path]) -> None:
+    server, (first, second) = start(place, wards)
+    first.wait_for("round_durable", round=0)
+    first.limit_files(4096)
+    assert first.wait() == 9
+    assert "cannot write" in first.error
+    assert "Free some space" in first.error
+    server.command.wait_for("left", client="a")  # it said so, and nobody waits out the grace period
+    snapshots = sorted(path.name for path in (place.folder / "client-a/snapshots").iterdir())
+    assert snapshots == ["round-000000"]
+    again = place.join(server.url, "a", wards["a"])
+    for command in (again, second, server.command):
+        assert command.wait() == 0, command.story()
+
+
+def test_second_process_on_one_state_folder_is_refused(place: Place, wards: dict[str, Path], finish: Finish) -> None:
+    server, (first, second) = start(place, wards)
+    first.wait_for("step", round=0, step=0)
+    twin = place.join(server.url, "a", wards["a"])
+    assert twin.wait() == 2
+    assert "in use by another process" in twin.error
+    finish(first, second, server.command)
