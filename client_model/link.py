@@ -31,6 +31,7 @@ log = logging.getLogger("splitfl.client.link")
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
+CLOSE_TIMEOUT_S = 2.0  # for the server's part in an orderly end; nothing is lost without it
 TOO_BIG = 1009  # websocket close code: a message over the receiver's limit
 
 
@@ -137,6 +138,7 @@ class Link:
                     self.url,
                     compression=None,
                     ping_interval=None,
+                    close_timeout=CLOSE_TIMEOUT_S,
                     max_size=MAX_FRAME_BYTES,
                     proxy=None,
                     create_connection=CountingConnection,

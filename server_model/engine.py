@@ -128,7 +128,7 @@ class Engine:
                 self._refuse(member.reply)
                 self._refuse(joint.replies.get(member.client))
             self._release(joint)
-        spawn(self.call(self.trunk.clear))  # behind whatever of it still runs
+        self.queue(self.trunk.clear)  # behind whatever of it still runs
 
     def leave_round(self, client: str) -> None:
         """A client is out of this round: its update came, or it has gone. Others stop waiting for it."""
@@ -187,6 +187,10 @@ class Engine:
     async def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run ``function`` on the compute thread, behind what is queued there."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    def queue(self, function: Callable[[], None]) -> None:
+        """Put ``function`` behind what is queued on the compute thread, before anything that comes later."""
+        spawn(done(asyncio.wrap_future(self._thread.submit(function))))
 
     def close(self) -> None:
         """Stop the compute thread and refuse what waits."""
@@ -428,6 +432,11 @@ class Engine:
 
     def _refuse(self, reply: asyncio.Future[Tensor] | None) -> None:
         fail(reply, MissedError())
+
+
+async def done(future: asyncio.Future[None]) -> None:
+    """Wait for a future, as a coroutine."""
+    await future
 
 
 BACKGROUND_FAILURE = "a background task failed"

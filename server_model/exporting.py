@@ -12,7 +12,9 @@ from server_model.store import RoundState, Store
 from splitfl.config import Federation
 from splitfl.errors import ConfigError
 from splitfl.split.checkpoint import CheckpointFolder
+from splitfl.split.cut import Cut
 from splitfl.split.export import TrainedWeights, export_checkpoint
+from splitfl.split.modes import bottom_trains
 from splitfl.split.training import initial_a
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,11 +44,13 @@ def export_state(state: Path, out: Path, *, client: Path | None, dtype: str) -> 
 
 def all_weights(state: RoundState, settings: Federation, client: Path | None) -> dict[str, Tensor]:
     """The trunk's weights with the clients' over them: merged ones, or one client's own."""
-    if settings.merge.share != "none":
+    share = settings.merge.share
+    personal_bottom = share == "top" and bottom_trains(settings, Cut(settings.bottoms[-1], settings.tops[0]))
+    if share != "none" and not personal_bottom:
         return {**state.trunk, **state.merged}
     if client is None:
         raise ConfigError(
-            'merge.share = "none": every client has a head of its own',
+            f'merge.share = "{share}": every client has a {"head" if share == "none" else "bottom"} of its own',
             "Name the one to export with --client CLIENT_STATE_DIR.",
         )
     path = client / "merged.safetensors"

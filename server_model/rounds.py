@@ -79,6 +79,7 @@ class Rounds:
         self.durable = -1  # the newest round on disk
         self.finished = asyncio.Event()
         self._desk = Desk()
+        self._opened = -1  # the newest round that was opened
         self._updates: dict[str, ClientUpdate] = {}
 
     def restore(self) -> None:
@@ -88,14 +89,25 @@ class Rounds:
             return
         state = self.store.load(rounds[-1])
         check_fits(state, self.engine.trunk.weights())
-        self.engine.trunk.load_weights(state.trunk)
-        self.engine.trunk.optimizer.load_state_tensors(state.optimizer)
+        self._load_trunk(state)
         self.merged = dict(state.merged)
         self.durable = state.round
         self._offer_weights(state.round)
         self.machine = RoundMachine(self.settings, state.round + 1)
         if self.machine.phase is Phase.FINISHED:
             self.finished.set()
+
+    def _load_trunk(self, state: RoundState) -> None:
+        self.engine.trunk.load_weights(state.trunk)
+        self.engine.trunk.optimizer.load_state_tensors(state.optimizer)
+
+    def _roll_back(self) -> None:
+        """On the compute thread: forget what an abandoned round did to the trunk."""
+        self.engine.trunk.clear()
+        if self.durable < 0:
+            self.engine.trunk.reset()
+        else:
+            self._load_trunk(self.store.load(self.durable))
 
     def _offer_weights(self, round_: int) -> None:
         path = self.store.folder_of(round_) / "merged.safetensors"
@@ -161,6 +173,9 @@ class Rounds:
 
     def _open(self, members: Members, action: OpenRound) -> None:
         self.say("round_open", round=action.round, cohort=list(action.cohort))
+        if action.round == self._opened:  # everybody left it; those who come start from the last durable one
+            self.engine.queue(self._roll_back)
+        self._opened = action.round
         through_trunk = [name for name in action.cohort if self._trains_through_trunk(members.named(name))]
         self.engine.open_round(action.round, through_trunk)
         for name in action.cohort:

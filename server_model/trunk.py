@@ -51,6 +51,10 @@ class Trunk:
     round_tokens: Counter[int] = field(default_factory=Counter)  # the same over the round
 
     def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """The base model's weights and no moments."""
         layers = self.source.config.num_hidden_layers
         self.segment = load_segment(self.source, Piece(self.blocks.start, self.blocks.stop))
         set_up_training(self.segment, training_policy(self.settings, layers, self.device))

@@ -43,6 +43,11 @@ class Example:
         fields = [self.text, self.prompt, self.response, self.messages]
         return json.dumps(fields, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
+    def plain_text(self) -> str:
+        """All that a person wrote in the row, a line a part: what a tokenizer is trained on."""
+        parts = [self.text, self.prompt, self.response, *(message["content"] for message in self.messages)]
+        return "\n".join(part for part in parts if part)
+
 
 def is_usable(columns: frozenset[str]) -> bool:
     """Whether a table with these columns can hold examples at all."""

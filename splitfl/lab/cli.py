@@ -27,7 +27,7 @@ def init(
         from splitfl.data.readers import open_corpus
         from splitfl.split.create import create_checkpoint
 
-        texts = (example.content().decode() for path in corpus for example in open_corpus(path))
+        texts = (example.plain_text() for path in corpus for example in open_corpus(path))
         create_checkpoint(
             folder,
             family=family,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,24 +33,6 @@ def test_client_interrupted_in_a_round_exits_130_and_goes_on_where_it_stopped(
     assert not server.command.named("left", client="a")[:-1]  # its session lived on
 
 
-def test_client_interrupted_after_its_last_step_need_not_wait_for_the_others(
-    place: Place, wards: dict[str, Path], finish: Finish
-) -> None:
-    settings = with_settings(SETTINGS, trunk={"mode": "sequential"})  # one client may run ahead of the other
-    server = place.serve(settings)
-    first = place.join(server.url, "a", wards["a"])
-    second = place.join(server.url, "b", wards["b"])
-    second.wait_for("step", round=0, step=0)
-    os.kill(second.pid, signal.SIGSTOP)
-    first.wait_for("step", round=0, step=29)
-    first.interrupt()
-    assert first.wait(20) == 130, first.story()
-    os.kill(second.pid, signal.SIGCONT)
-    again = place.join(server.url, "a", wards["a"])
-    assert [command.wait() for command in (again, second, server.command)] == [0, 0, 0], again.story()
-    assert len(again.named("step", round=0)) + len(first.named("step", round=0)) == 30
-
-
 def test_client_interrupted_while_it_waits_holds_nobody_up(place: Place, wards: dict[str, Path]) -> None:
     settings = with_settings(SETTINGS, rounds={"count": 1, "local_steps": 2, "min_clients": 2})
     server = place.serve(settings)
@@ -62,7 +45,7 @@ def test_client_interrupted_while_it_waits_holds_nobody_up(place: Place, wards: 
     assert [command.wait() for command in (*clients, server.command)] == [0, 0, 0]
 
 
-def test_client_interrupted_twice_stops_within_a_step(place: Place, wards: dict[str, Path], finish: Finish) -> None:
+def test_client_interrupted_twice_stops_within_a_step(place: Place, wards: dict[str, Path]) -> None:
     server, (first, second) = start(place, wards)
     first.wait_for("step", round=0, step=1)
     os.kill(server.command.pid, signal.SIGSTOP)  # the step under way does not end
@@ -87,12 +70,13 @@ def test_client_killed_in_a_round_comes_back_while_the_server_still_believes_in_
         second = place.join(server.url, "b", wards["b"])
         first.wait_for("step", round=1, step=10)
         first.kill()
+        time.sleep(0.3)
         assert not server.command.named("disconnected", client="a")
         again = place.join(server.url, "a", wards["a"])
         connected = server.command.wait_for("connected", client="a", count=2)
         assert connected["resumed"] is False
-        for command in (again, second, server.command):
-            assert command.wait() == 0, command.story()
+    for command in (again, second, server.command):
+        assert command.wait() == 0, command.story()
     assert len(second.named("round_durable")) == 3
 
 
@@ -112,7 +96,7 @@ def test_client_that_stays_away_beyond_the_grace_is_not_waited_for(place: Place,
 def test_client_with_a_full_disk_exits_9_and_goes_on_with_room(place: Place, wards: dict[str, Path]) -> None:
     server, (first, second) = start(place, wards)
     first.wait_for("round_durable", round=0)
-    first.limit_files(4096)
+    first.limit_files(50_000)  # room for its log, none for weights
     assert first.wait() == 9
     assert "cannot write" in first.error
     assert "Free some space" in first.error

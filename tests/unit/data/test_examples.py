@@ -63,3 +63,15 @@ def test_content_differs_between_kinds_that_hold_the_same_words() -> None:
     kinds = [Example(text="ab"), Example(prompt="a", response="b"), Example(prompt="ab", response="b")]
     assert len({example.content() for example in kinds}) == 3
     assert Example(text="ab").content() == Example(text="ab").content()
+
+
+@pytest.mark.parametrize(
+    ("example", "text"),
+    [
+        (Example(text="one\ntwo"), "one\ntwo"),
+        (Example(prompt="Why?", response="So."), "Why?\nSo."),
+        (Example(messages=({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"})), "Hi\nHo"),
+    ],
+)
+def test_example_gives_its_text_as_it_was_written(example: Example, text: str) -> None:
+    assert example.plain_text() == text

@@ -1,0 +1,55 @@
+"""What the service does to the trunk between rounds, beside the merge itself."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from server_model.coordinator import Coordinator
+from server_model.exporting import all_weights
+from server_model.store import RoundState
+from splitfl.config import parse_federation
+from splitfl.data.notes import generate_notes
+from splitfl.errors import ConfigError
+from splitfl.split.create import create_checkpoint
+from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello, NextRound, RoundOpen
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rounds") / "m"
+    texts = generate_notes("general", 30, 0)
+    create_checkpoint(folder, family="llama", layers=4, hidden=64, vocab=400, corpus=texts, seed=0, max_length=64)
+    return folder
+
+
+def test_round_that_everybody_left_opens_again_from_the_last_durable_trunk(model, tmp_path):
+    async def leave_and_return() -> dict[str, bool]:
+        coordinator = Coordinator(model, parse_federation({}, "the test"), tmp_path / "s", device=torch.device("cpu"))
+        before = {name: weight.clone() for name, weight in coordinator.engine.trunk.weights().items()}
+        member, _ = coordinator.hello(Hello(PROTOCOL_VERSIONS, "a"))
+        assert isinstance(await coordinator.handle(member, NextRound(0, 0, -1)), RoundOpen)
+        for weight in coordinator.engine.trunk.trainable().values():
+            weight.data.add_(1.0)  # as half a round's steps would
+        coordinator.members.forget(member)
+        member, _ = coordinator.hello(Hello(PROTOCOL_VERSIONS, "a"))
+        opened = await coordinator.handle(member, NextRound(0, 0, -1))
+        assert isinstance(opened, RoundOpen)
+        assert opened.round == 0
+        after = await coordinator.engine.call(coordinator.engine.trunk.weights)
+        coordinator.close()
+        return {name: torch.equal(before[name], after[name]) for name in before}
+
+    same = asyncio.run(leave_and_return())
+    assert same
+    assert all(same.values())
+
+
+@pytest.mark.parametrize(("share", "part"), [("none", "head"), ("top", "bottom")])
+def test_export_asks_for_a_client_when_ends_are_personal(share, part):
+    settings = parse_federation({"merge": {"share": share}, "model": {"freeze_below": 0}}, "the test")
+    with pytest.raises(ConfigError, match=f"every client has a {part} of its own"):
+        all_weights(RoundState(0, {}, {}, {}, {}), settings, None)
