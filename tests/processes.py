@@ -146,8 +146,9 @@ class Command:
         self.limit_files(resource.RLIM_INFINITY)
 
     def story(self) -> str:
-        """All it said, for a failing test."""
-        return f"--- {self.label} (exit {self.exit_code}) stdout\n{self.stdout}\n--- stderr\n{self.stderr}"
+        """The last it said, for a failing test."""
+        out, err = ("\n".join(text.splitlines()[-12:]) for text in (self.stdout, self.stderr))
+        return f"--- {self.label} (exit {self.exit_code}) stdout\n{out}\n--- stderr\n{err}"
 
 
 def run_forked(arguments: list[str], out: Path, err: Path, limit: int | None) -> None:

@@ -23,7 +23,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from splitfl.errors import CheckpointError
-from splitfl.split.building import exclusive
 from splitfl.split.segment import Anatomy, Piece, Segment, find_anatomy, one_block, without_dropout
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -230,7 +229,6 @@ def is_tied(config: PreTrainedConfig) -> bool:
     return bool(getattr(config, "tie_word_embeddings", False))
 
 
-@exclusive
 def assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put ``tensors`` in place of the model's meta parameters, frozen; nothing is initialised over them."""
     for name, tensor in tensors.items():

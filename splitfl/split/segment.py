@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from splitfl.errors import CheckpointError
-from splitfl.split.building import exclusive
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,6 @@ def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     return part
 
 
-@exclusive
 def one_block(config: PreTrainedConfig) -> PreTrainedModel:
     """The family's model with its first block only, without memory: to look at its structure and names.
 
@@ -202,7 +200,6 @@ class Segment(nn.Module):
     for the whole model.
     """
 
-    @exclusive
     def __init__(self, config: PreTrainedConfig, piece: Piece, *, attention: str | None = None) -> None:
         super().__init__()
         if getattr(config, "scale_attn_by_inverse_layer_idx", False):

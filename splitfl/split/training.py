@@ -21,7 +21,6 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from splitfl.errors import ConfigError
-from splitfl.split.building import exclusive
 from splitfl.split.checkpoint import is_tied
 from splitfl.split.segment import Segment
 
@@ -118,7 +117,6 @@ def check_adapted(segment: Segment, policy: TrainingPolicy, targets: list[str]) 
             raise ConfigError(f"block {block} has no linear layer for LoRA to adapt", 'Set train = "full".')
 
 
-@exclusive
 def inject_lora(segment: Segment, policy: TrainingPolicy, targets: list[str]) -> None:
     """Adapters through peft, with A drawn from the federation's seed and the weight's name: equal for all holders."""
     config = LoraConfig(
@@ -145,7 +143,6 @@ def initial_a(name: str, shape: torch.Size, seed: int) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-@exclusive
 def tie_head(top: Segment, embedding: nn.Embedding) -> None:
     """Make the head of ``top`` and ``embedding`` one parameter."""
     top.model.get_submodule(top.anatomy.head).weight = embedding.weight

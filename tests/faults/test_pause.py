@@ -1,4 +1,4 @@
-"""A client that is stopped between two steps goes on there, bit for bit; in one process, so that the moment is exact."""
+"""A client that is stopped between two steps goes on there, bit for bit. In one process: the moment is exact."""
 
 from __future__ import annotations
 
