@@ -101,7 +101,7 @@ class Link:
     def close(self) -> None:
         """Hang up."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._cancel_all)
+            self._loop.call_soon_threadsafe(self._cancel)
             self._thread.join(timeout=5)
 
     @property
@@ -118,9 +118,8 @@ class Link:
             self._loop.run_until_complete(self._main)
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
 
-    def _cancel_all(self) -> None:
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
+    def _cancel(self) -> None:
+        self._main.cancel()  # and no other task: the loop's own ending is one
 
     async def _stay_connected(self) -> None:
         try:
@@ -129,6 +128,7 @@ class Link:
             self._give_up(error)
         except Exception as error:  # noqa: BLE001 - whatever it was, nobody must wait for ever
             self._give_up(LinkError(f"the link failed: {error!r}", "Start the client again; it goes on."))
+        await asyncio.Event().wait()  # whoever asks from now on is told why it gave up, until close()
 
     async def _connect_forever(self) -> None:
         pause, away_since = FIRST_PAUSE_S, time.monotonic()

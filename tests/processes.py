@@ -206,7 +206,7 @@ class Place:
         """Start a client with a state folder of its own; the cache of fetched tensors is shared."""
         folder = self.folder / (state or f"client-{name}")
         arguments = [url, "--name", name, "--data", data, "--state", folder, "--cache", self.folder / "cache"]
-        return self.run(name, "join", *arguments, "--threads", 1, "--json", *flags, **options)
+        return self.run("join", "join", *arguments, "--threads", 1, "--json", *flags, **options)
 
     def stop(self) -> None:
         """End whatever still runs."""

@@ -39,7 +39,8 @@ class RawClient:
     """One connection; ``greeting`` is what the server said to Hello."""
 
     def __init__(self, url: str, name: str, **hello: Any) -> None:
-        self.connection: ClientConnection = connect(url, compression=None, max_size=None, proxy=None)
+        self._connecting = connect(url, compression=None, max_size=None, proxy=None)
+        self.connection: ClientConnection = self._connecting.__enter__()
         self.name = name
         self.seq = 0
         self.greeting = self.say(replace(Hello(PROTOCOL_VERSIONS, name), **hello))
@@ -50,7 +51,7 @@ class RawClient:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.connection.close()
+        self._connecting.__exit__(kind, error, trace)
 
     @property
     def settings(self) -> Federation:

@@ -48,16 +48,15 @@ def talk(behave: Callable[[Proxy, CountingConnection], object], silence_limit_s:
         async with serve(echo, "127.0.0.1", 0, ping_interval=None) as server:
             port = next(iter(server.sockets)).getsockname()[1]
             with Proxy(f"ws://127.0.0.1:{port}") as proxy:
-                connection = await connect(
+                async with connect(
                     proxy.url, ping_interval=None, close_timeout=0.1, create_connection=CountingConnection, proxy=None
-                )
-                began = time.monotonic()
-                watcher = asyncio.create_task(watch(connection, silence_limit_s))  # type: ignore[arg-type]
-                behave(proxy, connection)  # type: ignore[arg-type]
-                await asyncio.wait([watcher], timeout=3.0)
-                lived = time.monotonic() - began
-                watcher.cancel()
-                await connection.close()
+                ) as connection:
+                    began = time.monotonic()
+                    watcher = asyncio.create_task(watch(connection, silence_limit_s))  # type: ignore[arg-type]
+                    behave(proxy, connection)  # type: ignore[arg-type]
+                    await asyncio.wait([watcher], timeout=3.0)
+                    lived = time.monotonic() - began
+                    watcher.cancel()
                 return lived
 
     return asyncio.run(work())

@@ -1,0 +1,612 @@
+"""What users and strangers get wrong: one line that names it, the remedy, a documented exit code, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import Command, Place, Server, place, with_settings
+from raw_client import RawClient, blob, right_weights
+from torch import Tensor
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.server import ServerConnection, serve
+
+from splitfl.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LinkError,
+    ProtocolError,
+    RefusedError,
+    SplitFLError,
+    StorageError,
+)
+from splitfl.split.checkpoint import read_config
+from splitfl.wire.frames import encode
+from splitfl.wire.messages import (
+    Failed,
+    Forward,
+    Hello,
+    NextRound,
+    Refused,
+    RoundDurable,
+    RoundOpen,
+    TensorBytes,
+    Upload,
+    Uploaded,
+    Welcome,
+)
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "rounds": {"count": 1, "local_steps": 1},
+    "batch": {"records": 4, "max_length": 32},
+    "wire": {"codec": "fp32"},
+    "trunk": {"grace_s": 5.0},
+}
+GATHERING = with_settings(SETTINGS, rounds={"min_clients": 9})  # no round ever opens
+
+
+@pytest.fixture(scope="module")
+def hall(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Server]:
+    """A service that waits for more clients than ever come; many tests knock at it."""
+    with place(tmp_path_factory.mktemp("hall"), small_model) as here:
+        yield here.serve(GATHERING)
+
+
+def assert_ends(command: Command, kind: type[SplitFLError], *parts: str) -> None:
+    """It ends with the exit code of ``kind`` and one line that has these parts: the thing and the remedy."""
+    assert command.wait() == kind.exit_code, command.story()
+    for part in parts:
+        assert part in command.error, command.story()
+
+
+def assert_open(server: Server) -> None:
+    """The service still welcomes clients."""
+    with RawClient(server.url, "somebody") as client:
+        assert isinstance(client.greeting, Welcome)
+
+
+# data
+
+
+def broken_data(folder: Path) -> dict[str, Path]:
+    """Files that nobody can train on, by what is wrong with them."""
+    rows = {
+        "empty": "",
+        "broken line": '{"text": "one"}\n{"text": "two"}\n{"text": "three\n',
+        "no text": '{"text": "one"}\n{"note": "two"}\n',
+        "no rows left": '{"note": "one"}\n{"text": ""}\nnot json\n',
+        "unknown format": "anything",
+    }
+    files = {}
+    for name, text in rows.items():
+        files[name] = folder / f"{name.replace(' ', '-')}.{'pdf' if name == 'unknown format' else 'jsonl'}"
+        files[name].write_text(text)
+    return files
+
+
+@pytest.mark.parametrize(
+    ("wrong", "flags", "parts"),
+    [
+        ("empty", [], ["empty.jsonl is empty", "at least one row"]),
+        ("broken line", [], ["broken-line.jsonl, line 3", "--skip-bad"]),
+        ("no text", [], ["no-text.jsonl, line 2", "--skip-bad"]),
+        ("no rows left", ["--skip-bad"], ["no-rows-left.jsonl", "3 bad rows were skipped", "at least one row"]),
+        ("unknown format", [], ["unknown-format.pdf", ".jsonl"]),
+    ],
+)
+def test_join_refuses_data_that_it_cannot_train_on(
+    place: Place, hall: Server, wrong: str, flags: list[str], parts: list[str]
+) -> None:
+    data = broken_data(place.folder)[wrong]
+    before = data.read_bytes()
+    assert_ends(place.join(hall.url, "ward", data, *flags), DataError, *parts)
+    hall.command.wait_for("left", client="ward")  # it said so: its name is free again at once
+    assert data.read_bytes() == before
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_join_refuses_a_missing_data_file_before_it_connects(place: Place, fresh: bool) -> None:
+    command = place.join("ws://127.0.0.1:9", "ward", place.folder / "nowhere.jsonl", fresh=fresh)
+    assert_ends(command, DataError, "nowhere.jsonl", "--data")
+    assert not (place.folder / "client-ward").exists()
+
+
+def test_join_with_skip_bad_counts_the_rows_it_left_out(place: Place, wards: dict[str, Path]) -> None:
+    data = place.folder / "some.jsonl"
+    data.write_text("not json\n" + wards["a"].read_text() + '{"note": "no text"}\n')
+    server = place.serve(SETTINGS)
+    client = place.join(server.url, "ward", data, "--skip-bad")
+    assert client.wait_for("data")["skipped_rows"] == 2
+    assert [client.wait(), server.command.wait()] == [0, 0]
+    assert client.report["data"]["skipped_rows"] == 2
+
+
+def test_join_refuses_data_that_changed_under_a_paused_client(place: Place, wards: dict[str, Path]) -> None:
+    data = place.folder / "ward.jsonl"
+    shutil.copy(wards["a"], data)
+    server = place.serve(with_settings(SETTINGS, rounds={"local_steps": 400, "min_clients": 1}))
+    client = place.join(server.url, "ward", data)
+    client.wait_for("step", step=20)
+    client.interrupt()
+    assert client.wait() == 130
+    data.write_text(wards["a"].read_text().splitlines()[0] + "\n")
+    assert_ends(place.join(server.url, "ward", data), DataError, "records now", "Put back the data")
+
+
+# models, cuts and settings
+
+
+def test_serve_refuses_a_checkpoint_without_safetensors(place: Place) -> None:
+    model = place.folder / "pickled"
+    shutil.copytree(place.model, model)
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    command = place.run("serve", "serve", model, "--state", place.folder / "server", "--listen", "127.0.0.1:0")
+    assert_ends(command, CheckpointError, "model.safetensors", "save_pretrained")
+
+
+def test_serve_refuses_a_folder_that_is_no_checkpoint(place: Place) -> None:
+    command = place.run("serve", "serve", place.folder, "--state", place.folder / "server")
+    assert_ends(command, CheckpointError, "config.json", "splitfl init")
+
+
+def test_join_refuses_a_local_model_without_safetensors(place: Place, hall: Server, wards: dict[str, Path]) -> None:
+    model = place.folder / "pickled"
+    shutil.copytree(place.model, model)
+    (model / "model.safetensors").unlink()
+    assert_ends(place.join(hall.url, "ward", wards["a"], "--model", model), CheckpointError, "save_pretrained")
+
+
+def test_serve_refuses_a_cut_larger_than_the_model(place: Place) -> None:
+    server = place.serve(with_settings(SETTINGS, model={"n_bottom": 2, "n_top": 2}), wait=False)
+    assert_ends(server.command, ConfigError, "cut 2,2 keeps 4 blocks but the model has 3", "at most 3")
+
+
+@pytest.mark.parametrize("plan", ["2,2", "0,1"])
+def test_join_with_a_plan_that_the_federation_does_not_have_is_refused(
+    place: Place, hall: Server, wards: dict[str, Path], plan: str
+) -> None:
+    client = place.join(hall.url, "ward", wards["a"], "--plan", plan)
+    assert_ends(client, RefusedError, f"cut {plan} is not allowed", "--plan")
+
+
+@pytest.mark.parametrize("plan", ["many", "1", "-1,2", "1,2,3"])
+def test_join_refuses_a_plan_that_is_no_cut(place: Place, wards: dict[str, Path], plan: str) -> None:
+    client = place.join("ws://127.0.0.1:9", "ward", wards["a"], f"--plan={plan}")
+    assert_ends(client, ConfigError, "not two numbers", "for example 1,1")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[rounds]\ncount = 0\n", ["rounds.count", "greater than or equal to 1"]),
+        ("[rounds]\ncuont = 3\n", ["rounds.cuont", "Extra inputs"]),
+        ("[batch]\nrecords = 4\nmicro_batches = 3\n", ["micro_batches = 3 does not divide records = 4"]),
+        ("[optimizer]\nname = 'lion'\n", ["optimizer.name", "'adamw' or 'sgd'"]),
+        ("rounds = 3\n", ["rounds", "federation.md"]),
+        ("[rounds\n", ["is not TOML", "line 1"]),
+    ],
+)
+def test_serve_names_the_field_of_a_malformed_federation_toml(place: Place, text: str, parts: list[str]) -> None:
+    path = place.folder / "federation.toml"
+    path.write_text(text)
+    command = place.run(
+        "serve",
+        "serve",
+        place.model,
+        "--state",
+        place.folder / "server",
+        "--federation",
+        path,
+        "--listen",
+        "127.0.0.1:0",
+    )
+    assert_ends(command, ConfigError, "federation.toml", *parts)
+    assert not (place.folder / "server/federation.json").exists()
+
+
+def test_serve_refuses_a_federation_toml_that_is_missing(place: Place) -> None:
+    command = place.run("serve", "serve", place.model, "--state", place.folder / "s", "--federation", "no.toml")
+    assert_ends(command, ConfigError, "cannot read no.toml", "Name an existing TOML file")
+
+
+# state folders
+
+
+def test_export_before_any_round_says_when_to_come_back(place: Place) -> None:
+    place.serve(GATHERING)
+    command = place.run("export", "export", place.folder / "out", "--state", place.folder / "server")
+    assert_ends(command, ConfigError, "no finished round yet", "first round has been merged")
+    assert not (place.folder / "out").exists()
+
+
+def test_export_of_a_folder_that_is_no_state_is_refused(place: Place) -> None:
+    command = place.run("export", "export", place.folder / "out", "--state", place.model)
+    assert_ends(command, ConfigError, "is not a state folder", "--state")
+
+
+def test_serve_refuses_a_state_folder_in_use(place: Place) -> None:
+    server = place.serve(GATHERING)
+    for flags in ([], ["--resume"]):
+        second = place.serve(GATHERING, *flags, wait=False)
+        assert_ends(second.command, ConfigError, "in use by another process", "--state")
+    assert_open(server)
+
+
+def test_serve_refuses_the_state_of_a_federation_without_resume(place: Place, wards: dict[str, Path]) -> None:
+    server = place.serve(SETTINGS)
+    assert place.join(server.url, "ward", wards["a"]).wait() == 0
+    assert server.command.wait() == 0
+    rounds = sorted(path.name for path in (place.folder / "server/rounds").iterdir())
+    assert_ends(place.serve(SETTINGS, wait=False).command, ConfigError, "already holds a federation", "--resume")
+    changed = with_settings(SETTINGS, model={"head": "frozen"})
+    assert_ends(place.serve(changed, "--resume", wait=False).command, ConfigError, "model differs", "--federation")
+    assert sorted(path.name for path in (place.folder / "server/rounds").iterdir()) == rounds
+
+
+def test_serve_with_resume_refuses_another_model(place: Place, wards: dict[str, Path], small_model: Path) -> None:
+    from splitfl.split.create import create_checkpoint
+
+    server = place.serve(SETTINGS)
+    assert place.join(server.url, "ward", wards["a"]).wait() == 0
+    server.command.wait()
+    place.model = place.folder / "other"
+    create_checkpoint(
+        place.model, family="llama", layers=3, hidden=128, vocab=300, corpus=["some words, few of them"] * 9, seed=0
+    )
+    assert_ends(place.serve(None, "--resume", wait=False).command, ConfigError, "is not of this model", "model folder")
+    place.model = small_model
+    again = place.serve(None, "--resume")  # what is durable is still there
+    assert again.command.wait_for("listening")["durable_round"] == 0
+
+
+def test_serve_with_resume_refuses_a_folder_that_is_no_state(place: Place) -> None:
+    assert_ends(place.serve(None, "--resume", wait=False).command, ConfigError, "is not a state folder", "--state")
+
+
+def test_join_refuses_the_state_folder_of_another_client(place: Place, hall: Server, wards: dict[str, Path]) -> None:
+    first = place.join(hall.url, "ward-a", wards["a"], state="shared")
+    first.wait_for("waiting")
+    first.interrupt()
+    first.wait()
+    second = place.join(hall.url, "ward-b", wards["b"], state="shared")
+    assert_ends(second, ConfigError, "holds the state of client 'ward-a'", "--state")
+
+
+def test_join_refuses_a_state_folder_that_is_a_file(place: Place, wards: dict[str, Path]) -> None:
+    (place.folder / "client-ward").write_text("not a folder")
+    client = place.join("ws://127.0.0.1:9", "ward", wards["a"])
+    assert_ends(client, StorageError, "client-ward", "Free some space or mend the folder")
+
+
+# addresses
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_serve_refuses_a_port_in_use(place: Place, hall: Server, fresh: bool) -> None:
+    server = place.serve(SETTINGS, port=hall.port, wait=False, fresh=fresh)
+    assert_ends(server.command, ConfigError, f"cannot listen on 127.0.0.1:{hall.port}", "--listen")
+    assert place.serve(SETTINGS).port  # the same command with another port needs no --resume: nothing had begun
+
+
+def test_serve_refuses_a_network_address_without_insecure(place: Place) -> None:
+    command = place.run("serve", "serve", place.model, "--state", place.folder / "s", "--listen", "0.0.0.0:0")
+    assert_ends(command, ConfigError, "0.0.0.0 is not this machine", "--insecure")
+    assert not (place.folder / "s").exists()
+
+
+def test_join_refuses_a_network_address_without_insecure(place: Place, wards: dict[str, Path]) -> None:
+    assert_ends(place.join("ws://192.0.2.1:7000", "ward", wards["a"]), ConfigError, "192.0.2.1", "--insecure")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:7000", "http://127.0.0.1:7000", "ws://"])
+def test_join_refuses_what_is_no_address(place: Place, wards: dict[str, Path], address: str) -> None:
+    assert_ends(place.join(address, "ward", wards["a"]), ConfigError, "no address to join", "ws://HOST:PORT")
+
+
+def test_join_gives_up_on_an_unreachable_server_when_its_patience_ends(place: Place, wards: dict[str, Path]) -> None:
+    url = f"ws://127.0.0.1:{free_port()}"
+    client = place.join(url, "ward", wards["a"], "--patience", 1)
+    assert_ends(client, LinkError, f"the server at {url} has been away", "join again")
+    assert client.stderr.count(f"waiting for the server at {url}") >= 2
+    assert "next try in" in client.stderr
+
+
+def test_join_waits_for_a_server_that_comes_late(place: Place, wards: dict[str, Path]) -> None:
+    port = free_port()
+    client = place.join(f"ws://127.0.0.1:{port}", "ward", wards["a"])
+    client.wait_for_stderr("waiting for the server")
+    server = place.serve(SETTINGS, port=port)
+    assert [client.wait(), server.command.wait()] == [0, 0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# names and versions
+
+
+def test_second_client_of_a_name_is_refused_and_the_first_goes_on(place: Place, wards: dict[str, Path]) -> None:
+    server = place.serve(with_settings(SETTINGS, rounds={"min_clients": 2}))
+    first = place.join(server.url, "ward", wards["a"])
+    first.wait_for("waiting")
+    second = place.join(server.url, "ward", wards["b"], state="elsewhere")
+    assert_ends(second, RefusedError, "a client named 'ward' is connected already", "--name")
+    third = place.join(server.url, "ward-2", wards["b"])
+    assert [first.wait(), third.wait(), server.command.wait()] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["../ward", "a/b", ".hidden", "", "x" * 65, "ward\n", "wärd"])
+def test_join_refuses_a_name_that_is_a_path(place: Place, wards: dict[str, Path], name: str) -> None:
+    client = place.join("ws://127.0.0.1:9", name, wards["a"], state="state")
+    assert_ends(client, ConfigError, "is no client name", "letters, digits")
+    assert not (place.folder / "state").exists()
+
+
+@pytest.mark.parametrize("name", ["../ward", "a/b", ".hidden", "", "x" * 65, "ward\n", "w\x00rd"])
+def test_server_refuses_a_name_that_is_a_path(hall: Server, name: str) -> None:
+    with RawClient(hall.url, name) as client:
+        assert isinstance(client.greeting, Refused)
+        assert client.greeting.code == "bad_message"
+        assert "'name'" in client.greeting.reason
+    assert_open(hall)
+
+
+def test_server_refuses_a_client_of_another_protocol_version(hall: Server) -> None:
+    with RawClient(hall.url, "old", versions=(99,)) as client:
+        assert isinstance(client.greeting, Refused)
+        assert client.greeting.code == "version"
+        assert "[99]" in client.greeting.reason
+        assert "same SplitFL release" in client.greeting.remedy
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Refused("version", "the client speaks protocol [1], the server [7]", "Install the same release."),
+        Welcome(7, "token", False, "incarnation", -1, 1, 1, "{}", "ab" * 32),
+    ],
+)
+def test_join_ends_when_the_server_speaks_another_protocol_version(
+    place: Place, wards: dict[str, Path], answer: Refused | Welcome
+) -> None:
+    with fake_server(lambda _: b"".join(encode(answer))) as url:
+        assert_ends(place.join(url, "ward", wards["a"]), ProtocolError, "7")
+
+
+def test_join_ends_when_the_server_sends_what_is_no_frame(place: Place, wards: dict[str, Path]) -> None:
+    with fake_server(lambda _: b"\xff" * 40) as url:
+        assert_ends(place.join(url, "ward", wards["a"]), ProtocolError, "header")
+
+
+def test_join_ends_when_its_frame_is_over_the_servers_limit(place: Place, wards: dict[str, Path]) -> None:
+    def close(connection: ServerConnection) -> None:
+        connection.close(1009, "too big")
+
+    with fake_server(close) as url:
+        client = place.join(url, "ward", wards["a"])
+        assert_ends(client, ProtocolError, "over the server's limit", "batch.records")
+
+
+class fake_server:  # noqa: N801 - used as a function
+    """Answers Hello with what ``answer`` gives."""
+
+    def __init__(self, answer: Callable[[ServerConnection], bytes | None]) -> None:
+        self.answer = answer
+
+    def __enter__(self) -> str:
+        self.server = serve(self._serve, "127.0.0.1", 0, compression=None)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return f"ws://127.0.0.1:{self.server.socket.getsockname()[1]}"
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+
+    def _serve(self, connection: ServerConnection) -> None:
+        connection.recv()
+        data = self.answer(connection)
+        if data is not None:
+            connection.send(data)
+            connection.recv(timeout=20)
+
+
+# frames
+
+
+def test_server_refuses_a_hello_over_the_limit_and_serves_others(hall: Server) -> None:
+    with pytest.raises(ConnectionClosed) as closed, RawClient(hall.url, "huge", software="x" * 100_000):
+        pass
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1009
+    assert_open(hall)
+
+
+def test_server_refuses_a_frame_over_the_limit_and_keeps_the_session(hall: Server) -> None:
+    with RawClient(hall.url, "huge") as client:
+        token = client.greeting.session
+        data = bytes(40 << 20)
+        with pytest.raises(ConnectionClosed) as closed:
+            client.ask(Upload(0, 0, "ab" * 32, 0, len(data), TensorBytes("u8", (len(data),), data)))
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1009
+    with RawClient(hall.url, "huge", resume=token) as client:
+        assert client.greeting.resumed
+
+
+@pytest.mark.parametrize("shape", [(4, 32, 65), (4, 2**20, 2**20), (4, 31, 64)])
+def test_server_refuses_a_tensor_whose_shape_lies_and_keeps_the_session(hall: Server, shape: tuple[int, ...]) -> None:
+    honest = b"".join(encode(Forward(0, 0, 0, 0, 0, True, 9, (), TensorBytes("f32", (4, 32, 64), bytes(32768)))))
+    header_end = 4 + int.from_bytes(honest[:4], "little")
+    lie = with_shape(honest[4:header_end], shape) + honest[-32768:]
+    with RawClient(hall.url, "liar") as client:
+        token = client.greeting.session
+        client.connection.send(lie)
+        refusal = client.hear()
+    assert isinstance(refusal, Refused)
+    assert refusal.code == "bad_message"
+    assert "hidden" in refusal.reason or "left over" in refusal.reason
+    with RawClient(hall.url, "liar", resume=token) as client:
+        assert client.greeting.resumed
+
+
+def with_shape(header: bytes, shape: tuple[int, ...]) -> bytes:
+    """The frame's head with another shape in it, padded as the protocol wants."""
+    import msgpack
+
+    fields = msgpack.unpackb(header)
+    fields["x"] = [["hidden", "f32", list(shape)]]
+    packed = msgpack.packb(fields)
+    head = len(packed).to_bytes(4, "little") + packed
+    return head + bytes(-len(head) % 64)
+
+
+def test_server_refuses_text_messages_and_keeps_the_session(hall: Server) -> None:
+    with RawClient(hall.url, "chatty") as client:
+        client.connection.send("hello?")
+        refusal = client.hear()
+    assert isinstance(refusal, Refused)
+    assert "text instead of binary" in refusal.reason
+    assert_open(hall)
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "code"),
+    [
+        ((4, 32, 63), {}, "bad_message"),
+        ((4, 32), {}, "bad_message"),
+        ((0, 32, 64), {}, "bad_message"),
+        ((5, 32, 64), {}, "over_limit"),
+        ((4, 33, 64), {}, "over_limit"),
+        ((4, 32, 64), {"lengths": (32, 32, 32)}, "bad_message"),
+        ((4, 32, 64), {"lengths": (33, 1, 1, 1)}, "bad_message"),
+        ((4, 32, 64), {"lengths": (0, 1, 1, 1)}, "bad_message"),
+        ((4, 32, 64), {"label_tokens": 129}, "bad_message"),
+        ((4, 32, 64), {"micro": 1}, "bad_message"),
+    ],
+)
+def test_server_refuses_a_micro_batch_that_does_not_fit(
+    hall: Server, shape: tuple[int, ...], changes: dict[str, Any], code: str
+) -> None:
+    fields: dict[str, Any] = {"label_tokens": 1, "lengths": (), "micro": 0, **changes}
+    tensor = TensorBytes("f32", shape, bytes(4 * torch.Size(shape).numel()))
+    with RawClient(hall.url, "odd") as client:
+        answer = client.ask(
+            Forward(0, 0, 0, 0, fields["micro"], True, fields["label_tokens"], fields["lengths"], tensor)
+        )
+        assert isinstance(answer, Failed)
+        assert answer.code == code
+
+
+def test_server_refuses_activations_that_are_no_floats(hall: Server) -> None:
+    with RawClient(hall.url, "odd") as client:
+        answer = client.ask(Forward(0, 0, 0, 0, 0, True, 1, (), TensorBytes("u8", (1, 1, 64), bytes(64))))
+        assert isinstance(answer, Failed)
+        assert answer.code == "bad_message"
+        assert answer.field == "hidden"
+
+
+def test_server_refuses_to_open_two_next_rounds_for_one_client(hall: Server) -> None:
+    with RawClient(hall.url, "eager") as client:
+        client.send(NextRound(0, 0, -1))
+        answer = client.ask(NextRound(0, 0, -1))
+        assert isinstance(answer, Failed)
+        assert answer.code == "wrong_round"
+
+
+# uploads
+
+
+def in_a_round(server: Server, name: str) -> RawClient:
+    client = RawClient(server.url, name)
+    assert isinstance(client.next_round(), RoundOpen)
+    return client
+
+
+def misnamed(weights: dict[str, Tensor]) -> bytes:
+    return blob({f"{name}.x" if name == min(weights) else name: tensor for name, tensor in weights.items()})
+
+
+def misshapen(weights: dict[str, Tensor]) -> bytes:
+    return blob({name: tensor.reshape(-1) for name, tensor in weights.items()})
+
+
+def with_nan(weights: dict[str, Tensor]) -> bytes:
+    return blob({name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()})
+
+
+def in_half(weights: dict[str, Tensor]) -> bytes:
+    return blob({name: tensor.half() for name, tensor in weights.items()})
+
+
+def with_one_missing(weights: dict[str, Tensor]) -> bytes:
+    return blob({name: tensor for name, tensor in weights.items() if name != min(weights)})
+
+
+def truncated(weights: dict[str, Tensor]) -> bytes:
+    return blob(weights)[:-64]
+
+
+def no_safetensors(_: dict[str, Tensor]) -> bytes:
+    return json.dumps({"weights": "none"}).encode()
+
+
+def test_server_refuses_bad_uploads_and_then_takes_the_right_one(place: Place, small_model: Path) -> None:
+    server = place.serve(SETTINGS)
+    weights = right_weights(read_config(small_model), in_settings(server))
+    with in_a_round(server, "mallory") as client:
+        for spoil in (misnamed, misshapen, with_nan, in_half, with_one_missing, truncated, no_safetensors):
+            data = spoil(weights)
+            assert isinstance(client.upload(data), Uploaded)
+            answer = client.update(0, data)
+            assert isinstance(answer, Failed), spoil
+            assert answer.code == "bad_tensor", (spoil, answer)
+            assert answer.remedy
+        right = blob(weights)
+        client.upload(right)
+        wrong = client.update(0, right + b"x")  # the hash of something else
+        assert isinstance(wrong, Failed)
+        assert wrong.code == "not_found"
+        oversize = client.ask(Upload(0, 0, "ab" * 32, 0, 1 << 40, TensorBytes("u8", (1,), b"x")))
+        assert isinstance(oversize, Failed)
+        assert oversize.code == "over_limit"
+        gap = client.ask(Upload(0, 0, "ab" * 32, len(right) + 9, len(right) + 99, TensorBytes("u8", (1,), b"x")))
+        assert isinstance(gap, Failed)
+        assert not list((place.folder / "server").glob("rounds/*"))
+        client.upload(right)
+        merged = client.update(0, right)
+        assert isinstance(merged, RoundDurable)
+        assert merged.merged
+    server.command.wait_for("round_durable", round=0)
+
+
+def test_server_refuses_an_upload_before_any_round(hall: Server, small_model: Path) -> None:
+    weights = blob(right_weights(read_config(small_model), in_settings(hall)))
+    with RawClient(hall.url, "early") as client:
+        client.upload(weights)
+        answer = client.update(0, weights)
+        assert isinstance(answer, RoundDurable)
+        assert not answer.merged
+
+
+def in_settings(server: Server) -> Any:
+    with RawClient(server.url, "reader") as client:
+        return client.settings
+
+
+def test_server_refuses_what_is_no_request_and_keeps_the_session(hall: Server) -> None:
+    with RawClient(hall.url, "twice") as client:
+        token = client.greeting.session
+        refusal = client.say(Hello((1,), "twice"))
+        assert isinstance(refusal, Refused)
+    with RawClient(hall.url, "twice", resume=token) as client:
+        assert client.greeting.resumed
