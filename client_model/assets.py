@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from splitfl.cut import Cut
 from splitfl.errors import CheckpointError, ProtocolError
 from splitfl.files import appending_alone, storage_errors, sync, write_file
 from splitfl.split.checkpoint import DTYPES, CheckpointFolder, read_config
-from splitfl.split.cut import Cut
 from splitfl.split.shares import ends_names
 from splitfl.wire.messages import Answer, Chunk, Fetch, Request
 

@@ -15,9 +15,9 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from splitfl.console import command, note, print_json, require_loopback
+from splitfl.cut import Cut
 from splitfl.errors import ConfigError, SplitFLError
 from splitfl.files import claimed
-from splitfl.split.cut import Cut
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Bye, Hello, Name
 
 if TYPE_CHECKING:
@@ -252,6 +252,7 @@ def print_report(report: dict[str, Any]) -> None:
     privacy = report["privacy"]
     lines.append(f"  privacy: {privacy['mode']}. {privacy['statement']}")
     lines.append(f"  stayed here: {', '.join(privacy['stayed'])}")
+    lines.append(f"  told: {', '.join(privacy['told'])}")
     for kind, count in privacy["left"].items():
         lines.append(f"  left: {count['releases']} x {kind}, {count['bytes'] / 1e6:.2f} MB")
     lines.append(f"  trained ends: {report['weights']}")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from splitfl.config import Federation
+from splitfl.cut import Cut
 from splitfl.split.checkpoint import TensorSource, load_segment
-from splitfl.split.cut import Cut
 from splitfl.split.loss import HeadLoss, head_loss
 from splitfl.split.modes import arithmetic, bottom_trains, optimizer_spec, training_policy, trunk_needs_backward
 from splitfl.split.optimizer import PartOptimizer

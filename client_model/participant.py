@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save as to_safetensors
 
 from client_model.assets import PIECE_BYTES, Assets, RemoteSource
 from client_model.ends import Ends
@@ -27,12 +26,12 @@ from client_model.store import ClientStore, SessionRecord, Snapshot
 from client_model.trainer import MissedStepError, Trainer
 from splitfl.codec.tensors import check_finite
 from splitfl.config import Federation, parse_federation
+from splitfl.cut import Cut
 from splitfl.data.packing import Batch, DataOrder
 from splitfl.errors import ConfigError, NumericalError, ProtocolError, SplitFLError
 from splitfl.files import sha256_of
-from splitfl.privacy.gate import Gate, ReleaseKind
+from splitfl.privacy.gate import Gate
 from splitfl.split.checkpoint import CheckpointFolder, TensorSource
-from splitfl.split.cut import Cut
 from splitfl.split.loss import HeadLoss
 from splitfl.split.shares import ends_names
 from splitfl.wire.messages import (
@@ -226,8 +225,8 @@ class Participant:
     def _send_update(self, round_: int, tokens: int) -> None:
         self.store.save(self._snapshot(round_, self.settings.rounds.local_steps, tokens))
         weights = self.ends.weights()
-        shared = {name: weights[name].contiguous() for name in self.ends.shared}
-        digest = self._upload(to_safetensors(shared)) if shared else ""
+        shared = {name: weights[name] for name in self.ends.shared}
+        digest = self._upload(self.gate.release_weights(shared)) if shared else ""
         answer = self.link.ask(Update(0, 0, round_, tokens, digest))
         if not isinstance(answer, RoundDurable):
             raise ProtocolError(f"{type(answer).__name__} instead of a merged round")
@@ -243,7 +242,6 @@ class Participant:
             answer = self.link.ask(Upload(0, 0, digest, offset, len(data), tensor))
             if not isinstance(answer, Uploaded):
                 raise ProtocolError(f"{type(answer).__name__} instead of a receipt")
-        self.gate.count(ReleaseKind.WEIGHTS, len(data))
         return digest
 
     def _snapshot(self, round_: int, step: int, tokens: int) -> Snapshot:

@@ -7,6 +7,7 @@ Labels stay here: the trunk sees hidden states going in and gradients coming bac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -59,16 +60,16 @@ class Trainer:
         self._top_may_run_ahead = ends.settings.trunk.step_deadline_s == 0
 
     def step(self, round_: int, step: int, micro_batches: Sequence[Batch]) -> HeadLoss:
-        """One optimizer step over its micro-batches. Raises MissedStepError; then nothing of it remains."""
+        """One optimizer step over its micro-batches. Raises MissedStepError; then its gradients are gone."""
         total, tokens = 0.0, sum(batch.label_tokens for batch in micro_batches)
         rate = learning_rate(self.ends.settings, round_, step)
-        top_moved = False
+        top_moved, norm = False, 0.0
         try:
             for micro, batch in enumerate(micro_batches):
                 last = micro == len(micro_batches) - 1
                 loss, below = self._forward_and_backward(Place(round_, step, micro), batch)
                 if last and self._top_may_run_ahead:
-                    self.ends.step_top(rate, tokens)  # while the trunk computes its gradients
+                    norm = self.ends.step_top(rate, tokens)  # while the trunk computes its gradients
                     top_moved = True
                 below.finish()
                 total += loss.total
@@ -80,8 +81,9 @@ class Trainer:
             self.ends.clear_gradients()
             raise
         if not top_moved:
-            self.ends.step_top(rate, tokens)
-        self.ends.step_bottom(rate, tokens)
+            norm = self.ends.step_top(rate, tokens)
+        if not math.isfinite(norm + self.ends.step_bottom(rate, tokens)):
+            raise MissedStepError("the gradients' norm was not finite, so these weights stayed as they were")
         return HeadLoss(total, tokens)
 
     def _forward_and_backward(self, place: Place, batch: Batch) -> tuple[HeadLoss, Below]:
@@ -92,8 +94,9 @@ class Trainer:
         if ends.trunk_is_empty:
             loss = ends.run_top(hidden, lengths, labels, train=True)
             return loss, Below(self, hidden, None)
-        train = ends.needs_backward
-        returned = self._through_trunk(place, hidden, batch, train=train).requires_grad_(train)
+        keep = ends.needs_backward
+        returned = self._through_trunk(place, hidden, batch, ReleaseKind.ACTIVATION, keep_graph=keep)
+        returned.requires_grad_(keep)
         loss = ends.run_top(returned, lengths, labels, train=True)
         if returned.grad is None:
             return loss, Below(self, hidden, None)
@@ -101,14 +104,15 @@ class Trainer:
         reply = self.link.request(Backward(0, 0, place.round, place.step, place.micro, payload))
         return loss, Below(self, hidden, reply)
 
-    def _through_trunk(self, place: Place, hidden: Tensor, batch: Batch, *, train: bool) -> Tensor:
-        """Release activations (B, T, D), get the trunk's output back."""
-        kind = ReleaseKind.ACTIVATION if train or torch.is_grad_enabled() else ReleaseKind.HELD_OUT_ACTIVATION
+    def _through_trunk(
+        self, place: Place, hidden: Tensor, batch: Batch, kind: ReleaseKind, *, keep_graph: bool
+    ) -> Tensor:
+        """Release activations (B, T, D), get the trunk's output back; it keeps its graph for a Backward if asked."""
         payload = self.gate.release(kind, hidden)
         padded = bool((batch.lengths != batch.input_ids.shape[1]).any())
         lengths = tuple(int(length) for length in batch.lengths) if padded else ()
         tokens = batch.label_tokens
-        request = Forward(0, 0, place.round, place.step, place.micro, train, tokens, lengths, payload)
+        request = Forward(0, 0, place.round, place.step, place.micro, keep_graph, tokens, lengths, payload)
         answer = answered(self.link.request(request))
         if not isinstance(answer, Hidden):
             raise ProtocolError(f"{type(answer).__name__} instead of hidden states")
@@ -122,7 +126,8 @@ class Trainer:
                 input_ids, labels, lengths = on_device(batch, self.ends.device)
                 hidden = self.ends.run_bottom(input_ids, lengths, train=False)
                 if not self.ends.trunk_is_empty:
-                    hidden = self._through_trunk(Place(round_, 0, number), hidden, batch, train=False)
+                    kind = ReleaseKind.HELD_OUT_ACTIVATION
+                    hidden = self._through_trunk(Place(round_, 0, number), hidden, batch, kind, keep_graph=False)
                 loss = self.ends.run_top(hidden, lengths, labels, train=False)
                 total, tokens = total + loss.total, tokens + loss.tokens
         return HeadLoss(total, tokens)

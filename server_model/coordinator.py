@@ -28,9 +28,9 @@ from server_model.trunk import Rows, Trunk
 from server_model.updates import HEADER_ALLOWANCE
 from splitfl.codec.tensors import decode_tensor, encode_tensor
 from splitfl.config import Federation
+from splitfl.cut import Cut
 from splitfl.errors import ConfigError, NumericalError, ProtocolError, RefusedError, SplitFLError, StorageError
 from splitfl.split.checkpoint import CheckpointFolder, is_tied
-from splitfl.split.cut import Cut
 from splitfl.split.export import COPIED_FILES
 from splitfl.split.modes import bottom_trains, training_policy
 from splitfl.split.shares import Shapes, ends_names, shared_shapes
@@ -222,10 +222,7 @@ class Coordinator:
         gradient = await asyncio.to_thread(decode_tensor, request.gradient, self.device, what="gradient")
         checked_shape(gradient, self.source.config.hidden_size)
         key = StepKey(request.round, request.step, request.micro)
-        try:
-            below = await self.engine.backward(member.name, key, gradient)
-        except ValueError as error:
-            raise ProtocolError(str(error), field="gradient") from error
+        below = await self.engine.backward(member.name, key, gradient)
         owed = bottom_trains(self.settings, member.cut)
         payload = await self._encode(below, "the gradient at the trunk's input") if owed else None
         return Gradient(request.seq, key.round, key.step, key.micro, payload)

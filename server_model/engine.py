@@ -21,6 +21,7 @@ from torch import Tensor
 
 from server_model.trunk import Graph, Rows, Trunk
 from splitfl.config import Federation
+from splitfl.errors import ProtocolError
 from splitfl.federation.schedule import learning_rate
 
 log = logging.getLogger("splitfl.server.engine")
@@ -177,7 +178,8 @@ class Engine:
             raise MissedError
         member = next(member for member in joint.members if member.client == client)
         if gradient.shape != member.rows.hidden.shape:
-            raise ValueError(f"gradient {tuple(gradient.shape)} for activations {tuple(member.rows.hidden.shape)}")
+            given, wanted = tuple(gradient.shape), tuple(member.rows.hidden.shape)
+            raise ProtocolError(f"gradient {given} for activations {wanted}", field="gradient")
         reply: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
         joint.gradients[client] = gradient
         joint.replies[client] = reply

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from server_model.store import RoundState, Store
 from splitfl.config import Federation
+from splitfl.cut import Cut
 from splitfl.errors import ConfigError
 from splitfl.split.checkpoint import CheckpointFolder
-from splitfl.split.cut import Cut
 from splitfl.split.export import TrainedWeights, export_checkpoint
 from splitfl.split.modes import bottom_trains
 from splitfl.split.training import initial_a

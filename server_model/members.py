@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from splitfl.config import Federation
+from splitfl.cut import Cut
 from splitfl.errors import RefusedError
-from splitfl.split.cut import Cut
 from splitfl.split.shares import Shapes
 from splitfl.wire.messages import Hello
 from splitfl.wire.session import ServerSession

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from server_model.blobs import Blobs, tensor_list
+from server_model.blobs import Blobs
 from server_model.engine import Engine, spawn
 from server_model.members import Member, Members
 from server_model.store import RoundState, Store
@@ -110,9 +110,9 @@ class Rounds:
             self._load_trunk(self.store.load(self.durable))
 
     def _offer_weights(self, round_: int) -> None:
-        path = self.store.folder_of(round_) / "merged.safetensors"
-        listed = self.blobs.add_tensors((entry.name, entry) for entry in file_entries(path))
-        self.weights = self.blobs.add_bytes(tensor_list(listed))
+        folder = self.store.folder_of(round_)
+        entries = file_entries(folder / "merged.safetensors")
+        self.weights = self.blobs.add_round(folder, ((entry.name, entry) for entry in entries))
 
     # -- what clients ask --------------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class Rounds:
         await asyncio.to_thread(self._offer_weights, action.round)
         self.durable = action.round
         for folder in await asyncio.to_thread(self.store.prune):
-            self.blobs.forget_folder(folder)
+            self.blobs.forget_round(folder)
         self.inbox.clear()
         self.say("round_durable", round=action.round, clients=list(action.contributors))
         done, self._desk.update, self._updates = self._desk.update, {}, {}

@@ -11,8 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from splitfl.cut import Cut
 from splitfl.errors import ConfigError
-from splitfl.split.cut import Cut
 
 
 class Section(BaseModel):

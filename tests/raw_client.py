@@ -14,7 +14,7 @@ from torch import Tensor
 from websockets.sync.client import ClientConnection, connect
 
 from splitfl.config import Federation
-from splitfl.split.cut import Cut
+from splitfl.cut import Cut
 from splitfl.split.shares import shared_shapes
 from splitfl.wire.frames import decode, encode
 from splitfl.wire.messages import (

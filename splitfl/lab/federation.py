@@ -31,9 +31,9 @@ from server_model.exporting import export_state
 from server_model.members import Member
 from server_model.store import Store
 from splitfl.config import Federation
+from splitfl.cut import Cut
 from splitfl.errors import ConfigError, LinkError, ProtocolError, RefusedError
 from splitfl.split.checkpoint import read_config
-from splitfl.split.cut import Cut
 from splitfl.split.modes import choose_device
 from splitfl.split.selfcheck import check_family_splits
 from splitfl.wire.frames import decode, encode

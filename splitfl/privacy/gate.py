@@ -6,11 +6,13 @@ In mode ``off`` the door only counts, and its report says that the server can re
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from enum import Enum
 
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from splitfl.codec.tensors import CodecName, encode_tensor
+from splitfl.codec.tensors import CodecName, check_finite, encode_tensor
 from splitfl.wire.messages import TensorBytes
 
 
@@ -38,10 +40,18 @@ class Gate:
     def release(self, kind: ReleaseKind, tensor: Tensor) -> TensorBytes:
         """Encode a tensor that leaves. Raises NumericalError for NaN or infinity; then nothing leaves."""
         payload = encode_tensor(tensor, self.codec)
-        self.count(kind, payload.nbytes)
+        self._count(kind, payload.nbytes)
         return payload
 
-    def count(self, kind: ReleaseKind, nbytes: int) -> None:
+    def release_weights(self, weights: Mapping[str, Tensor]) -> bytes:
+        """Encode weights that leave as a safetensors file. Raises NumericalError; then nothing leaves."""
+        for name, tensor in weights.items():
+            check_finite(tensor, f"weight {name!r}")
+        data: bytes = to_safetensors({name: tensor.contiguous() for name, tensor in weights.items()})
+        self._count(ReleaseKind.WEIGHTS, len(data))
+        return data
+
+    def _count(self, kind: ReleaseKind, nbytes: int) -> None:
         """Note a release of ``nbytes`` bytes."""
         self.releases[kind.value] += 1
         self.bytes[kind.value] += nbytes
@@ -52,6 +62,7 @@ class Gate:
             "mode": "off",
             "statement": STATEMENT,
             "stayed": ["the data file", "label ids", "losses", "moments of the optimizer"],
+            "told": ["this client's name", "number and lengths of records", "counts of label tokens", "when it works"],
             "left": {
                 kind: {"releases": self.releases[kind], "bytes": self.bytes[kind]} for kind in sorted(self.releases)
             },

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from splitfl.config import Federation
+from splitfl.cut import Cut
 from splitfl.errors import ConfigError
-from splitfl.split.cut import Cut
 from splitfl.split.optimizer import OptimizerSpec
 from splitfl.split.training import TrainingPolicy
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from splitfl.cut import Cut
 from splitfl.errors import CheckpointError
 from splitfl.split.checkpoint import is_tied, load_segment
-from splitfl.split.cut import Cut
 from splitfl.split.families import FAMILIES, build_small_model
 from splitfl.split.segment import Piece, Segment, find_anatomy, one_block, slice_config, without_dropout
 

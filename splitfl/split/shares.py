@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from splitfl.config import Federation
+from splitfl.cut import Cut
 from splitfl.split.checkpoint import is_tied
-from splitfl.split.cut import Cut
 from splitfl.split.modes import training_policy
 from splitfl.split.segment import Piece, Segment
 from splitfl.split.training import set_up_training, stays_tied

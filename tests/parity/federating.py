@@ -18,7 +18,7 @@ from client_model.store import ClientStore
 from server_model.coordinator import Coordinator
 from server_model.service import Service
 from splitfl.config import Federation, parse_federation
-from splitfl.split.cut import Cut
+from splitfl.cut import Cut
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from server_model.exporting import export_state
-from splitfl.split.cut import Cut
+from splitfl.cut import Cut
 from tests.parity.federating import exact_settings, federate
 from tests.parity.whole import open_data, train, whole_model
 

@@ -21,13 +21,13 @@ from client_model.ends import Ends
 from client_model.link import Link
 from client_model.trainer import Trainer
 from splitfl.config import Federation, parse_federation
+from splitfl.cut import Cut
 from splitfl.data.notes import generate_notes
 from splitfl.data.packing import Batch
 from splitfl.lab.bench.harness import Bar, Result, served, spread
 from splitfl.privacy.gate import Gate
 from splitfl.split.checkpoint import CheckpointFolder
 from splitfl.split.create import create_checkpoint
-from splitfl.split.cut import Cut
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello, NextRound
 
 HIDDEN, LAYERS, VOCAB, RECORDS, LENGTH = 512, 10, 2048, 8, 128

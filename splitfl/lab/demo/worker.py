@@ -18,13 +18,13 @@ import torch
 from client_model.records import ClientData, batches, open_tokenizer
 from server_model.exporting import export_state
 from splitfl.console import command, print_json
+from splitfl.cut import Cut
 from splitfl.data.packing import Batch
 from splitfl.data.readers import open_corpus
 from splitfl.lab.demo.scale import CLIENTS, PUBLIC, DemoFolder, DemoScale
 from splitfl.lab.whole import WholeModel, central_steps, local_steps, train_like_federation
 from splitfl.split.checkpoint import CheckpointFolder
 from splitfl.split.create import create_checkpoint
-from splitfl.split.cut import Cut
 from splitfl.split.loss import HeadLoss
 from splitfl.split.modes import choose_device
 from splitfl.split.segment import Piece, Segment

@@ -26,7 +26,7 @@ from splitfl.lab.federation import (
     run_federation,
 )
 from splitfl.split.create import create_checkpoint
-from splitfl.split.cut import Cut
+from splitfl.cut import Cut
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Fetch, Hello, NextRound
 
 CPU = torch.device("cpu")

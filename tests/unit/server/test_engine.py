@@ -20,6 +20,7 @@ from torch import Tensor
 from server_model.engine import Engine, MissedError, StepKey
 from server_model.trunk import Graph, Rows, Trunk
 from splitfl.config import Federation, parse_federation
+from splitfl.errors import ProtocolError
 
 BLOCKS = range(1, LAYERS - 1)
 RATE = 0.1
@@ -410,7 +411,7 @@ def test_gradient_of_another_shape_is_refused(source: MemorySource) -> None:
     async def work() -> None:
         async with Bench(source, federation(), "a") as bench:
             await bench.forward("a")
-            with pytest.raises(ValueError, match="gradient"):
+            with pytest.raises(ProtocolError, match="gradient"):
                 await bench.engine.backward("a", StepKey(0, 0, 0), torch.zeros(1, 1, HIDDEN))
             await bench.backward("a")
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from splitfl.errors import CheckpointError, ConfigError, StorageError
 from splitfl.split import export
 from splitfl.split.checkpoint import is_tied
-from splitfl.split.cut import Cut
+from splitfl.cut import Cut
 from splitfl.split.export import TOKENIZER_FILES, TrainedWeights, export_checkpoint
 from splitfl.split.families import FAMILIES
 from splitfl.split.training import TrainingPolicy, set_up_training, stays_tied

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from splitfl.errors import ConfigError
-from splitfl.split.cut import Cut
+from splitfl.cut import Cut
 
 
 @pytest.mark.parametrize(("text", "cut"), [("1,1", Cut(1, 1)), ("0,24", Cut(0, 24)), (" 2 , 3 ", Cut(2, 3))])

@@ -1,0 +1,294 @@
+"""Rounds as a state machine: whatever happens in whatever order, a round is merged once, of its own cohort, and ends."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitfl.config import Federation, parse_federation
+from splitfl.errors import RefusedError
+from splitfl.federation.rounds import Action, Finish, MergeRound, OpenRound, Phase, RoundMachine, draw_cohort
+
+CLIENTS = ("a", "b", "c", "d")
+
+
+def federation(seed: int = 0, **rounds: Any) -> Federation:
+    return parse_federation({"seed": seed, "rounds": {"count": 3, **rounds}}, "the test")
+
+
+def gathered(names: str, **rounds: Any) -> tuple[RoundMachine, list[Action]]:
+    """A machine for which these clients have asked for the first round, in that order; what the last one caused."""
+    machine = RoundMachine(federation(min_clients=len(names), **rounds))
+    actions: list[Action] = []
+    for name in names:
+        assert actions == []
+        actions = machine.wait(name, 0.0)
+    return machine, actions
+
+
+# opening
+
+
+def test_round_opens_when_enough_clients_wait() -> None:
+    machine = RoundMachine(federation(min_clients=2))
+    assert machine.wait("b", 0.0) == []
+    assert machine.wait("a", 0.0) == [OpenRound(0, ("a", "b"))]
+    assert machine.phase is Phase.TRAINING
+
+
+def test_round_waits_for_a_client_that_was_there_before() -> None:
+    machine, _ = gathered("ab")
+    for name in "ab":
+        machine.update(name, 0, 10, 0.0)
+    assert machine.merged(0.0) == []
+    assert machine.wait("a", 0.0) == []
+    assert machine.wait("c", 0.0) == []  # enough by number, but b is still on its way
+    assert machine.wait("b", 0.0) == [OpenRound(1, ("a", "b", "c"))]
+
+
+def test_late_joiner_takes_part_in_the_next_round() -> None:
+    machine, _ = gathered("ab")
+    assert machine.wait("c", 0.0) == []
+    machine.update("a", 0, 10, 0.0)
+    assert machine.update("b", 0, 10, 0.0) == [MergeRound(0, ("a", "b"))]
+    machine.merged(0.0)
+    machine.wait("a", 0.0)
+    assert machine.wait("b", 0.0) == [OpenRound(1, ("a", "b", "c"))]
+
+
+def test_client_that_leaves_while_others_wait_lets_the_round_open() -> None:
+    machine, _ = gathered("ab")
+    for name in "ab":
+        machine.update(name, 0, 10, 0.0)
+    machine.merged(0.0)
+    machine.settings = federation(min_clients=1)
+    machine.wait("a", 0.0)
+    assert machine.leave("b", 0.0) == [OpenRound(1, ("a",))]
+
+
+# merging
+
+
+def test_round_is_merged_when_every_member_has_sent_its_update() -> None:
+    machine, _ = gathered("ab")
+    assert machine.update("b", 0, 5, 0.0) == []
+    assert machine.update("a", 0, 7, 0.0) == [MergeRound(0, ("a", "b"))]
+    assert machine.updates == {"a": 7, "b": 5}
+    assert machine.phase is Phase.MERGING
+
+
+def test_update_of_a_client_that_left_still_counts() -> None:
+    machine, _ = gathered("ab")
+    machine.update("a", 0, 5, 0.0)
+    assert machine.leave("a", 0.0) == []
+    assert machine.update("b", 0, 5, 0.0) == [MergeRound(0, ("a", "b"))]
+
+
+def test_client_that_leaves_without_an_update_is_not_waited_for() -> None:
+    machine, _ = gathered("ab")
+    machine.update("a", 0, 5, 0.0)
+    assert machine.leave("b", 0.0) == [MergeRound(0, ("a",))]
+
+
+def test_client_that_comes_back_without_its_state_is_not_waited_for() -> None:
+    machine, _ = gathered("ab")
+    machine.update("a", 0, 5, 0.0)
+    assert machine.wait("b", 0.0) == [MergeRound(0, ("a",))]
+
+
+def test_round_opens_again_when_everybody_left() -> None:
+    machine, _ = gathered("ab")
+    assert machine.leave("a", 0.0) == []
+    assert machine.leave("b", 0.0) == []
+    assert machine.phase is Phase.GATHERING
+    machine.wait("b", 0.0)
+    assert machine.wait("a", 0.0) == [OpenRound(0, ("a", "b"))]
+
+
+@pytest.mark.parametrize(("client", "round_"), [("c", 0), ("a", 1), ("a", -1)])
+def test_update_of_a_stranger_or_another_round_is_refused(client: str, round_: int) -> None:
+    machine, _ = gathered("ab")
+    with pytest.raises(RefusedError) as error:
+        machine.update(client, round_, 5, 0.0)
+    assert error.value.code == "wrong_round"
+
+
+def test_update_while_the_round_is_merged_is_refused() -> None:
+    machine, _ = gathered("a")
+    machine.update("a", 0, 5, 0.0)
+    with pytest.raises(RefusedError):
+        machine.update("a", 0, 5, 0.0)
+
+
+# time
+
+
+def test_deadline_merges_what_is_there() -> None:
+    machine, _ = gathered("ab", deadline_s=10.0)
+    assert machine.deadline() == 10.0
+    machine.update("a", 0, 5, 3.0)
+    assert machine.tick(9.9) == []
+    assert machine.tick(10.0) == [MergeRound(0, ("a",))]
+    with pytest.raises(RefusedError):
+        machine.update("b", 0, 5, 10.1)
+
+
+def test_deadline_without_any_update_waits_for_the_first() -> None:
+    machine, _ = gathered("ab", deadline_s=10.0)
+    assert machine.tick(11.0) == []
+    assert machine.update("b", 0, 5, 12.0) == [MergeRound(0, ("b",))]
+
+
+def test_round_without_a_deadline_waits_for_ever() -> None:
+    machine, _ = gathered("ab")
+    machine.update("a", 0, 5, 0.0)
+    assert machine.deadline() is None
+    assert machine.tick(1e9) == []
+
+
+# the end
+
+
+def test_federation_ends_after_its_last_round() -> None:
+    machine = RoundMachine(federation(count=1))
+    machine.wait("a", 0.0)
+    machine.update("a", 0, 1, 0.0)
+    assert machine.merged(0.0) == [Finish(0)]
+    assert machine.phase is Phase.FINISHED
+    assert machine.wait("a", 0.0) == []
+
+
+def test_machine_that_starts_behind_the_last_round_has_ended() -> None:
+    assert RoundMachine(federation(count=2), 2).phase is Phase.FINISHED
+
+
+# cohorts
+
+
+@given(st.permutations(CLIENTS), st.integers(0, 9), st.integers(0, 5))
+def test_cohort_does_not_depend_on_the_order_of_arrival(order: list[str], seed: int, round_: int) -> None:
+    chosen = federation(seed, client_fraction=0.5)
+    assert draw_cohort(chosen, round_, set(order)) == draw_cohort(chosen, round_, set(CLIENTS))
+
+
+@given(st.sets(st.sampled_from(CLIENTS), min_size=1), st.floats(0.01, 1.0), st.integers(1, 4), st.integers(0, 9))
+def test_cohort_is_a_share_of_those_who_wait_and_no_less_than_the_minimum(
+    waiting: set[str], fraction: float, least: int, round_: int
+) -> None:
+    cohort = draw_cohort(federation(client_fraction=fraction, min_clients=least), round_, waiting)
+    assert set(cohort) <= waiting
+    assert list(cohort) == sorted(set(cohort))
+    assert min(least, len(waiting)) <= len(cohort) <= len(waiting)
+    assert len(cohort) >= fraction * len(waiting) - 1e-9
+
+
+def test_cohorts_of_half_the_clients_take_everybody_in_turn() -> None:
+    chosen = federation(client_fraction=0.5)
+    drawn = [draw_cohort(chosen, round_, set(CLIENTS)) for round_ in range(20)]
+    assert all(len(cohort) == 2 for cohort in drawn)
+    assert {name for cohort in drawn for name in cohort} == set(CLIENTS)
+
+
+# anything at all
+
+
+@dataclass
+class Watcher:
+    """Checks every action against what came before it."""
+
+    machine: RoundMachine
+    cohorts: dict[int, set[str]] = field(default_factory=dict)  # of the round as it was opened last
+    merged: list[int] = field(default_factory=list)
+    finished: bool = False
+
+    def see(self, actions: list[Action]) -> None:
+        for action in actions:
+            assert not self.finished
+            match action:
+                case OpenRound(round=round_, cohort=cohort):
+                    assert round_ == self.machine.round == len(self.merged)
+                    assert cohort
+                    assert len(cohort) >= self.machine.settings.rounds.min_clients
+                    self.cohorts[round_] = set(cohort)
+                case MergeRound(round=round_, contributors=contributors):
+                    assert round_ not in self.merged
+                    assert set(contributors) <= self.cohorts[round_]
+                    assert contributors
+                    self.merged.append(round_)
+                case Finish(round=round_):
+                    assert self.merged == list(range(round_ + 1))
+                    self.finished = True
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["wait", "update", "leave", "merged", "tick"]), st.sampled_from(CLIENTS), st.integers(-1, 3)
+    ),
+    max_size=60,
+)
+MACHINES = st.builds(
+    lambda seed, least, fraction, deadline: RoundMachine(
+        federation(seed, min_clients=least, client_fraction=fraction, deadline_s=deadline)
+    ),
+    st.integers(0, 9),
+    st.integers(1, 3),
+    st.sampled_from([0.3, 0.5, 1.0]),
+    st.sampled_from([0.0, 5.0]),
+)
+
+
+def happen(watcher: Watcher, event: str, client: str, round_: int, now: float) -> None:
+    """One event, as the service would pass it on: a merge is reported only when there is one."""
+    machine = watcher.machine
+    if event == "merged":
+        if machine.phase is Phase.MERGING:
+            watcher.see(machine.merged(now))
+    elif event == "update":
+        try:
+            watcher.see(machine.update(client, round_, 3, now))
+        except RefusedError:
+            assert machine.phase is not Phase.TRAINING or round_ != machine.round or client not in machine.cohort
+    elif event == "tick":
+        watcher.see(machine.tick(now))
+    else:
+        watcher.see(getattr(machine, event)(client, now))
+
+
+@given(MACHINES, EVENTS)
+def test_no_order_of_events_merges_a_round_twice_or_beyond_its_cohort(
+    machine: RoundMachine, events: list[tuple[str, str, int]]
+) -> None:
+    watcher = Watcher(machine)
+    for now, (event, client, round_) in enumerate(events):
+        happen(watcher, event, client, round_, float(now))
+
+
+@given(MACHINES, EVENTS, st.integers(0, 2**16))
+def test_clients_that_behave_bring_any_federation_to_its_end(
+    machine: RoundMachine, events: list[tuple[str, str, int]], seed: int
+) -> None:
+    watcher, now, chance = Watcher(machine), 0.0, random.Random(seed)
+    for event, client, round_ in events:  # an unruly past
+        now += 1
+        happen(watcher, event, client, round_, now)
+    for _ in range(200):
+        now += 1
+        clients = list(CLIENTS)
+        chance.shuffle(clients)
+        for client in clients:
+            owes = machine.phase is Phase.TRAINING and client in machine.cohort and client not in machine.updates
+            if owes:
+                watcher.see(machine.update(client, machine.round, 3, now))
+            elif client not in machine.waiting and client not in machine.updates:
+                watcher.see(machine.wait(client, now))
+        if machine.phase is Phase.MERGING:
+            watcher.see(machine.merged(now))
+        if watcher.finished or machine.phase is Phase.FINISHED:
+            break
+    assert machine.phase is Phase.FINISHED
+    assert watcher.merged == [0, 1, 2]
