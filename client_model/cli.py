@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -153,6 +154,7 @@ def first_words(name: str, store: ClientStore, cut: Cut | None) -> tuple[Hello, 
         resume=record.token if record is not None else "",
         fresh=not paused,
         round=max(store.rounds(), default=-1),
+        software=f"splitfl {version('splitfl')}",
         n_bottom=cut.n_bottom if cut else -1,
         n_top=cut.n_top if cut else -1,
     )

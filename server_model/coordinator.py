@@ -112,7 +112,8 @@ class Coordinator:
         """Open or resume a session. Raises ProtocolError or RefusedError; the shell turns them into Refused."""
         version = choose_version(hello)
         member, resumed = self.members.welcome(hello)
-        self._say("connected", client=member.name, resumed=resumed, cut=str(member.cut))
+        about = {"cut": str(member.cut), "holds_round": hello.round, "software": hello.software}
+        self._say("connected", client=member.name, resumed=resumed, **about)
         return member, Welcome(
             version=version,
             session=member.token,
@@ -131,7 +132,7 @@ class Coordinator:
             self._say("disconnected", client=member.name, grace_s=self.settings.trunk.grace_s)
 
     def _left(self, member: Member) -> None:
-        self._say("left", client=member.name)
+        self._say("left", client=member.name, bytes_in=member.bytes_in, bytes_out=member.bytes_out)
         self.rounds.leave(self.members, member)
 
     # -- requests ----------------------------------------------------------------------------------------------

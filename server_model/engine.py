@@ -101,7 +101,6 @@ class Engine:
         self.waiting: list[Arrival] = []
         self.tokens_held = 0
         self.steps_applied = 0
-        self._jobs = 0  # forwards and backwards on the compute thread
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trunk")
 
     # -- rounds ------------------------------------------------------------------------------------------------
@@ -338,7 +337,6 @@ class Engine:
         """Await a forward in the background and hand out its outputs, or its failure."""
 
         async def run() -> None:
-            self._jobs += 1
             try:
                 outputs = await work
             except Exception as error:  # noqa: BLE001 - whatever torch raises belongs to the requests
@@ -351,8 +349,6 @@ class Engine:
             else:
                 for arrival, output in zip(group, outputs, strict=True):
                     resolve(arrival.reply, output)
-            finally:
-                self._jobs -= 1
             self._advance()
 
         spawn(run())

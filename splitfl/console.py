@@ -24,7 +24,7 @@ def command(*, verbose: bool = False) -> Iterator[None]:
     except SplitFLError as error:
         if verbose:
             logging.exception("the error came from here")
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; what was saved stays saved\n")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from splitfl.split.checkpoint import load_segment
 from splitfl.cut import Cut
+from splitfl.split.checkpoint import load_segment
 from splitfl.split.families import SLIDING_FAMILIES, build_small_model, small_config
 from splitfl.split.loss import IGNORE
 from splitfl.split.segment import Piece, Segment

@@ -234,9 +234,3 @@ def assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
-
-
-def segment_names(config: PreTrainedConfig, piece: Piece) -> list[str]:
-    """Names, in the whole checkpoint, of the tensors that a segment needs; nothing is loaded."""
-    segment = Segment(config, piece)
-    return [segment.global_name(name) for name, _ in segment.model.named_parameters(remove_duplicate=False)]

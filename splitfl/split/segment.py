@@ -209,7 +209,6 @@ class Segment(nn.Module):
             )
         self.piece = piece
         self.anatomy = find_anatomy(one_block(config))
-        self.total_blocks = int(config.num_hidden_layers)
         with empty_parameters():
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 slice_config(config, piece.start, piece.stop),

@@ -38,7 +38,6 @@ ErrorCode = Literal[
     "wrong_round",  # not the round that is open
     "over_limit",  # more bytes or requests than allowed
     "storage",  # the server's disk
-    "ended",  # the federation has ended
     "internal",  # a fault of the server's own
 ]
 ERROR_CODES: tuple[str, ...] = get_args(ErrorCode)

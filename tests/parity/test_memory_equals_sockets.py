@@ -9,8 +9,8 @@ from torch import Tensor
 
 from server_model.store import Store
 from splitfl.config import Federation
-from splitfl.lab.federation import run_federation
 from splitfl.cut import Cut
+from splitfl.lab.federation import run_federation
 from tests.parity.federating import exact_settings, federate
 
 CUTS = {"cardiology": Cut(1, 1), "oncology": Cut(0, 2), "paediatrics": Cut(2, 1)}

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from splitfl.split.checkpoint import embedding_name, is_tied, load_segment
 from splitfl.cut import Cut
+from splitfl.split.checkpoint import embedding_name, is_tied, load_segment
 from splitfl.split.families import FAMILIES
 from splitfl.split.loss import IGNORE, head_loss
 from splitfl.split.segment import Piece

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from splitfl.errors import ConfigError
 from splitfl.cut import Cut
+from splitfl.errors import ConfigError
 
 
 @pytest.mark.parametrize(("text", "cut"), [("1,1", Cut(1, 1)), ("0,24", Cut(0, 24)), (" 2 , 3 ", Cut(2, 3))])

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from server_model.coordinator import Coordinator
 from server_model.rounds import Rounds
 from splitfl.config import Federation, parse_federation
+from splitfl.cut import Cut
 from splitfl.data.notes import generate_notes, write_notes
 from splitfl.errors import ConfigError, DataError, LinkError, ProtocolError, RefusedError
 from splitfl.lab.federation import (
@@ -26,7 +27,6 @@ from splitfl.lab.federation import (
     run_federation,
 )
 from splitfl.split.create import create_checkpoint
-from splitfl.cut import Cut
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Fetch, Hello, NextRound
 
 CPU = torch.device("cpu")

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from splitfl.errors import CheckpointError
-from splitfl.split.checkpoint import CheckpointFolder, folder_entries, load_segment, read_config, segment_names
+from splitfl.split.checkpoint import CheckpointFolder, folder_entries, load_segment, read_config
 from splitfl.split.families import FAMILIES
 from splitfl.split.segment import Piece, Segment
+from splitfl.split.shares import weight_names
 
 BOTTOM, TRUNK, TOP = Piece(0, 1, embedding=True), Piece(1, 5), Piece(5, 6, head=True)
 
@@ -50,7 +51,7 @@ def test_segment_reads_its_own_tensors_once_and_no_other(family: str, piece: Pie
     source = MemorySource.of(model)
     segment = load_segment(source, piece)
     head, table = f"{segment.anatomy.head}.weight", f"{segment.anatomy.prefix}.{segment.anatomy.embedding}.weight"
-    expected = [table if tied and name == head else name for name in segment_names(model.config, piece)]
+    expected = list(weight_names(Segment(model.config, piece), tied=tied))
     assert sorted(source.reads) == sorted(expected)
     assert len(set(source.reads)) == len(source.reads)
     outside = {name for name in source.tensors if segment.block_of(name) not in {None, *range(piece.start, piece.stop)}}

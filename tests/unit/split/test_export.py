@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from splitfl.cut import Cut
 from splitfl.errors import CheckpointError, ConfigError, StorageError
 from splitfl.split import export
 from splitfl.split.checkpoint import is_tied
-from splitfl.cut import Cut
 from splitfl.split.export import TOKENIZER_FILES, TrainedWeights, export_checkpoint
 from splitfl.split.families import FAMILIES
 from splitfl.split.training import TrainingPolicy, set_up_training, stays_tied

@@ -126,7 +126,7 @@ def test_client_goes_on_with_a_paused_session() -> None:
 
 def test_client_reports_a_refusal() -> None:
     client, _ = connected()
-    refusal = Refused("ended", "the federation has ended")
+    refusal = Refused("internal", "the federation has ended")
     assert client.receive(joined(encode(refusal))) == [Rejected(refusal)]
 
 
@@ -282,7 +282,7 @@ def test_client_refuses_a_version_that_it_did_not_offer() -> None:
 
 def examples(classes: Iterable[type]) -> list[Message]:
     """One message of each class, whatever is in it."""
-    blank = {"versions": (1,), "name": "a", "code": "ended", "reason": "failed", "train": True, "merged": True}
+    blank = {"versions": (1,), "name": "a", "code": "internal", "reason": "failed", "train": True, "merged": True}
     blank |= dict.fromkeys(("session", "incarnation", "settings", "weights"), "")
     blank |= dict.fromkeys(("sha256", "manifest"), HASH) | {"lengths": (), "resumed": False, "limit": 1}
     tensor = TensorBytes("u8", (0,), b"")
