@@ -7,10 +7,10 @@ tell apart; markers and labels say the same once more.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from splitfl.errors import StorageError
 from splitfl.lab.demo.results import DemoResult
@@ -30,7 +30,7 @@ def draw(result: DemoResult, path: Path) -> None:
     """Write the picture as a PNG. Raises StorageError."""
     figure = Figure(figsize=(12, 8), layout="constrained", facecolor="white")
     figure.suptitle("Three hospitals train one model, and their notes stay at home", fontsize=15, fontweight="bold")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1.0, 1.0], hspace=0.06)
+    upper, lower = cast("list[SubFigure]", figure.subfigures(2, 1, height_ratios=[1.0, 1.0], hspace=0.06))
     draw_curves(result, upper.subplots(1, len(result.clients), sharey=True))
     own, union = lower.subplots(1, 2, width_ratios=[1.35, 1.0])
     draw_own(result, own)
@@ -90,7 +90,7 @@ def draw_union(result: DemoResult, panel: Axes) -> None:
     tidy(panel, grid="x")
 
 
-def tidy(panel: Axes, grid: str) -> None:
+def tidy(panel: Axes, grid: Literal["x", "y"]) -> None:
     """Lines where they help, none where they do not."""
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis=grid, color="#DDDDDD", linewidth=0.8)

@@ -39,7 +39,7 @@ def held_out(result: DemoResult) -> Section:
     )
     note = (
         "Loss in nats per token, and perplexity in brackets, on notes that nobody trained on. local-only: the whole "
-        "model on that client's notes alone, the same steps. centralised: all notes in one place, the same tokens in all."
+        "model on that client's notes alone, the same steps. centralised: all notes in one place, the same tokens."
     )
     columns = ("its own held-out notes", "before", "local-only", "federated", "centralised")
     return Section("Held-out loss of each client", columns, rows, (note,))
@@ -66,8 +66,8 @@ def processes(result: DemoResult) -> Section:
         rows.append((client, megabytes(result.peak_rss[client]), *ways))
     rounds = result.settings["rounds"]
     note = (
-        f"{rounds['count']} rounds of {rounds['local_steps']} steps in {result.seconds['federation']:.0f} s. Most of the "
-        "memory is PyTorch itself: the model is tiny here."
+        f"{rounds['count']} rounds of {rounds['local_steps']} steps in {result.seconds['federation']:.0f} s. Most "
+        "of the memory is PyTorch itself: the model is tiny here."
     )
     return Section("Processes", ("process", "peak memory", "sent", "received"), tuple(rows), (note,))
 

@@ -1,4 +1,4 @@
-"""What one demo found: losses, curves, traffic, memory, and the one JSON object that ``splitfl demo --json`` ends with."""
+"""What one demo found: losses, curves, traffic, memory, and the JSON object that ``splitfl demo --json`` ends with."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_segment_reads_its_own_tensors_once_and_no_other(family: str, piece: Pie
     model = tiny_model(family, tie=tied)
     source = MemorySource.of(model)
     segment = load_segment(source, piece)
-    head, table = f"{segment.anatomy.head}.weight", f"{segment.anatomy.prefix}.{segment.anatomy.embedding}.weight"
+
     expected = list(weight_names(Segment(model.config, piece), tied=tied))
     assert sorted(source.reads) == sorted(expected)
     assert len(set(source.reads)) == len(source.reads)
