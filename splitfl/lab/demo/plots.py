@@ -29,7 +29,7 @@ UNITS = "held-out loss (nats per token)"
 def draw(result: DemoResult, path: Path) -> None:
     """Write the picture as a PNG. Raises StorageError."""
     figure = Figure(figsize=(12, 8), layout="constrained", facecolor="white")
-    figure.suptitle("Three hospitals train one model, and their notes stay at home", fontsize=15, fontweight="bold")
+    figure.suptitle("Three hospitals train one model: federated, and its alternatives", fontsize=15, fontweight="bold")
     upper, lower = cast("list[SubFigure]", figure.subfigures(2, 1, height_ratios=[1.0, 1.0], hspace=0.06))
     draw_curves(result, upper.subplots(1, len(result.clients), sharey=True))
     own, union = lower.subplots(1, 2, width_ratios=[1.35, 1.0])

@@ -37,12 +37,17 @@ def held_out(result: DemoResult) -> Section:
         (client, *(figure(result.own(model, client)) for model in ("before", client, "federated", "centralised")))
         for client in result.clients
     )
-    note = (
+    notes = [
         "Loss in nats per token, and perplexity in brackets, on notes that nobody trained on. local-only: the whole "
-        "model on that client's notes alone, the same steps. centralised: all notes in one place, the same tokens."
-    )
+        "model on that client's notes alone, the same steps. centralised: all notes in one place, the same tokens in all."
+    ]
+    if all(result.own(client, client) < result.own("federated", client) for client in result.clients):
+        notes.append(
+            "On its own notes each client's own model is ahead: it spends all of its steps on one specialty. "
+            "What it knows of the others' the next table says."
+        )
     columns = ("its own held-out notes", "before", "local-only", "federated", "centralised")
-    return Section("Held-out loss of each client", columns, rows, (note,))
+    return Section("Held-out loss of each client", columns, rows, tuple(notes))
 
 
 def on_the_union(result: DemoResult) -> Section:
@@ -84,9 +89,13 @@ def whereabouts(result: DemoResult) -> Section:
         ),
         (
             "the server",
-            f"trunk (the blocks between: {count['trunk']}) with its moments; the weights of the tops as it merges them",
+            f"trunk (the blocks between: {count['trunk']}) with its moments; the base model, out of which it hands the "
+            "clients their ends; the tops' weights, which it merges",
         ),
-        ("crossed the link", "activations, gradients, weights of the tops; no text, no labels, no losses as such"),
+        (
+            "crossed the link",
+            "activations and gradients, both ways; weights of the tops; counts of tokens. No file, no label, no loss",
+        ),
     )
     return Section("What stayed where", ("where", "what"), rows)
 

@@ -32,7 +32,7 @@ class DemoScale:
     base_rate: float = 3e-3  # peak step size
     rounds: int = 8
     local_steps: int = 16
-    rate: float = 3e-3  # peak step size
+    rate: float = 4e-3  # peak step size
     held_out_fraction: float = 0.03
     curve_records: int = 32  # held-out records that the curves are measured on, after every round
 

@@ -25,6 +25,13 @@ COMMAND, WORKER = "splitfl.cli", "splitfl.lab.demo.worker"
 TRUNK = "trunk"
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @dataclass
 class Demo:
     """One demo in a new folder. ``run`` gives its result."""
@@ -34,7 +41,7 @@ class Demo:
     seed: int
     device: str
     screen: Screen
-    cores: int = field(default_factory=lambda: os.cpu_count() or 1)
+    cores: int = field(default_factory=usable_cores)
     held_out: dict[str, dict[str, Measured]] = field(default_factory=dict)
     curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -98,7 +105,8 @@ class Demo:
         folder = self.folder
         with self._children() as children:
             serving = ("--state", folder.trunk, "--federation", folder.federation, "--listen", "127.0.0.1:0")
-            children.start(TRUNK, COMMAND, "serve", folder.base, *serving, "--device", self.device, "--json")
+            computing = ("--device", self.device, "--threads", self.cores)
+            children.start(TRUNK, COMMAND, "serve", folder.base, *serving, *computing, "--json")
             view = FederationView(CLIENTS, self.scale.rounds, self.scale.local_steps)
             self._follow(children, view)
             self.peak_rss = children.peak_rss()

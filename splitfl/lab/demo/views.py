@@ -127,7 +127,8 @@ class FederationView:
             return f"before round 1   {name:<12} held-out loss {held_out:.3f}"
         return (
             f"after round {rounds}/{self.rounds}  {name:<12} held-out loss {held_out:.3f}  "
-            f"training loss {client.loss:.3f}  {client.tokens_per_s:,.0f} tokens/s  {megabytes(client.sent)} sent  {megabytes(client.received)} received"
+            f"training loss {client.loss:.3f}  {client.tokens_per_s:,.0f} tokens/s  "
+            f"{megabytes(client.sent)} sent  {megabytes(client.received)} received"
         )
 
     def table(self) -> Table:

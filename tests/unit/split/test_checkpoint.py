@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from splitfl.errors import CheckpointError
-from splitfl.split.checkpoint import CheckpointFolder, folder_entries, load_segment, read_config
+from splitfl.split.checkpoint import CheckpointFolder, embedding_name, folder_entries, load_segment, read_config
 from splitfl.split.families import FAMILIES
 from splitfl.split.segment import Piece, Segment
 from splitfl.split.shares import weight_names
@@ -51,6 +51,7 @@ def test_segment_reads_its_own_tensors_once_and_no_other(family: str, piece: Pie
     source = MemorySource.of(model)
     segment = load_segment(source, piece)
 
+    table = embedding_name(segment.anatomy)
     expected = list(weight_names(Segment(model.config, piece), tied=tied))
     assert sorted(source.reads) == sorted(expected)
     assert len(set(source.reads)) == len(source.reads)
