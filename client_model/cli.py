@@ -66,7 +66,7 @@ def join(
         folder = state if state is not None else default_state(url, name)
         with claimed(folder):
             participant = prepare(name, data, folder, cache, device, threads)
-            participant.skip_bad, participant.local_model = skip_bad, model
+            participant.skip_bad, participant.local_model, participant.plan = skip_bad, model, parse_plan(plan)
             participant.report = EventPrinter(as_json=as_json)
             run(participant, url, cut, patience, as_json=as_json)
 

@@ -91,6 +91,7 @@ class Participant:
     stop: Callable[[], bool] = lambda: False
     skip_bad: bool = False
     local_model: Path | None = None
+    plan: Cut | None = None  # the cut that was asked for; None takes the federation's own
     losses: list[dict[str, Any]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     in_step: bool = False  # a step is under way: Ctrl-C waits for its end
@@ -117,7 +118,7 @@ class Participant:
     def _prepare(self, welcome: Welcome) -> None:
         """Fetch config, tokenizer and ends; read the data."""
         self.settings: Federation = parse_federation_json(welcome.settings)
-        self.cut = Cut(welcome.n_bottom, welcome.n_top)
+        self.cut = self._checked_cut(Cut(welcome.n_bottom, welcome.n_top))
         self._check_state(welcome)
         self._remember(welcome)
         self.assets = Assets(self.link, self.cache, self.store.model, lambda text: self._say("fetching", text=text))
@@ -129,6 +130,13 @@ class Participant:
         self.source: TensorSource = self._open_source()
         self.gate = Gate(self.settings.wire.codec)
         self.agreed = terms(welcome)
+
+    def _checked_cut(self, cut: Cut) -> Cut:
+        """The server's word on the cut, unless it is not ours: how much stays here is not for it to change."""
+        asked = self.plan if self.plan is not None or not self.agreed else self.cut
+        if asked is not None and cut != asked:
+            raise ProtocolError(f"the server says cut {cut}, this client keeps {asked}", "Do not trust this server.")
+        return cut
 
     def _check_state(self, welcome: Welcome) -> None:
         """Raise ConfigError when the state folder belongs to a federation on another model."""
@@ -320,5 +328,5 @@ def parse_federation_json(text: str) -> Federation:
     """The settings out of Welcome. Raises ProtocolError when they are none."""
     try:
         return parse_federation(json.loads(text), "the server's settings")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolError("the server's settings are not JSON", "Install the same release on both sides.") from error

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from splitfl.errors import StorageError
-from splitfl.files import clear_unfinished, new_folder, storage_errors, write_file
+from splitfl.files import clear_unfinished, new_folder, numbered, storage_errors, write_file
 
 KEPT_SNAPSHOTS = 2
 
@@ -92,7 +92,7 @@ class ClientStore:
         """Rounds that have a snapshot, oldest first."""
         if not self.snapshots.is_dir():
             return []
-        return sorted(int(path.name.removeprefix("round-")) for path in self.snapshots.glob("round-[0-9]*"))
+        return numbered(self.snapshots, "round-")
 
     def newest(self, upto: int) -> Snapshot | None:
         """The newest snapshot of a round up to ``upto``; later ones, which the server has lost, are deleted."""

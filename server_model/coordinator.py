@@ -7,6 +7,7 @@ engine's thread.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import secrets
@@ -91,12 +92,12 @@ class Coordinator:
         self.device = device
         self.report = report
         check_settings(settings, self.source, device)
-        store = Store(state)
-        store.begin(model, settings, resume=resume)
-        trunk = Trunk(settings, self.source, range(settings.bottoms[0], self.layers - settings.tops[0]), device)
-        self.engine = Engine(trunk, settings)
         self.blobs = Blobs()
         self.manifest = offer_assets(self.blobs, self.source, settings)
+        store = Store(state)
+        store.begin(model, settings, self.manifest, resume=resume)
+        trunk = Trunk(settings, self.source, range(settings.bottoms[0], self.layers - settings.tops[0]), device)
+        self.engine = Engine(trunk, settings)
         self.incarnation = secrets.token_hex(8)
         self.rounds = Rounds(settings, self.source, store, self.engine, self.blobs, clock=clock, say=self._say)
         if resume:
@@ -216,6 +217,8 @@ class Coordinator:
             raise ProtocolError("lengths do not fit the batch", field="lengths")
         if request.label_tokens > batch * time_:
             raise ProtocolError(f"{request.label_tokens} label tokens in {batch * time_}", field="label_tokens")
+        if request.train and request.step >= self.settings.rounds.local_steps:
+            raise ProtocolError(f"step {request.step} of {self.settings.rounds.local_steps}", field="step")
         if request.train and request.micro >= limits.micro_batches:
             raise ProtocolError(f"micro-batch {request.micro} of {limits.micro_batches}", field="micro")
 
@@ -246,7 +249,7 @@ class Coordinator:
 
     async def _upload(self, member: Member, request: Upload) -> Answer:
         limit = 4 * sum(numel(shape) for shape in member.shared.values()) + HEADER_ALLOWANCE
-        received = await asyncio.to_thread(self.rounds.inbox.receive, member.name, request, limit)
+        received = await self.rounds.once_there_is_room(self.rounds.inbox.receive, member.name, request, limit)
         return Uploaded(request.seq, request.sha256, received)
 
     async def _bye(self, member: Member, request: Bye) -> Answer:
@@ -259,7 +262,8 @@ class Coordinator:
         self.engine.close()
 
     def _say(self, event: str, **facts: object) -> None:
-        self.report(Progress(event, facts))
+        with contextlib.suppress(OSError):  # a full disk under the log, or nobody reads it: the federation goes on
+            self.report(Progress(event, facts))
 
 
 def check_settings(settings: Federation, source: CheckpointFolder, device: torch.device) -> None:

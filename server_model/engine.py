@@ -163,6 +163,8 @@ class Engine:
         """Trunk output for one micro-batch. Raises MissedError when the client is not part of that step."""
         if train and (not self._expected(client, key) or self._is_here(client, key)):
             raise MissedError
+        if train and key.micro != self._micros_come(client, key):
+            raise ProtocolError(f"micro-batch {key.micro} before those that come first", field="micro")
         if train and key.step > self._first_open_step(client):
             self.sit_out(client, key.step - 1)
         reply: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
@@ -209,6 +211,13 @@ class Engine:
         """Whether this micro-batch has come already."""
         waits = any(a.client == client and a.key == key and a.train for a in self.waiting)
         return waits or self._joint_of(client, key) is not None
+
+    def _micros_come(self, client: str, key: StepKey) -> int:
+        """How many micro-batches of that step have come from this client: the number of its next one."""
+        keys = {a.key for a in self.waiting if a.client == client and a.train}
+        if self.work is not None and (self.work.round, self.work.step) == (key.round, key.step):
+            keys |= {m.key for joint in self.work.joints for m in joint.members if m.client == client}
+        return sum((k.round, k.step) == (key.round, key.step) for k in keys)
 
     def _first_open_step(self, client: str) -> int:
         """The earliest step to which this client still owes something."""

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from server_model.members import Member, Members
 from server_model.store import RoundState, Store
 from server_model.updates import ClientUpdate, Inbox, merge_updates
 from splitfl.config import Federation
-from splitfl.errors import ConfigError, RefusedError, SplitFLError, StorageError
+from splitfl.errors import ConfigError, RefusedError, StorageError
 from splitfl.federation.rounds import Action, Finish, MergeRound, OpenRound, Phase, RoundMachine
 from splitfl.federation.strategies import STRATEGIES, Contribution
 from splitfl.split.checkpoint import CheckpointFolder, file_entries
@@ -33,6 +34,8 @@ log = logging.getLogger("splitfl.server.rounds")
 RETRY_S = 10.0  # between attempts to write a round to a full disk
 
 Say = Callable[..., None]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass
@@ -138,7 +141,7 @@ class Rounds:
         self._desk.update[member.name] = future
         try:
             update = await asyncio.to_thread(self.inbox.check, member.name, request, member.shared)
-        except SplitFLError:
+        except BaseException:
             self._desk.update.pop(member.name, None)
             raise
         self._updates[member.name] = update
@@ -155,6 +158,7 @@ class Rounds:
     def leave(self, members: Members, member: Member) -> None:
         """A client is gone for good; an update that it has sent still counts."""
         self._desk.cancel(member.name)
+        self.inbox.forget_coming(member.name)
         self.engine.leave_round(member.name)
         self._act(members, self.machine.leave(member.name, self.clock()))
 
@@ -206,14 +210,17 @@ class Rounds:
         self._act(members, self.machine.merged(self.clock()))
 
     async def _save(self, state: RoundState) -> None:
-        """Write a round; a full disk holds the federation up, and loses nothing, until there is room."""
+        """Make a round durable."""
+        await self.once_there_is_room(self.store.save, state)
+
+    async def once_there_is_room(self, write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Write something; a full disk holds the federation up, and loses nothing, until there is room."""
         while True:
             try:
-                await asyncio.to_thread(self.store.save, state)
-                return
+                return await asyncio.to_thread(write, *args, **kwargs)
             except StorageError as error:
-                log.error("round %d: %s; trying again in %.0f s", state.round, error, RETRY_S)
-                self.say("storage_error", round=state.round, error=str(error))
+                log.error("%s; trying again in %.0f s", error, RETRY_S)
+                self.say("storage_error", round=self.machine.round, error=str(error))
                 await asyncio.sleep(RETRY_S)
 
     def _finish(self, round_: int) -> None:

@@ -22,6 +22,7 @@ from splitfl.wire.messages import Hello, Refused, Request
 
 log = logging.getLogger("splitfl.server.service")
 
+HELLO_S = 30.0  # seconds that an unknown client may take to say who it is
 HELLO_BYTES = 64 << 10  # most that an unknown client may send
 FRAME_SLACK = 17 << 20  # beside the activations: a piece of an upload, and headers
 
@@ -64,6 +65,7 @@ class Service:
                 ping_interval=None,
                 max_size=HELLO_BYTES,
                 create_connection=CountingConnection,
+                origins=[None],  # no web page in some browser on this machine may speak to it
                 server_header=None,
             )
         except OSError as error:
@@ -105,12 +107,13 @@ class Service:
     async def _open(self, connection: ServerConnection) -> tuple[Member, Line] | None:
         """Read Hello and answer it; None when the client is refused or gone."""
         try:
-            data = await connection.recv(decode=False)
+            async with asyncio.timeout(HELLO_S):
+                data = await connection.recv(decode=False)
             hello = decode(data, max_bytes=HELLO_BYTES)
             if not isinstance(hello, Hello):
                 raise ProtocolError("the first message must be hello", field="t")
             member, welcome = self.coordinator.hello(hello)
-        except ConnectionClosed:
+        except (ConnectionClosed, TimeoutError):
             return None
         except ProtocolError as error:
             code = "version" if error.field == "versions" else "bad_message"

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from splitfl.config import Federation, parse_federation
 from splitfl.errors import ConfigError, StorageError
-from splitfl.files import clear_unfinished, new_folder, storage_errors, write_file
+from splitfl.files import clear_unfinished, new_folder, numbered, storage_errors, write_file
 
 KEPT_ROUNDS = 3
 
@@ -43,15 +44,27 @@ class Store:
         self.rounds = folder / "rounds"
         self.uploads = folder / "uploads"
 
-    def begin(self, model: Path, settings: Federation, *, resume: bool) -> None:
-        """Make the folder this federation's, or go on with the one it holds; one without a round is free to take."""
+    def begin(self, model: Path, settings: Federation, fingerprint: str, *, resume: bool) -> None:
+        """Make the folder this federation's, or go on with the one it holds; one without a round is free to take.
+
+        ``fingerprint`` tells the base model from others. Raises ConfigError for another model, or other settings.
+        """
         if self.durable_rounds():
             if not resume:
                 raise ConfigError(
                     f"{self.folder} already holds a federation", "Add --resume to go on with it, or name a new --state."
                 )
             check_same(self.federation()[1], settings)
-        content = {"model": str(model.resolve()), "settings": settings.model_dump(mode="json")}
+            if self._record()["fingerprint"] != fingerprint:
+                raise ConfigError(
+                    f"{model} is not the model that {self.folder} was begun with",
+                    f"Name {self.federation()[0]}, or a new --state.",
+                )
+        content = {
+            "model": str(model.resolve()),
+            "fingerprint": fingerprint,
+            "settings": settings.model_dump(mode="json"),
+        }
         write_file(self.folder / "federation.json", json.dumps(content, indent=2).encode())
         with storage_errors(self.folder):
             for folder in (self.folder, self.rounds):
@@ -61,17 +74,23 @@ class Store:
             self.uploads.chmod(0o700)
 
     def federation(self) -> tuple[Path, Federation]:
-        """The model folder and settings that this state belongs to."""
+        """The model folder and settings that this state belongs to. Raises ConfigError, StorageError."""
+        content = self._record()
+        return Path(content["model"]), parse_federation(content["settings"], str(self.folder / "federation.json"))
+
+    def _record(self) -> dict[str, Any]:
         record = self.folder / "federation.json"
         try:
-            content = json.loads(record.read_text())
-            return Path(content["model"]), parse_federation(content["settings"], str(record))
+            content: dict[str, Any] = json.loads(record.read_text())
+            if not content.keys() >= {"model", "fingerprint", "settings"}:
+                raise ValueError("a field is missing")
         except FileNotFoundError as error:
             raise ConfigError(
                 f"{self.folder} is not a state folder of `splitfl serve`", "Name the folder given to --state."
             ) from error
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             raise StorageError(f"{record} cannot be read", "Restore it from a backup.") from error
+        return content
 
     def folder_of(self, round_: int) -> Path:
         return self.rounds / f"round-{round_:06d}"
@@ -80,7 +99,7 @@ class Store:
         """Numbers of the rounds on disk, oldest first."""
         if not self.rounds.is_dir():
             return []
-        return sorted(int(path.name.removeprefix("round-")) for path in self.rounds.glob("round-[0-9]*"))
+        return numbered(self.rounds, "round-")
 
     def save(self, state: RoundState) -> Path:
         """Make a round durable. Raises StorageError, and then the older rounds are still whole."""

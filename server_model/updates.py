@@ -6,6 +6,7 @@ finite. Merging reads one tensor of each client at a time.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Inbox:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._writing = threading.Lock()  # pieces come on several threads
 
     def coming(self, client: str) -> Path:
         return self.folder / f"{client}.part"
@@ -56,7 +58,10 @@ class Inbox:
                 "Update the client: it sends weights that are not shared.",
                 code="over_limit",
             )
-        path = self.coming(client)
+        with self._writing:
+            return self._write(self.coming(client), upload)
+
+    def _write(self, path: Path, upload: Upload) -> int:
         there = path.stat().st_size if path.exists() and upload.offset else 0
         if upload.offset > there:
             raise RefusedError(f"a gap in an upload at byte {there}", "Send it again from the start.", code="not_found")
@@ -73,11 +78,19 @@ class Inbox:
         """Check a finished upload. Raises RefusedError that names what is wrong."""
         if not expected:
             return ClientUpdate(client, update.tokens, None)
-        path = self.coming(client)
+        path = self.checked(client)
+        with self._writing:  # from here on no piece that is still on its way can change the file
+            if self.coming(client).exists():
+                self.coming(client).replace(path)
         if not path.exists() or file_hash(path) != update.sha256:
             raise RefusedError("the uploaded weights are not the announced ones", "Upload again.", code="not_found")
         check_tensors(path, expected)
-        return ClientUpdate(client, update.tokens, path.replace(self.checked(client)))
+        return ClientUpdate(client, update.tokens, path)
+
+    def forget_coming(self, client: str) -> None:
+        """Delete what a client that is gone had begun to upload."""
+        with self._writing:
+            self.coming(client).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Forget all checked uploads."""
@@ -92,7 +105,7 @@ def file_hash(path: Path) -> str:
 def check_tensors(path: Path, expected: Shapes) -> None:
     """Raise RefusedError unless the file holds exactly the tensors of ``expected``, in fp32 and finite."""
     try:
-        found = {entry.name: (entry.dtype, entry.shape) for entry in file_entries(path)}
+        found = {entry.name: (entry.dtype, entry.shape) for entry in file_entries(path, HEADER_ALLOWANCE)}
     except CheckpointError as error:
         raise RefusedError(
             "the uploaded weights are not safetensors", "Update the client.", code="bad_tensor"

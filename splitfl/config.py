@@ -16,9 +16,12 @@ from splitfl.errors import ConfigError
 
 
 class Section(BaseModel):
-    """Base of the tables: frozen, and a field that does not exist is an error."""
+    """Base of the tables: frozen; a field that does not exist is an error, and so is an infinite number.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    TOML can write ``inf``, the JSON that clients receive cannot.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Rounds(Section):

@@ -46,7 +46,7 @@ def note(text: str) -> None:
 def parse_address(text: str) -> tuple[str, int]:
     """``HOST:PORT`` -> its parts. Raises ConfigError."""
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535 or not host:
+    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535 or not host:
         raise ConfigError(f"{text!r} is no HOST:PORT", "Write it as 127.0.0.1:7000; port 0 takes any free one.")
     return host.strip("[]"), int(port)
 

@@ -115,6 +115,12 @@ def give_usual_mode(path: Path) -> None:
         probe.unlink()
 
 
+def numbered(folder: Path, prefix: str) -> list[int]:
+    """Numbers of the folders named ``prefix`` and six digits or more, smallest first; anything else is not ours."""
+    names = [path.name.removeprefix(prefix) for path in folder.glob(f"{prefix}*") if path.is_dir()]
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit() and len(name) >= 6)
+
+
 def sync(path: Path) -> None:
     """fsync a file or folder."""
     handle = os.open(path, os.O_RDONLY)

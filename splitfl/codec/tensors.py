@@ -44,7 +44,7 @@ def decode_tensor(payload: TensorBytes, device: torch.device, *, what: str) -> T
     if dtype is None:
         raise ProtocolError(f"{what} came as {payload.dtype}, which is no float codec", field=what)
     if payload.nbytes == 0:
-        return torch.zeros(payload.shape, device=device)
+        raise ProtocolError(f"{what} is empty", field=what)
     view = torch.frombuffer(payload.data, dtype=dtype)
     tensor = view.reshape(payload.shape).to(device=device, dtype=torch.float32)
     check_finite(tensor, what)

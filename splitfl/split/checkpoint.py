@@ -25,6 +25,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from splitfl.errors import CheckpointError
 from splitfl.split.segment import Anatomy, Piece, Segment, find_anatomy, one_block, without_dropout
 
+# what reading a header may raise when its bytes are not what they should be
+MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, struct.error)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 UNQUANTISED = "Quantised checkpoints cannot be trained; use the one in bf16, fp16 or fp32."
 MAX_HEADER_BYTES = 100 << 20  # of a safetensors file, as in the format's own reference reader
@@ -156,17 +158,17 @@ def indexed_files(index: Path) -> list[str]:
         raise CheckpointError(f"{index} cannot be read: {one_line(error)}", "Download it again.") from error
 
 
-def file_entries(path: Path) -> list[TensorEntry]:
+def file_entries(path: Path, max_header: int = MAX_HEADER_BYTES) -> list[TensorEntry]:
     """The tensors of one safetensors file, as byte ranges. Raises CheckpointError."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > MAX_HEADER_BYTES:
+            if length > max_header:
                 raise ValueError(f"header of {length} bytes")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         return [tensor_entry(path, name, item, 8 + length) for name, item in header.items()]
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except MALFORMED as error:
         raise CheckpointError(f"{path} is not a safetensors file: {one_line(error)}", "Download it again.") from error
 
 

@@ -119,7 +119,7 @@ class Fetch:
     ack: Count
     sha256: Sha256
     offset: Count
-    limit: Annotated[int, Field(ge=1, le=16 << 20)]
+    limit: Annotated[int, Field(ge=1, le=1 << 20)]
 
 
 @dataclass(frozen=True)

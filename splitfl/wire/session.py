@@ -17,6 +17,7 @@ from splitfl.wire.messages import (
     PROTOCOL_VERSIONS,
     REQUESTS,
     Answer,
+    Chunk,
     Hello,
     Refused,
     Request,
@@ -141,7 +142,7 @@ class ServerSession:
 
     def __init__(self, *, max_bytes: int = MAX_FRAME_BYTES) -> None:
         self._max_bytes = max_bytes
-        self._answers: dict[int, Parts] = {}
+        self._answers: dict[int, Parts | None] = {}
         self._open: set[int] = set()
         self._ack = 0
 
@@ -159,7 +160,12 @@ class ServerSession:
             raise ProtocolError(f"request {seq} acknowledges {request.ack}, which has no answer yet", field="ack")
         self._acknowledge(request.ack)
         if seq in self._answers:
-            return None, self._answers[seq]
+            kept = self._answers[seq]
+            if kept is not None:
+                return None, kept
+            del self._answers[seq]  # a piece of a blob: it is read again rather than kept
+            self._open.add(seq)
+            return request, None
         if seq in self._open or seq < self._ack:
             return None, None
         if len(self._open) + len(self._answers) >= 2 * CREDIT_WINDOW or seq >= self._ack + 2 * CREDIT_WINDOW:
@@ -171,7 +177,7 @@ class ServerSession:
         """Encode the answer to an open request and keep it until the client acknowledges it."""
         self._open.discard(answer.seq)
         parts = encode(answer)
-        self._answers[answer.seq] = parts
+        self._answers[answer.seq] = None if isinstance(answer, Chunk) else parts
         return parts
 
     def _acknowledge(self, ack: int) -> None:

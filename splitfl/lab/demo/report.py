@@ -39,7 +39,7 @@ def held_out(result: DemoResult) -> Section:
     )
     notes = [
         "Loss in nats per token, and perplexity in brackets, on notes that nobody trained on. local-only: the whole "
-        "model on that client's notes alone, the same steps. centralised: all notes in one place, the same tokens in all."
+        "model on that client's notes alone, the same steps. centralised: all notes together, the same tokens in all."
     ]
     if all(result.own(client, client) < result.own("federated", client) for client in result.clients):
         notes.append(

@@ -72,7 +72,6 @@ class ClientState:
     """What is known of one client."""
 
     doing: str = "starting"
-    step: int = 0
     loss: float | None = None
     held_out: list[float] = field(default_factory=list)
     tokens_per_s: float = 0.0
@@ -95,11 +94,11 @@ class FederationView:
         client = self.clients[name]
         match event.get("event"):
             case "fetching":
-                client.doing = "fetching its ends"
+                client.doing = "fetching"
             case "waiting":
                 client.doing = "waiting"
             case "step":
-                client.doing, client.step = "training", event["step"] + 1
+                client.doing = f"step {event['step'] + 1}/{self.local_steps}"
                 client.loss, client.tokens_per_s = event["loss"], event["tokens_per_s"]
                 client.sent, client.received = event["bytes_sent"], event["bytes_received"]
             case "evaluation":
@@ -107,7 +106,7 @@ class FederationView:
                 client.held_out.append(event["loss"])
                 return self._line(name, client, event["round"])
             case "round_durable":
-                client.doing, client.step = "merged", 0
+                client.doing = "merged"
         if "report" in event:
             client.doing = "done"
             traffic = event["report"]["bytes"]
@@ -133,26 +132,24 @@ class FederationView:
 
     def table(self) -> Table:
         title = f"round {min(self.round + 1, self.rounds)} of {self.rounds}, {self.local_steps} steps each"
-        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="")
-        table.add_column("client", style="bold")
-        table.add_column("", min_width=17)
-        for column in ("step", "training loss", "held-out loss", "tokens/s", "sent", "received"):
-            table.add_column(column, justify="right")
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", title_style="")
+        table.add_column("client", style="bold", no_wrap=True)
+        table.add_column("now", min_width=10, no_wrap=True)
+        for column in ("training\nloss", "held-out\nloss", "tokens/s", "sent", "received"):
+            table.add_column(column, justify="right", no_wrap=True)
         for name, client in self.clients.items():
-            table.add_row(name, client.doing, *self._cells(client))
+            table.add_row(name, *self._cells(client))
         total = sum(client.tokens_per_s for client in self.clients.values())
         sent, received = (sum(getattr(c, way) for c in self.clients.values()) for way in ("sent", "received"))
-        cells = ("", "", "", "", f"{total:,.0f}", megabytes(sent), megabytes(received))
-        table.add_row("together", *cells, style="dim")
+        table.add_row("together", "", "", "", f"{total:,.0f}", megabytes(sent), megabytes(received), style="dim")
         return table
 
     def _cells(self, client: ClientState) -> tuple[str, ...]:
-        first, last = (client.held_out[0], client.held_out[-1]) if client.held_out else (None, None)
-        held_out = "" if first is None else f"{first:.2f} → {last:.2f}"
+        held_out = f"{client.held_out[0]:.2f} → {client.held_out[-1]:.2f}" if client.held_out else ""
         loss = "" if client.loss is None else f"{client.loss:.3f}"
         speed = f"{client.tokens_per_s:,.0f}" if client.tokens_per_s else ""
         traffic = (megabytes(client.sent), megabytes(client.received)) if client.sent else ("", "")
-        return (f"{client.step}/{self.local_steps}", loss, held_out, speed, *traffic)
+        return (client.doing, loss, held_out, speed, *traffic)
 
 
 @dataclass
@@ -186,7 +183,7 @@ class TrainingView:
     def table(self) -> Table:
         table = Table(box=None, padding=(0, 2), show_header=False)
         for model, state in self.models.items():
-            bar = ProgressBar(total=self.steps, completed=state.step, width=24)
+            bar = ProgressBar(total=self.steps, completed=state.step, width=20)
             loss = "" if state.loss is None else f"loss {state.loss:.3f}"
             speed = f"{state.tokens_per_s:,.0f} tokens/s" if state.tokens_per_s else ""
             table.add_row(self.labels[model], bar, f"step {state.step}/{self.steps}", loss, speed)

@@ -126,7 +126,7 @@ def surplus() -> bytes:
 @pytest.mark.parametrize("spoil", [wrong_name, wrong_shape, wrong_dtype, missing, surplus])
 def test_upload_of_other_tensors_is_refused_and_named(inbox: Inbox, spoil: object) -> None:
     data = spoil()  # type: ignore[operator]
-    with pytest.raises(RefusedError, match="uploaded tensor '(head|norm|more)") as error:
+    with pytest.raises(RefusedError, match=r"uploaded tensor '(head|norm|more)") as error:
         inbox.check("a", received(inbox, data), SHAPES)
     assert error.value.code == "bad_tensor"
 

@@ -408,7 +408,7 @@ WRONG = [
     ("next_round", {"seq": 0, "ack": 0, "after": -2}, "after"),
     ("next_round", {"seq": 0, "ack": 0, "after": 2**31 + 1}, "after"),
     ("fetch", {"seq": 0, "ack": 0, "sha256": HASH, "offset": 0, "limit": 0}, "limit"),
-    ("fetch", {"seq": 0, "ack": 0, "sha256": HASH, "offset": 0, "limit": (16 << 20) + 1}, "limit"),
+    ("fetch", {"seq": 0, "ack": 0, "sha256": HASH, "offset": 0, "limit": (1 << 20) + 1}, "limit"),
     ("fetch", {"seq": 0, "ack": 0, "sha256": HASH.upper(), "offset": 0, "limit": 1}, "sha256"),
     ("fetch", {"seq": 0, "ack": 0, "sha256": HASH + "\n", "offset": 0, "limit": 1}, "sha256"),
     ("fetch", {"seq": 0, "ack": 0, "sha256": "", "offset": 0, "limit": 1}, "sha256"),
