@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from splitfl.errors import StorageError
-from splitfl.files import clear_unfinished, new_folder, numbered, storage_errors, write_file
+from splitfl.files import clear_unfinished, new_folder, numbered, storage_errors, sync, write_file
 
 KEPT_SNAPSHOTS = 2
 
@@ -115,21 +115,19 @@ class ClientStore:
 
     def save_merged(self, weights: Mapping[str, Tensor]) -> Path:
         """Leave the trained ends on disk."""
-        path = self.folder / "merged.safetensors"
+        path, work = self.folder / "merged.safetensors", self.folder / ".new-merged.safetensors"
         with storage_errors(path):
-            save_file(dict(weights), path.with_suffix(".new"))
-            path.with_suffix(".new").replace(path)
+            write_tensors(weights, work)
+            sync(work)
+            work.replace(path)
         return path
 
     def _write(self, folder: Path, snapshot: Snapshot) -> None:
         facts: dict[str, object] = {"round": snapshot.round, "step": snapshot.step, "tokens": snapshot.tokens}
         facts |= {"cursor": snapshot.cursor, "cut": snapshot.cut}
         with new_folder(folder) as work:
-            try:
-                save_file(dict(snapshot.weights), work / "weights.safetensors")
-                save_file(dict(snapshot.optimizer), work / "optimizer.safetensors")
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
+            write_tensors(snapshot.weights, work / "weights.safetensors")
+            write_tensors(snapshot.optimizer, work / "optimizer.safetensors")
             (work / "state.json").write_text(json.dumps(facts))
 
     def _read(self, folder: Path) -> Snapshot:
@@ -140,7 +138,15 @@ class ClientStore:
             cut = (int(facts["cut"][0]), int(facts["cut"][1]))
             place = (int(facts["round"]), int(facts["step"]), int(facts["tokens"]))
             return Snapshot(*place, (epoch, position), cut, weights, optimizer)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise StorageError(
                 f"{folder} cannot be read", f"Delete {folder}: the client then goes on from the newest merge."
             ) from error
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """One safetensors file. Raises OSError when the disk is full."""
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error

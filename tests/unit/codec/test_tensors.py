@@ -13,7 +13,7 @@ from splitfl.errors import NumericalError, ProtocolError
 from splitfl.wire.messages import TensorBytes
 
 CPU = torch.device("cpu")
-SHAPES = st.lists(st.integers(0, 5), min_size=0, max_size=4).map(tuple)
+SHAPES = st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple)
 
 
 def drawn(shape: tuple[int, ...], seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -108,6 +108,12 @@ def test_bytes_that_are_no_float_codec_are_refused(dtype: str) -> None:
     with pytest.raises(ProtocolError) as error:
         decode_tensor(TensorBytes(dtype, (2,), bytes(4)), CPU, what="gradient")
     assert error.value.field == "gradient"
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0, 2)])
+def test_tensor_without_a_number_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ProtocolError, match="hidden is empty"):
+        decode_tensor(TensorBytes("f32", shape, b""), CPU, what="hidden")
 
 
 def test_received_bytes_are_read_where_they_lie() -> None:

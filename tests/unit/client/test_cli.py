@@ -1,0 +1,259 @@
+"""``splitfl join`` around its torch: addresses, names, first words, signals, and the lines for a person."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from client_model.cli import (
+    EventPrinter,
+    StopSignal,
+    check_address,
+    check_name,
+    default_state,
+    describe,
+    first_words,
+    parse_plan,
+    print_report,
+    say_goodbye,
+)
+from client_model.participant import Event, Participant
+from client_model.store import ClientStore, SessionRecord, Snapshot
+from splitfl.cut import Cut
+from splitfl.errors import ConfigError, LinkError
+from splitfl.privacy.gate import Gate
+from splitfl.wire.frames import decode, encode
+from splitfl.wire.messages import Bye, Farewell, Hello
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ClientStore:
+    return ClientStore(tmp_path / "state")
+
+
+def snapshot(round_: int) -> Snapshot:
+    return Snapshot(round_, 0, 0, (0, 0), (1, 1), {"head": torch.ones(1)}, {})
+
+
+# what is typed
+
+
+@pytest.mark.parametrize("address", ["ws://127.0.0.1:7000", "ws://localhost:1", "ws://[::1]:7000"])
+def test_loopback_address_is_taken_as_it_is(address: str) -> None:
+    assert check_address(address, insecure=False) == address
+
+
+@pytest.mark.parametrize(
+    "address", ["", "127.0.0.1:7000", "http://127.0.0.1:7000", "wss://127.0.0.1:7000", "ws://", "ws:x"]
+)
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="no address to join"):
+        check_address(address, insecure=False)
+
+
+@pytest.mark.parametrize("address", ["ws://192.0.2.1:7000", "ws://example.org:7000"])
+def test_network_address_needs_insecure(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="--insecure"):
+        check_address(address, insecure=False)
+    assert check_address(address, insecure=True) == address
+    assert "NOT encrypted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["ward", "Ward-3.b_2", "3", "x" * 64])
+def test_name_of_letters_and_digits_is_taken(name: str) -> None:
+    check_name(name)
+    assert decode(b"".join(encode(Hello((1,), name)))) == Hello((1,), name)  # the protocol takes the same
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "-x", "x" * 65, "a b", "ä", "a\n", "a\0"])
+def test_name_that_is_a_path_or_odd_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="is no client name"):
+        check_name(name)
+
+
+def test_state_of_two_clients_or_two_servers_lies_apart() -> None:
+    places = {default_state(f"ws://127.0.0.1:{port}", name) for port in (1, 2) for name in ("a", "b")}
+    assert len(places) == 4
+    assert all(place.is_absolute() and ":" not in place.name for place in places)
+
+
+def test_plan_is_a_cut_or_left_to_the_federation() -> None:
+    assert parse_plan("auto") is None
+    assert parse_plan("1,2") == Cut(1, 2)
+    with pytest.raises(ConfigError):
+        parse_plan("one,two")
+
+
+# first words
+
+
+def test_new_client_says_its_name_and_its_plan(store: ClientStore) -> None:
+    hello, next_seq = first_words("ward", store, Cut(2, 1))
+    assert (hello.name, hello.resume, hello.fresh, hello.round) == ("ward", "", True, -1)
+    assert (hello.n_bottom, hello.n_top, next_seq) == (2, 1, 0)
+
+
+def test_client_without_a_plan_takes_the_federations_cut(store: ClientStore) -> None:
+    hello, _ = first_words("ward", store, None)
+    assert (hello.n_bottom, hello.n_top) == (-1, -1)
+
+
+def test_client_that_crashed_names_its_session_and_that_its_state_is_lost(store: ClientStore) -> None:
+    store.save_session(SessionRecord("ward", "ws://x", "token"))
+    store.save(snapshot(3))
+    hello, next_seq = first_words("ward", store, None)
+    assert (hello.resume, hello.fresh, hello.round, next_seq) == ("token", True, 3, 0)
+
+
+def test_client_that_was_paused_goes_on_with_its_session(store: ClientStore) -> None:
+    store.save_pause(snapshot(3))
+    store.save_session(SessionRecord("ward", "ws://x", "token", next_seq=17))
+    hello, next_seq = first_words("ward", store, None)
+    assert (hello.resume, hello.fresh, next_seq) == ("token", False, 17)
+
+
+def test_client_whose_pause_is_gone_starts_its_session_anew(store: ClientStore) -> None:
+    store.save_session(SessionRecord("ward", "ws://x", "token", next_seq=17))
+    hello, next_seq = first_words("ward", store, None)
+    assert (hello.fresh, next_seq) == (True, 0)
+
+
+def test_state_of_another_client_is_refused(store: ClientStore) -> None:
+    store.save_session(SessionRecord("ward-a", "ws://x", "token"))
+    with pytest.raises(ConfigError, match="holds the state of client 'ward-a'"):
+        first_words("ward-b", store, None)
+
+
+# signals
+
+
+@pytest.fixture
+def stop(tmp_path: Path) -> Iterator[StopSignal]:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    participant = Participant("ward", tmp_path, ClientStore(tmp_path / "state"), tmp_path, torch.device("cpu"))
+    yield StopSignal(participant)
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_in_a_step_waits_for_its_end_and_the_second_does_not(
+    stop: StopSignal, number: signal.Signals
+) -> None:
+    stop.participant.in_step = True
+    assert not stop.asked()
+    signal.raise_signal(number)
+    assert stop.asked()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)
+
+
+@pytest.mark.usefixtures("stop")
+def test_signal_between_steps_stops_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+class FakeLink:
+    """Takes one request and answers it as told."""
+
+    def __init__(self, answer: Farewell | Exception | None) -> None:
+        self.answer = answer
+        self.heard: list[Any] = []
+
+    def request(self, message: Any) -> Future[Any]:
+        self.heard.append(message)
+        future: Future[Any] = Future()
+        if isinstance(self.answer, Exception):
+            future.set_exception(self.answer)
+        elif self.answer is not None:
+            future.set_result(self.answer)
+        return future
+
+
+@pytest.mark.parametrize("answer", [Farewell(0), LinkError("away"), TimeoutError()])
+def test_goodbye_is_said_whether_or_not_anybody_hears_it(answer: Farewell | Exception) -> None:
+    link = FakeLink(answer)
+    say_goodbye(link, "failed")  # type: ignore[arg-type]
+    assert link.heard == [Bye(0, 0, "failed")]
+
+
+# lines
+
+STEP = {"round": 0, "step": 4, "loss": 1.5, "tokens_per_s": 1234.0, "bytes_sent": 2_000_000, "bytes_received": 100_000}
+EVENTS = [
+    ("fetching", {"text": "fetching 3 tensors"}, "fetching 3 tensors"),
+    (
+        "data",
+        {"train_records": 9, "held_out_records": 1, "skipped_rows": 2, "truncated_records": 0},
+        "data: 9 records to train on, 1 held out, 2 rows skipped",
+    ),
+    ("waiting", {"for_": "the next round"}, "waiting for the next round"),
+    ("step", STEP, "round 1 step 5: loss 1.500, 1234 tokens/s, 2.0 MB sent, 0.1 MB received"),
+    ("evaluation", {"round": 1, "loss": 2.0, "perplexity": 7.4}, "held-out loss 2.000, perplexity 7.4, after 1 rounds"),
+    ("step_missed", {"round": 0, "step": 4, "reason": "NaN"}, "round 1 step 5 left out: NaN"),
+    ("evaluation_failed", {"round": 1, "reason": "NaN"}, "held-out loss after 1 rounds could not be measured: NaN"),
+    ("server_restarted", {"durable_round": 1}, "the server restarted; going on after round 2"),
+    ("resumed", {"round": 1, "step": 3}, "going on with round 2 at step 4"),
+]
+
+
+@pytest.mark.parametrize(("event", "facts", "line"), EVENTS, ids=[event for event, *_ in EVENTS])
+def test_event_is_one_line_for_a_person(event: str, facts: dict[str, Any], line: str) -> None:
+    assert describe(event, facts) == line
+
+
+def test_unknown_event_is_passed_over() -> None:
+    assert describe("something new", {}) == ""
+
+
+def test_update_that_came_too_late_is_said() -> None:
+    assert describe("round_durable", {"round": 0, "merged": True}) != describe(
+        "round_durable", {"round": 0, "merged": False}
+    )
+
+
+def test_events_are_json_lines_on_stdout_for_a_program(capsys: pytest.CaptureFixture[str]) -> None:
+    EventPrinter(as_json=True)(Event("step", STEP))
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"event": "step", **STEP}
+    assert printed.err == ""
+
+
+def test_events_are_text_on_stderr_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
+    EventPrinter(as_json=False)(Event("waiting", {"for_": "the next round"}))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "waiting for the next round\n"
+
+
+@pytest.mark.parametrize("losses", [[], [{"loss": 3.0}, {"loss": 2.0}]])
+def test_report_says_what_left_and_what_stayed(
+    losses: list[dict[str, float]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gate = Gate("fp32")
+    gate.release_weights({"head": torch.ones(2)})
+    print_report(
+        {
+            "client": "ward",
+            "federation": "wards",
+            "rounds": 3,
+            "seconds": 1.0,
+            "held_out_losses": losses,
+            "bytes": {"bytes_sent": 1, "bytes_received": 2},
+            "privacy": gate.report(),
+            "weights": "merged.safetensors",
+        }
+    )
+    out = capsys.readouterr().out
+    assert "ward in wards: 3 rounds" in out
+    assert "stayed here: the data file" in out
+    assert "left: 1 x weights" in out
+    assert ("held-out loss" in out) == bool(losses)

@@ -1,0 +1,206 @@
+"""The client's websocket shell: it says what it waits for, repeats what was lost, and leaves no request hanging."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from websockets.sync.server import ServerConnection, serve
+
+from client_model.link import Link, SessionLostError
+from splitfl.errors import LinkError, ProtocolError, RefusedError
+from splitfl.wire.frames import decode, encode
+from splitfl.wire.messages import PROTOCOL_VERSIONS, Failed, Hello, NextRound, Refused, RoundOpen, Welcome
+from splitfl.wire.session import CREDIT_WINDOW
+
+WAIT_S = 20.0
+Behaviour = Callable[[ServerConnection, int], None]
+
+
+def welcome(*, resumed: bool, round_: int = -1) -> Welcome:
+    return Welcome(1, "token", resumed, "incarnation", round_, 1, 1, "{}", "ab" * 32)
+
+
+def send(connection: ServerConnection, message: Any) -> None:
+    connection.send(b"".join(encode(message)))
+
+
+def hear(connection: ServerConnection) -> Any:
+    data = connection.recv(timeout=WAIT_S)
+    assert isinstance(data, bytes)
+    return decode(data)
+
+
+@contextmanager
+def served(behave: Behaviour) -> Iterator[str]:
+    """A server that does with its n-th connection what ``behave`` says."""
+    count = iter(range(1000))
+    server = serve(lambda connection: behave(connection, next(count)), "127.0.0.1", 0, compression=None)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+    finally:
+        server.shutdown()
+
+
+@contextmanager
+def linked(url: str, said: list[str] | None = None, patience_s: float = 30.0) -> Iterator[Link]:
+    link = Link(
+        url, Hello(PROTOCOL_VERSIONS, "ward"), patience_s=patience_s, say=(said if said is not None else []).append
+    )
+    try:
+        yield link
+    finally:
+        link.close()
+
+
+def serve_rounds(connection: ServerConnection, _: int) -> None:
+    """Welcome, then answer every NextRound."""
+    send(connection, welcome(resumed=hear(connection).resume != ""))
+    for data in connection:
+        request = decode(bytes(data))  # type: ignore[arg-type]
+        assert isinstance(request, NextRound)
+        send(connection, RoundOpen(request.seq, request.after + 1, ""))
+
+
+def test_request_is_answered() -> None:
+    with served(serve_rounds) as url, linked(url) as link:
+        assert link.open().session == "token"
+        assert link.ask(NextRound(0, 0, 4)) == RoundOpen(0, 5, "")
+        assert link.next_seq == 1
+        assert link.bytes_sent > 0
+        assert link.bytes_received > 0
+
+
+def test_more_requests_than_the_window_wait_for_their_turn() -> None:
+    with served(serve_rounds) as url, linked(url) as link:
+        link.open()
+        futures = [link.request(NextRound(0, 0, number)) for number in range(3 * CREDIT_WINDOW)]
+        answers = [future.result(WAIT_S) for future in futures]
+        assert [answer.round for answer in answers] == list(range(1, 3 * CREDIT_WINDOW + 1))  # type: ignore[union-attr]
+
+
+def test_request_that_was_lost_with_its_connection_is_repeated() -> None:
+    seen: list[bytes] = []
+
+    def behave(connection: ServerConnection, number: int) -> None:
+        hello = hear(connection)
+        send(connection, welcome(resumed=number > 0))
+        seen.append(bytes(connection.recv(timeout=WAIT_S)))  # type: ignore[arg-type]
+        if number == 0:
+            connection.socket.close()
+            return
+        assert hello.resume == "token"
+        send(connection, RoundOpen(0, 7, ""))
+        connection.recv(timeout=WAIT_S)
+
+    said: list[str] = []
+    with served(behave) as url, linked(url, said) as link:
+        link.open()
+        assert link.request(NextRound(0, 0, 6)).result(WAIT_S) == RoundOpen(0, 7, "")
+        assert f"waiting for the server at {url}" in said[0]
+    assert seen[0] == seen[1]
+
+
+def test_refused_request_raises_and_the_session_goes_on() -> None:
+    def behave(connection: ServerConnection, _: int) -> None:
+        hear(connection)
+        send(connection, welcome(resumed=False))
+        send(connection, Failed(hear(connection).seq, "over_limit", "too much", "Send less."))
+        send(connection, RoundOpen(hear(connection).seq, 0, ""))
+        connection.recv(timeout=WAIT_S)
+
+    with served(behave) as url, linked(url) as link:
+        link.open()
+        with pytest.raises(RefusedError, match=r"too much\. Send less\.") as error:
+            link.ask(NextRound(0, 0, -1))
+        assert error.value.code == "over_limit"
+        assert link.ask(NextRound(0, 0, -1)) == RoundOpen(1, 0, "")
+
+
+@pytest.mark.parametrize(("code", "kind"), [("name_taken", RefusedError), ("version", ProtocolError)])
+def test_refused_hello_raises(code: Any, kind: type[Exception]) -> None:
+    def behave(connection: ServerConnection, _: int) -> None:
+        hear(connection)
+        send(connection, Refused(code, "no", "Do otherwise."))
+
+    with served(behave) as url, linked(url) as link, pytest.raises(kind, match=r"no\. Do otherwise\."):
+        link.open()
+
+
+@pytest.mark.parametrize("asks_while_away", [True, False])
+def test_server_that_lost_the_session_is_told_to_whoever_asks(asks_while_away: bool) -> None:
+    again = threading.Event()
+
+    def behave(connection: ServerConnection, number: int) -> None:
+        hear(connection)
+        send(connection, welcome(resumed=False, round_=number))
+        if number == 0:
+            if asks_while_away:
+                connection.recv(timeout=WAIT_S)
+            connection.close()
+            return
+        again.set()
+        request = hear(connection)
+        assert request.seq == 0  # a new session counts from the start
+        send(connection, RoundOpen(0, 9, ""))
+        connection.recv(timeout=WAIT_S)
+
+    with served(behave) as url, linked(url) as link:
+        link.open()
+        if asks_while_away:
+            lost = link.request(NextRound(0, 0, -1))
+        else:
+            again.wait(WAIT_S)
+            lost = link.request(NextRound(0, 0, -1))
+        with pytest.raises(SessionLostError) as error:
+            lost.result(WAIT_S)
+        assert error.value.welcome.round == 1
+        assert link.request(NextRound(0, 0, 8)).result(WAIT_S) == RoundOpen(0, 9, "")
+
+
+def test_server_that_stays_away_fails_what_waits_and_whatever_is_asked_later() -> None:
+    def behave(connection: ServerConnection, number: int) -> None:
+        if number == 0:
+            hear(connection)
+            send(connection, welcome(resumed=False))
+            connection.recv(timeout=WAIT_S)
+
+    with served(behave) as url, linked(url, patience_s=0.2) as link:
+        link.open()
+        waiting = link.request(NextRound(0, 0, -1))
+        for future in (waiting, link.request(NextRound(0, 0, -1))):
+            with pytest.raises(LinkError, match="has been away"):
+                future.result(WAIT_S)
+        with pytest.raises(LinkError, match="has been away"):
+            link.request(NextRound(0, 0, -1)).result(WAIT_S)
+
+
+def test_request_after_the_link_gave_up_is_told_why() -> None:
+    def behave(connection: ServerConnection, _: int) -> None:
+        hear(connection)
+        send(connection, welcome(resumed=False))
+        connection.recv(timeout=WAIT_S)
+        connection.send(b"\xff" * 40)  # no frame
+
+    with served(behave) as url, linked(url) as link:
+        link.open()
+        for _ in range(2):
+            with pytest.raises(ProtocolError, match="header"):
+                link.request(NextRound(0, 0, -1)).result(WAIT_S)
+
+
+def test_unreachable_server_is_waited_for_and_then_given_up() -> None:
+    said: list[str] = []
+    with linked("ws://127.0.0.1:9", said, patience_s=0.1) as link, pytest.raises(LinkError, match="has been away for"):
+        link.open()
+    assert said
+    assert all("waiting for the server at ws://127.0.0.1:9" in line and "next try in" in line for line in said)
+
+
+def test_link_that_was_never_opened_can_be_closed() -> None:
+    with linked("ws://127.0.0.1:9"):
+        pass
