@@ -6,6 +6,7 @@ finite. Merging reads one tensor of each client at a time.
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -44,9 +45,6 @@ class Inbox:
     def coming(self, client: str) -> Path:
         return self.folder / f"{client}.part"
 
-    def checked(self, client: str) -> Path:
-        return self.folder / f"{client}.safetensors"
-
     def receive(self, client: str, upload: Upload, limit: int) -> int:
         """Write a piece where it belongs; returns how many bytes are there.
 
@@ -78,13 +76,17 @@ class Inbox:
         """Check a finished upload. Raises RefusedError that names what is wrong."""
         if not expected:
             return ClientUpdate(client, update.tokens, None)
-        path = self.checked(client)
+        path = self.folder / f"{client}.{secrets.token_hex(8)}.safetensors"
         with self._writing:  # from here on no piece that is still on its way can change the file
             if self.coming(client).exists():
                 self.coming(client).replace(path)
-        if not path.exists() or file_hash(path) != update.sha256:
-            raise RefusedError("the uploaded weights are not the announced ones", "Upload again.", code="not_found")
-        check_tensors(path, expected)
+        try:
+            if not path.exists() or file_hash(path) != update.sha256:
+                raise RefusedError("the uploaded weights are not the announced ones", "Upload again.", code="not_found")
+            check_tensors(path, expected)
+        except RefusedError:
+            path.unlink(missing_ok=True)
+            raise
         return ClientUpdate(client, update.tokens, path)
 
     def forget_coming(self, client: str) -> None:

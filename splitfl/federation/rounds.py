@@ -148,6 +148,6 @@ class RoundMachine:
 def draw_cohort(settings: Federation, round_: int, waiting: set[str]) -> tuple[str, ...]:
     """Draw the round's cohort from the names that wait: seeded, without the order in which they came."""
     names = sorted(waiting)
-    size = max(1, math.ceil(settings.rounds.client_fraction * len(names)))
+    size = max(1, settings.rounds.min_clients, math.ceil(settings.rounds.client_fraction * len(names)))
     digest = hashlib.sha256(f"{settings.seed}/cohort/{round_}".encode()).digest()
     return tuple(sorted(random.Random(digest).sample(names, min(size, len(names)))))

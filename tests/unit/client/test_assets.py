@@ -24,7 +24,7 @@ BIG = bytes(range(256)) * (3 * PIECE_BYTES // 256) + b"tail"
 
 
 class FakeLink:
-    """Answers Fetch from ``blobs``; ``spoil`` may change what comes, ``fail_after`` breaks the link after some pieces."""
+    """Answers Fetch from ``blobs``; ``spoil`` changes what comes, ``fail_after`` breaks the link after some pieces."""
 
     def __init__(self, blobs: Blobs, *, spoil: Callable[[bytes], bytes] = bytes, fail_after: int | None = None) -> None:
         self.blobs = blobs
@@ -220,7 +220,7 @@ def test_list_that_is_none_is_refused(tmp_path: Path, blobs: Blobs, data: bytes)
         {"shape": [-1, -1]},
         {"dtype": "I64"},
         {"dtype": "F32"},
-        {"nbytes": 2},
+        {"nbytes": 4},
         {"sha256": "../../outside"},
         {"sha256": "AB" * 32},
         {"sha256": "ab" * 32 + "\n"},

@@ -25,7 +25,7 @@ def state(round_: int, value: float = 1.0) -> RoundState:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     store = Store(tmp_path / "state")
-    store.begin(tmp_path, SETTINGS, resume=False)
+    store.begin(tmp_path, SETTINGS, "model", resume=False)
     return store
 
 
@@ -98,14 +98,14 @@ def test_damaged_round_is_named_and_the_one_before_it_too(store: Store, file: st
 def test_folder_that_holds_rounds_is_refused_without_resume(store: Store, tmp_path: Path) -> None:
     store.save(state(0))
     with pytest.raises(ConfigError, match="already holds a federation"):
-        Store(store.folder).begin(tmp_path, SETTINGS, resume=False)
-    Store(store.folder).begin(tmp_path, SETTINGS, resume=True)
+        Store(store.folder).begin(tmp_path, SETTINGS, "model", resume=False)
+    Store(store.folder).begin(tmp_path, SETTINGS, "model", resume=True)
     assert store.durable_rounds() == [0]
 
 
 def test_folder_without_a_round_may_be_begun_anew(store: Store, tmp_path: Path) -> None:
     changed = parse_federation({"seed": 5}, "the test")
-    Store(store.folder).begin(tmp_path, changed, resume=False)
+    Store(store.folder).begin(tmp_path, changed, "model", resume=False)
     assert store.federation() == (tmp_path, changed)
 
 
@@ -123,7 +123,7 @@ def test_resume_with_settings_that_the_rounds_cannot_take_is_refused(
 ) -> None:
     store.save(state(0))
     with pytest.raises(ConfigError, match=f"{field} differs"):
-        store.begin(tmp_path, parse_federation(change, "the test"), resume=True)
+        store.begin(tmp_path, parse_federation(change, "the test"), "model", resume=True)
     assert store.federation()[1] == SETTINGS
 
 
@@ -133,7 +133,7 @@ def test_resume_with_settings_that_the_rounds_cannot_take_is_refused(
 def test_resume_may_go_on_longer_or_slower(store: Store, tmp_path: Path, change: dict[str, Any]) -> None:
     store.save(state(0))
     changed = parse_federation(change, "the test")
-    store.begin(tmp_path, changed, resume=True)
+    store.begin(tmp_path, changed, "model", resume=True)
     assert store.federation()[1] == changed
 
 
@@ -142,7 +142,7 @@ def test_beginning_clears_uploads_and_what_a_crash_left_half_written(store: Stor
     (store.rounds / ".new-abc").mkdir()
     (store.rounds / ".new-abc/trunk.safetensors").write_text("half")
     (store.uploads / "a.part").write_text("half")
-    store.begin(tmp_path, SETTINGS, resume=True)
+    store.begin(tmp_path, SETTINGS, "model", resume=True)
     assert names(store.rounds) == ["round-000000"]
     assert names(store.uploads) == []
 
@@ -160,7 +160,7 @@ def test_damaged_record_is_a_storage_error(store: Store, text: str) -> None:
 
 
 def test_record_with_settings_of_another_release_names_the_field(store: Store) -> None:
-    content = {"model": "m", "settings": {"rounds": {"epochs": 3}}}
+    content = {"model": "m", "fingerprint": "f", "settings": {"rounds": {"epochs": 3}}}
     (store.folder / "federation.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"rounds\.epochs"):
         store.federation()
@@ -169,4 +169,4 @@ def test_record_with_settings_of_another_release_names_the_field(store: Store) -
 def test_state_that_is_a_file_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
-        Store(tmp_path / "file").begin(tmp_path, SETTINGS, resume=False)
+        Store(tmp_path / "file").begin(tmp_path, SETTINGS, "model", resume=False)
