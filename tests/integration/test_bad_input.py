@@ -261,7 +261,7 @@ def test_serve_with_resume_refuses_another_model(place: Place, wards: dict[str, 
     create_checkpoint(
         place.model, family="llama", layers=3, hidden=128, vocab=300, corpus=["some words, few of them"] * 9, seed=0
     )
-    assert_ends(place.serve(None, "--resume", wait=False).command, ConfigError, "is not of this model", "model folder")
+    assert_ends(place.serve(None, "--resume", wait=False).command, ConfigError, "is not the model that", "--state")
     place.model = small_model
     again = place.serve(None, "--resume")  # what is durable is still there
     assert again.command.wait_for("listening")["durable_round"] == 0

@@ -1,4 +1,4 @@
-"""Rounds as a state machine: whatever happens in whatever order, a round is merged once, of its own cohort, and ends."""
+"""Rounds as a state machine: in whatever order things happen, a round is merged once, of its own cohort, and ends."""
 
 from __future__ import annotations
 
