@@ -245,8 +245,8 @@ def print_report(report: dict[str, Any]) -> None:
     losses = report["held_out_losses"]
     lines = [f"{report['client']} in {report['federation']}: {report['rounds']} rounds, {report['seconds']:.0f} s"]
     if losses:
-        first, last = losses[0]["loss"], losses[-1]["loss"]
-        lines.append(f"  held-out loss: {first:.3f} before, {last:.3f} after (nats per token)")
+        first, last = (f"{entry['loss']:.3f} after {entry['round']} rounds" for entry in (losses[0], losses[-1]))
+        lines.append(f"  held-out loss: {first}, {last} (nats per token)")
     traffic = report["bytes"]
     lines.append(
         f"  link: {traffic['bytes_sent'] / 1e6:.1f} MB sent, {traffic['bytes_received'] / 1e6:.1f} MB received"

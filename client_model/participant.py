@@ -281,6 +281,7 @@ class Participant:
         except (MissedStepError, NumericalError) as error:  # weights that overflow must not end the federation
             self._say("evaluation_failed", round=round_, reason=str(error))
             return
+        self.losses = [entry for entry in self.losses if entry["round"] < round_]  # a round that is done again
         self.losses.append({"round": round_, "loss": mean(loss), "tokens": loss.tokens})
         self._say("evaluation", round=round_, loss=mean(loss), perplexity=math.exp(min(50.0, mean(loss))))
 

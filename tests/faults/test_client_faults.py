@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from disturbing import SETTINGS, start
 from processes import Place, with_settings
 from proxy import Proxy
@@ -115,3 +117,21 @@ def test_second_process_on_one_state_folder_is_refused(place: Place, wards: dict
     assert twin.wait() == 2
     assert "in use by another process" in twin.error
     finish(first, second, server.command)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_clients_killed_or_interrupted_at_any_moment_still_end_the_federation(
+    place: Place, wards: dict[str, Path], seed: int
+) -> None:
+    chance = random.Random(seed)
+    server, clients = start(place, wards)
+    for _ in range(6):
+        time.sleep(chance.uniform(0.0, 1.5))
+        which = chance.randrange(2)
+        chance.choice([clients[which].interrupt, clients[which].kill])()
+        assert clients[which].wait() in (-9, 130, 0), clients[which].story()
+        clients[which] = place.join(server.url, "ab"[which], wards["ab"[which]])
+    for command in (*clients, server.command):
+        assert command.wait() == 0, command.story()
+        assert "Traceback" not in command.stderr

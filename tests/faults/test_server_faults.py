@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from disturbing import SETTINGS, assert_same, start
 from processes import Place, with_settings
 from safetensors.torch import load_file
@@ -95,3 +98,17 @@ def test_full_disk_leaves_the_older_round_whole_and_the_federation_goes_on_with_
     server.command.kill()
     finish(*clients, server.again().command)
     assert clients[0].wait_for("server_restarted")["durable_round"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_server_killed_at_any_moment_changes_no_bit(
+    place: Place, wards: dict[str, Path], finish: Finish, seed: int
+) -> None:
+    chance = random.Random(seed)
+    server, clients = start(place, wards)
+    for _ in range(5):
+        time.sleep(chance.uniform(0.0, 2.0))
+        server.command.kill()
+        server = server.again()
+    finish(*clients, server.command)

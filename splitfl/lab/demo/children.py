@@ -59,7 +59,8 @@ class Child:
         lines = self.log.read_text(errors="replace").strip().splitlines()
         said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         code = self.process.returncode
-        why = said[-1] if said else lines[-1] if lines else f"exit code {code}"
+        ended = f"exit code {code}" if code > 0 else f"it was ended by signal {-code}"
+        why = said[-1] if said else lines[-1] if lines and code > 0 else ended
         error = SplitFLError(f"{self.name} failed: {why.rstrip('.')}", f"All it said is in {self.log}.")
         error.exit_code = code if 0 < code < 128 else SplitFLError.exit_code
         return error

@@ -142,6 +142,10 @@ class Demo:
         match event.get("event"):
             case "listening":
                 self._join(children, event["url"])
+            case "storage_error":  # the trunk would wait for room; a demo need not
+                raise StorageError(
+                    f"the trunk cannot write its state: {event['error']}", "Start again elsewhere: --out."
+                )
             case "parameters":
                 self.parameters = {part: event[part] for part in ("bottom", "trunk", "top")}
             case "evaluation" if "model" in event:  # a baseline's; the clients' are in their reports

@@ -234,7 +234,7 @@ def test_events_are_text_on_stderr_for_a_person(capsys: pytest.CaptureFixture[st
     assert printed.err == "waiting for the next round\n"
 
 
-@pytest.mark.parametrize("losses", [[], [{"loss": 3.0}, {"loss": 2.0}]])
+@pytest.mark.parametrize("losses", [[], [{"round": 0, "loss": 3.0}, {"round": 2, "loss": 2.0}]])
 def test_report_says_what_left_and_what_stayed(
     losses: list[dict[str, float]], capsys: pytest.CaptureFixture[str]
 ) -> None:
