@@ -42,13 +42,11 @@ class PartOptimizer:
         """
         if self._optimizer is None:
             return 0.0
+        counts = {name: tokens_of(name) for name in self.named}
         for name, parameter in self.named.items():
-            tokens = tokens_of(name)
-            if tokens == 0:
+            if counts[name] == 0:
                 parameter.grad = None
-            elif parameter.grad is not None:
-                parameter.grad.div_(tokens)
-        norm = self._clip()
+        norm = self._fold(set(counts.values()) - {0}, counts)
         if math.isfinite(norm):
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -56,14 +54,37 @@ class PartOptimizer:
         self.clear()
         return norm
 
-    def _clip(self) -> float:
-        gradients = [parameter.grad for parameter in self.named.values() if parameter.grad is not None]
-        norm = float(nn.utils.get_total_norm(gradients))
-        limit = self.spec.max_grad_norm
-        if limit and math.isfinite(norm):
-            total = torch.tensor(norm)
-            nn.utils.clip_grads_with_norm_(list(self.named.values()), limit, total)
+    def _fold(self, divisors: set[int], counts: Mapping[str, int]) -> float:
+        """Divide by tokens and clip; returns the norm before clipping.
+
+        When every block saw the same tokens, fused AdamW does both as it reads the gradients: a pass over memory less.
+        """
+        assert self._optimizer is not None
+        if self.spec.name == "adamw" and len(divisors) == 1:
+            (tokens,) = divisors
+            norm = self._norm() / tokens
+            place = next(iter(self.named.values())).device
+            self._optimizer.grad_scale = torch.tensor(tokens / self._clip_factor(norm), device=place)  # type: ignore[attr-defined]
+            self._optimizer.found_inf = torch.zeros((), device=place)  # type: ignore[attr-defined]
+            return norm
+        for name, parameter in self.named.items():
+            if parameter.grad is not None:
+                parameter.grad.div_(counts[name])
+        norm = self._norm()
+        factor = self._clip_factor(norm)
+        for parameter in self.named.values():
+            if parameter.grad is not None and factor < 1.0:
+                parameter.grad.mul_(factor)
+        self._optimizer.grad_scale = self._optimizer.found_inf = None  # type: ignore[attr-defined]
         return norm
+
+    def _norm(self) -> float:
+        return float(nn.utils.get_total_norm([p.grad for p in self.named.values() if p.grad is not None]))
+
+    def _clip_factor(self, norm: float) -> float:
+        """What a gradient of this norm is multiplied by, as ``torch.nn.utils.clip_grad_norm_`` has it."""
+        limit = self.spec.max_grad_norm
+        return min(1.0, limit / (norm + 1e-6)) if limit and math.isfinite(norm) else 1.0
 
     def clear(self) -> None:
         """Drop accumulated gradients."""

@@ -36,19 +36,20 @@ def draw(result: DemoResult, path: Path) -> None:
     draw_own(result, own)
     draw_union(result, union)
     try:
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.25)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}", "Check the disk's free space.") from error
 
 
 def draw_curves(result: DemoResult, panels: Any) -> None:
     """A panel a client: held-out loss after each round."""
+    records = result.settings["evaluation"]["records"]
     for client, panel in zip(result.clients, panels, strict=True):
         for kind in CURVES:
             losses = result.curves[kind][client]
             panel.plot(range(len(losses)), losses, linewidth=2, markersize=5.5, **STYLES[kind])
         panel.set_title(f"{client}: its own held-out notes", fontsize=11)
-        panel.set_xlabel("rounds trained")
+        panel.set_xlabel(f"rounds trained (measured on {records} records)")
         panel.set_xticks(range(len(result.curves["federated"][client])))
         tidy(panel, grid="y")
     panels[0].set_ylim(0, 1.08 * max(max(result.curves[kind][client]) for kind in CURVES for client in result.clients))
@@ -67,7 +68,7 @@ def draw_own(result: DemoResult, panel: Axes) -> None:
         bars = panel.bar(places, losses, width * 0.92, color=style["color"], label=style["label"])
         panel.bar_label(bars, fmt="%.2f", fontsize=8.5, padding=2)
     panel.set_xticks(range(len(result.clients)), result.clients)
-    panel.set_title("Each client's own held-out notes, after the last round", fontsize=11)
+    panel.set_title("Each client's own held-out notes, all of them, after the last round", fontsize=11)
     panel.set_ylabel(UNITS)
     panel.margins(y=0.12)
     panel.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1), handlelength=1.2)
