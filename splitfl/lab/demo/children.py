@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -74,6 +75,8 @@ class Children:
         self.all: list[Child] = []
         self._open: set[str] = set()  # those whose stdout has not ended
         self._events: queue.Queue[tuple[Child, Event | None]] = queue.Queue()
+        # Ctrl-C strikes the main thread alone: on another one no process can be started and not noted down.
+        self._launcher = ThreadPoolExecutor(1, "launch")
 
     def __enter__(self) -> Children:
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -86,10 +89,13 @@ class Children:
 
     def start(self, name: str, module: str, *arguments: object) -> None:
         """Run ``python -m module arguments`` under ``name``."""
+        self._launcher.submit(self._launch, name, [sys.executable, "-m", module, *map(str, arguments)]).result()
+
+    def _launch(self, name: str, command: list[str]) -> None:
         log = self.logs / f"{name}.log"
         with log.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, *map(str, arguments)],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -127,6 +133,7 @@ class Children:
     def stop(self) -> None:
         """End every process that still runs: ask, wait a little, insist."""
         try:
+            self._launcher.shutdown(cancel_futures=True)
             for child in self.all:
                 if child.process.poll() is None:
                     child.process.terminate()

@@ -84,17 +84,18 @@ def whereabouts(result: DemoResult) -> Section:
     rows = (
         (
             "each client",
-            f"its notes, labels and losses; bottom (embedding, {blocks(bottom, 'first')}: {count['bottom']}) and top "
-            f"({blocks(top, 'last')}, output head: {count['top']}) with their moments",
+            f"its notes, labels and losses; bottom, frozen (embedding, {blocks(bottom, 'first')}: {count['bottom']}); "
+            f"top, with its moments ({blocks(top, 'last')}, norm, output head: {count['top']})",
         ),
         (
             "the server",
-            f"trunk (the blocks between: {count['trunk']}) with its moments; the base model, out of which it hands the "
-            "clients their ends; the tops' weights, which it merges",
+            f"trunk, with its moments (the blocks between: {count['trunk']}); the base model, out of which it hands "
+            "the clients their ends; the tops' weights, which it merges",
         ),
         (
             "crossed the link",
-            "activations and gradients, both ways; weights of the tops; counts of tokens. No file, no label, no loss",
+            "activations, both ways; gradients, to the server; the tops' weights, both ways; counts of tokens. "
+            "No file, no label, no loss",
         ),
     )
     return Section("What stayed where", ("where", "what"), rows)

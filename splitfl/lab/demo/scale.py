@@ -28,9 +28,9 @@ class DemoScale:
     vocab: int = 2048
     record_tokens: int = 128
     records: int = 4  # in one step of one client
-    base_steps: int = 600
+    base_steps: int = 500
     base_rate: float = 3e-3  # peak step size
-    rounds: int = 8
+    rounds: int = 6
     local_steps: int = 16
     rate: float = 4e-3  # peak step size
     held_out_fraction: float = 0.03
