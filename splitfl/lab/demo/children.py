@@ -10,12 +10,13 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -75,8 +76,6 @@ class Children:
         self.all: list[Child] = []
         self._open: set[str] = set()  # those whose stdout has not ended
         self._events: queue.Queue[tuple[Child, Event | None]] = queue.Queue()
-        # Ctrl-C strikes the main thread alone: on another one no process can be started and not noted down.
-        self._launcher = ThreadPoolExecutor(1, "launch")
 
     def __enter__(self) -> Children:
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -89,21 +88,18 @@ class Children:
 
     def start(self, name: str, module: str, *arguments: object) -> None:
         """Run ``python -m module arguments`` under ``name``."""
-        self._launcher.submit(self._launch, name, [sys.executable, "-m", module, *map(str, arguments)]).result()
-
-    def _launch(self, name: str, command: list[str]) -> None:
         log = self.logs / f"{name}.log"
-        with log.open("wb") as stderr:
+        with log.open("wb") as stderr, interrupts_put_off():
             process = subprocess.Popen(
-                command,
+                [sys.executable, "-m", module, *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env=ENVIRONMENT | os.environ,
                 process_group=0,  # Ctrl-C reaches the demo alone, which then ends them in order
             )
-        child = Child(name, process, log)
-        self.all.append(child)
+            child = Child(name, process, log)
+            self.all.append(child)
         self._open.add(name)
         threading.Thread(target=self._listen, args=(child,), name=f"listen-{name}", daemon=True).start()
 
@@ -133,7 +129,6 @@ class Children:
     def stop(self) -> None:
         """End every process that still runs: ask, wait a little, insist."""
         try:
-            self._launcher.shutdown(cancel_futures=True)
             for child in self.all:
                 if child.process.poll() is None:
                     child.process.terminate()
@@ -165,6 +160,25 @@ class Children:
         if child.process.wait() != 0:
             raise child.failure()
         self._open.discard(child.name)
+
+
+@contextmanager
+def interrupts_put_off() -> Iterator[None]:
+    """Ctrl-C waits until the block has ended: no process is started without being noted down."""
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread():
+        ours = {}  # signals strike the main thread alone
+    for number in ours:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def peak_rss(pid: int) -> int:

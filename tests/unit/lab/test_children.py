@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import psutil
 import pytest
 
 from splitfl.errors import DataError, SplitFLError
-from splitfl.lab.demo.children import Children, peak_rss
+from splitfl.lab.demo.children import Children, interrupts_put_off, peak_rss
 
 SLEEP = ("timeit", "-n", 1, "-r", 1, "import time; time.sleep(60)")
 
@@ -38,6 +40,20 @@ def test_children_end_with_the_block_even_after_an_interrupt(tmp_path: Path) -> 
     (sleeper,) = children.all
     assert sleeper.process.returncode is not None
     assert not psutil.pid_exists(sleeper.process.pid)
+
+
+def test_interrupt_waits_until_a_started_child_is_noted_down() -> None:
+    seen = []
+
+    def interrupted() -> None:
+        with interrupts_put_off():
+            os.kill(os.getpid(), signal.SIGINT)
+            seen.append("the block went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert seen == ["the block went on"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_events_end_when_every_child_has_ended_well(tmp_path: Path) -> None:
