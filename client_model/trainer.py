@@ -2,13 +2,15 @@
 
     bottom -> release -> trunk -> top and loss -> gradient release -> trunk -> bottom
 
-Labels stay here: the trunk sees hidden states going in and gradients coming back, and never the loss.
+Labels stay here: the trunk sees hidden states going in and gradients coming back, and never the loss. Several
+micro-batches of a step can be under way at once: one computes here while another crosses or is in the trunk.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -49,6 +51,22 @@ class Place:
     micro: int = 0
 
 
+@dataclass
+class Sum:
+    """What the micro-batches of a step, or of an evaluation, add up to."""
+
+    loss: float = 0.0
+    tokens: int = 0
+    tops: int = 0  # micro-batches whose loss is known and whose gradient is on its way
+
+    def add(self, loss: HeadLoss) -> None:
+        """Count one more micro-batch."""
+        self.loss, self.tokens, self.tops = self.loss + loss.total, self.tokens + loss.tokens, self.tops + 1
+
+
+Crossing = Generator[None, None, None]  # a micro-batch on its way: it pauses wherever it waits for the trunk
+
+
 class Trainer:
     """Trains ``ends`` against the trunk behind ``link``; all that leaves goes through ``gate``."""
 
@@ -56,23 +74,22 @@ class Trainer:
         self.ends = ends
         self.link = link
         self.gate = gate
+        self.in_flight = ends.settings.batch.in_flight
         # With a deadline a step can be refused at its very end; only without one may the top move on before.
         self._top_may_run_ahead = ends.settings.trunk.step_deadline_s == 0
 
     def step(self, round_: int, step: int, micro_batches: Sequence[Batch]) -> HeadLoss:
         """One optimizer step over its micro-batches. Raises MissedStepError; then its gradients are gone."""
-        total, tokens = 0.0, sum(batch.label_tokens for batch in micro_batches)
+        tokens = sum(batch.label_tokens for batch in micro_batches)
         rate = learning_rate(self.ends.settings, round_, step)
-        top_moved, norm = False, 0.0
+        done, norm = Sum(), 0.0
+        crossings = (self._train(Place(round_, step, micro), b, done) for micro, b in enumerate(micro_batches))
         try:
-            for micro, batch in enumerate(micro_batches):
-                last = micro == len(micro_batches) - 1
-                loss, below = self._forward_and_backward(Place(round_, step, micro), batch)
-                if last and self._top_may_run_ahead:
+            top_moved = False
+            for _ in in_turn(crossings, self.in_flight):
+                if done.tops == len(micro_batches) and self._top_may_run_ahead and not top_moved:
                     norm = self.ends.step_top(rate, tokens)  # while the trunk computes its gradients
                     top_moved = True
-                below.finish()
-                total += loss.total
         except NumericalError as error:
             self.link.request(SitOut(0, 0, round_, step)).result()
             self.ends.clear_gradients()
@@ -84,74 +101,91 @@ class Trainer:
             norm = self.ends.step_top(rate, tokens)
         if not math.isfinite(norm + self.ends.step_bottom(rate, tokens)):
             raise MissedStepError("the gradients' norm was not finite, so these weights stayed as they were")
-        return HeadLoss(total, tokens)
+        return HeadLoss(done.loss, tokens)
 
-    def _forward_and_backward(self, place: Place, batch: Batch) -> tuple[HeadLoss, Below]:
-        """All hops of one micro-batch but the last: the gradient that comes back to the bottom is still on its way."""
+    def evaluate(self, round_: int, batches: Sequence[Batch]) -> HeadLoss:
+        """Summed loss over held-out batches; their activations pass the gate like any others."""
+        done = Sum()
+        crossings = (self._judge(Place(round_, 0, number), batch, done) for number, batch in enumerate(batches))
+        for _ in in_turn(crossings, self.in_flight):
+            pass
+        return HeadLoss(done.loss, done.tokens)
+
+    def _train(self, place: Place, batch: Batch, done: Sum) -> Crossing:
+        """All hops of one micro-batch: its gradients are in the ends when it is over."""
         ends = self.ends
         input_ids, labels, lengths = on_device(batch, ends.device)
         hidden = ends.run_bottom(input_ids, lengths, train=True)  # (B, T, D)
         if ends.trunk_is_empty:
-            loss = ends.run_top(hidden, lengths, labels, train=True)
-            return loss, Below(self, hidden, None)
+            done.add(ends.run_top(hidden, lengths, labels, train=True))
+            return
         keep = ends.needs_backward
-        returned = self._through_trunk(place, hidden, batch, ReleaseKind.ACTIVATION, keep_graph=keep)
-        returned.requires_grad_(keep)
-        loss = ends.run_top(returned, lengths, labels, train=True)
+        reply = self._ask_forward(place, hidden, batch, ReleaseKind.ACTIVATION, keep_graph=keep)
+        yield
+        returned = self._received(reply).requires_grad_(keep)
+        done.add(ends.run_top(returned, lengths, labels, train=True))
         if returned.grad is None:
-            return loss, Below(self, hidden, None)
+            return
         payload = self.gate.release(ReleaseKind.GRADIENT, returned.grad)
         reply = self.link.request(Backward(0, 0, place.round, place.step, place.micro, payload))
-        return loss, Below(self, hidden, reply)
-
-    def _through_trunk(
-        self, place: Place, hidden: Tensor, batch: Batch, kind: ReleaseKind, *, keep_graph: bool
-    ) -> Tensor:
-        """Release activations (B, T, D), get the trunk's output back; it keeps its graph for a Backward if asked."""
-        payload = self.gate.release(kind, hidden)
-        padded = bool((batch.lengths != batch.input_ids.shape[1]).any())
-        lengths = tuple(int(length) for length in batch.lengths) if padded else ()
-        tokens = batch.label_tokens
-        request = Forward(0, 0, place.round, place.step, place.micro, keep_graph, tokens, lengths, payload)
-        answer = answered(self.link.request(request))
-        if not isinstance(answer, Hidden):
-            raise ProtocolError(f"{type(answer).__name__} instead of hidden states")
-        return decode_tensor(answer.hidden, self.ends.device, what="what the trunk returned")
-
-    def evaluate(self, round_: int, batches: Sequence[Batch]) -> HeadLoss:
-        """Summed loss over held-out batches; their activations pass the gate like any others."""
-        total, tokens = 0.0, 0
-        with torch.no_grad():
-            for number, batch in enumerate(batches):
-                input_ids, labels, lengths = on_device(batch, self.ends.device)
-                hidden = self.ends.run_bottom(input_ids, lengths, train=False)
-                if not self.ends.trunk_is_empty:
-                    kind = ReleaseKind.HELD_OUT_ACTIVATION
-                    hidden = self._through_trunk(Place(round_, 0, number), hidden, batch, kind, keep_graph=False)
-                loss = self.ends.run_top(hidden, lengths, labels, train=False)
-                total, tokens = total + loss.total, tokens + loss.tokens
-        return HeadLoss(total, tokens)
-
-
-@dataclass
-class Below:
-    """The last hop of a micro-batch: the gradient for the bottom, once the trunk has sent it."""
-
-    trainer: Trainer
-    hidden: Tensor
-    reply: Future[Answer] | None
-
-    def finish(self) -> None:
-        """Wait for the trunk, and run backward through the bottom where it trains."""
-        ends = self.trainer.ends
-        if self.reply is None:
-            return
-        answer = answered(self.reply)
+        yield
+        answer = answered(reply)
         if not isinstance(answer, Gradient):
             raise ProtocolError(f"{type(answer).__name__} instead of a gradient")
         if ends.bottom_trains and answer.gradient is not None:
             gradient = decode_tensor(answer.gradient, ends.device, what="the gradient that the trunk returned")
-            self.hidden.backward(gradient)  # type: ignore[no-untyped-call]
+            hidden.backward(gradient)  # type: ignore[no-untyped-call]
+
+    def _judge(self, place: Place, batch: Batch, done: Sum) -> Crossing:
+        """The hops of one held-out batch."""
+        ends = self.ends
+        input_ids, labels, lengths = on_device(batch, ends.device)
+        hidden = ends.run_bottom(input_ids, lengths, train=False)
+        if not ends.trunk_is_empty:
+            reply = self._ask_forward(place, hidden, batch, ReleaseKind.HELD_OUT_ACTIVATION, keep_graph=False)
+            yield
+            hidden = self._received(reply)
+        done.add(ends.run_top(hidden, lengths, labels, train=False))
+
+    def _ask_forward(
+        self, place: Place, hidden: Tensor, batch: Batch, kind: ReleaseKind, *, keep_graph: bool
+    ) -> Future[Answer]:
+        """Release activations (B, T, D) to the trunk; it keeps its graph for a Backward if asked."""
+        payload = self.gate.release(kind, hidden)
+        padded = bool((batch.lengths != batch.input_ids.shape[1]).any())
+        lengths = tuple(int(length) for length in batch.lengths) if padded else ()
+        tokens = batch.label_tokens
+        return self.link.request(
+            Forward(0, 0, place.round, place.step, place.micro, keep_graph, tokens, lengths, payload)
+        )
+
+    def _received(self, reply: Future[Answer]) -> Tensor:
+        """The trunk's output (B, T, D), once it is there."""
+        answer = answered(reply)
+        if not isinstance(answer, Hidden):
+            raise ProtocolError(f"{type(answer).__name__} instead of hidden states")
+        return decode_tensor(answer.hidden, self.ends.device, what="what the trunk returned")
+
+
+def in_turn(crossings: Iterable[Crossing], in_flight: int) -> Iterator[None]:
+    """Run micro-batches with at most ``in_flight`` of them under way; yields after each hop.
+
+    They go on in the order of their requests, which is the trunk's order of answers. So gradients add up in one
+    order, whatever the window, and while the trunk works on one micro-batch its client works on another.
+    """
+    to_come, under_way = iter(crossings), deque[Crossing]()
+    while True:
+        fresh = next(to_come, None) if len(under_way) < in_flight else None
+        if fresh is None and not under_way:
+            return
+        crossing = fresh or under_way.popleft()
+        try:
+            next(crossing)
+        except StopIteration:
+            pass
+        else:
+            under_way.append(crossing)
+        yield
 
 
 def answered(reply: Future[Answer]) -> Answer:

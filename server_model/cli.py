@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from splitfl.allocator import keep_freed_memory
 from splitfl.console import command, note, parse_address, print_json, require_loopback
 from splitfl.errors import INTERRUPTED_EXIT_CODE, SplitFLError
 from splitfl.files import claimed
@@ -42,6 +43,7 @@ def serve(
         host, port = parse_address(listen)
         require_loopback(host, insecure=insecure)
         report = report_json if as_json else report_text
+        keep_freed_memory()
         with claimed(state):
             coordinator = prepare(
                 model, federation, state, device, threads, report, resume=resume, check=not skip_check

@@ -65,6 +65,8 @@ def test_every_field_says_what_it_is_and_in_which_unit(section: type[BaseModel])
         ({"model": {"train": "some"}}, "model.train"),
         ({"model": {"n_bottom": -1}}, "model.n_bottom"),
         ({"optimizer": {"learning_rate": 0}}, "optimizer.learning_rate"),
+        ({"optimizer": {"learning_rate": float("inf")}}, "optimizer.learning_rate"),
+        ({"batch": {"in_flight": 0}}, "batch.in_flight"),
         ({"optimizer": {"beta2": 1.0}}, "optimizer.beta2"),
         ({"merge": {"share": "all"}}, "merge.share"),
         ({"trunk": {"mode": "parallel"}}, "trunk.mode"),

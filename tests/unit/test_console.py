@@ -59,7 +59,7 @@ def test_address_is_taken_apart(text: str, parts: tuple[str, int]) -> None:
     assert parse_address(text) == parts
 
 
-@pytest.mark.parametrize("text", ["", "7000", ":7000", "host", "host:", "host:http", "host:65536", "host:-1"])
+@pytest.mark.parametrize("text", ["", "7000", ":7000", "host", "host:", "host:http", "host:65536", "host:-1", "host:²"])
 def test_address_without_host_or_port_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="HOST:PORT"):
         parse_address(text)

@@ -1,0 +1,62 @@
+"""Several micro-batches under way at once change when things are computed, and nothing of what is computed."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import pytest
+import torch
+
+from client_model.trainer import in_turn
+from tests.parity.federating import exact_settings, federate
+
+
+def losses_with(in_flight, model, notes, folder):
+    settings = exact_settings(
+        rounds={"count": 2, "local_steps": 3},
+        batch={"records": 8, "micro_batches": 4, "max_length": 40, "pack": False, "in_flight": in_flight},
+        model={"n_bottom": 1, "n_top": 1, "freeze_below": 0},
+        trunk={"max_tokens_in_flight": 2 * 2 * 40},  # room for two: the others wait for it
+    )
+    outcome = federate(model, {"solo": notes["oncology"]}, settings, folder)
+    return outcome.step_losses["solo"]
+
+
+@pytest.mark.parametrize("in_flight", [2, 3, 32])
+def test_window_changes_no_loss_by_a_bit(in_flight, llama, notes, tmp_path):
+    one_by_one = losses_with(1, llama, notes, tmp_path / "one")
+    together = losses_with(in_flight, llama, notes, tmp_path / "more")
+    assert together == one_by_one
+    assert len(together) == 6
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 3, 5, 9])
+def test_requests_are_awaited_in_the_order_in_which_they_were_made(in_flight):
+    made, awaited, open_now, most = [], [], set(), 0
+
+    def crossing(number):
+        nonlocal most
+        open_now.add(number)
+        most = max(most, len(open_now))
+        for hop in range(2):
+            made.append((number, hop))
+            yield
+            awaited.append((number, hop))
+        open_now.discard(number)
+
+    list(in_turn((crossing(number) for number in range(5)), in_flight))
+    assert awaited == made
+    assert len(awaited) == 10
+    assert most == min(in_flight, 5)
+
+
+def test_failure_of_one_micro_batch_ends_the_step():
+    reply: Future[torch.Tensor] = Future()
+    reply.set_exception(ValueError("lost"))
+
+    def crossing():
+        yield
+        reply.result()
+
+    with pytest.raises(ValueError, match="lost"):
+        list(in_turn([crossing(), crossing()], 2))
