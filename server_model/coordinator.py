@@ -13,9 +13,11 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,6 +64,8 @@ from splitfl.wire.messages import (
 from splitfl.wire.session import choose_version
 
 log = logging.getLogger("splitfl.server")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Coordinator:
         store.begin(model, settings, self.manifest, resume=resume)
         trunk = Trunk(settings, self.source, range(settings.bottoms[0], self.layers - settings.tops[0]), device)
         self.engine = Engine(trunk, settings)
+        self._codec = ThreadPoolExecutor(max_workers=1, thread_name_prefix="codec")
         self.incarnation = secrets.token_hex(8)
         self.rounds = Rounds(settings, self.source, store, self.engine, self.blobs, clock=clock, say=self._say)
         if resume:
@@ -185,7 +190,7 @@ class Coordinator:
         return Chunk(request.seq, request.sha256, request.offset, total, TensorBytes("u8", (len(data),), data))
 
     async def _forward(self, member: Member, request: Forward) -> Answer:
-        hidden = await asyncio.to_thread(decode_tensor, request.hidden, self.device, what="hidden")
+        hidden = await self._in_order(decode_tensor, request.hidden, self.device, what="hidden")
         batch, time_, _ = checked_shape(hidden, self.source.config.hidden_size)
         self._check_size(request, batch, time_)
         lengths = torch.tensor(request.lengths, device=self.device) if request.lengths else None
@@ -223,7 +228,7 @@ class Coordinator:
             raise ProtocolError(f"micro-batch {request.micro} of {limits.micro_batches}", field="micro")
 
     async def _backward(self, member: Member, request: Backward) -> Answer:
-        gradient = await asyncio.to_thread(decode_tensor, request.gradient, self.device, what="gradient")
+        gradient = await self._in_order(decode_tensor, request.gradient, self.device, what="gradient")
         checked_shape(gradient, self.source.config.hidden_size)
         key = StepKey(request.round, request.step, request.micro)
         below = await self.engine.backward(member.name, key, gradient)
@@ -231,9 +236,13 @@ class Coordinator:
         payload = await self._encode(below, "the gradient at the trunk's input") if owed else None
         return Gradient(request.seq, key.round, key.step, key.micro, payload)
 
+    async def _in_order(self, convert: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a codec on its one thread, so that no micro-batch overtakes the one that its client sent before."""
+        return await asyncio.get_running_loop().run_in_executor(self._codec, partial(convert, *args, **kwargs))
+
     async def _encode(self, output: Tensor, what: str) -> TensorBytes:
         try:
-            return await asyncio.to_thread(encode_tensor, output, self.settings.wire.codec)
+            return await self._in_order(encode_tensor, output, self.settings.wire.codec)
         except NumericalError as error:
             raise NumericalError(f"{what} holds NaN or infinity", error.remedy) from error
 
@@ -260,6 +269,7 @@ class Coordinator:
         """Stop computing; what is durable stays."""
         self.members.close()
         self.engine.close()
+        self._codec.shutdown(wait=True, cancel_futures=True)
 
     def _say(self, event: str, **facts: object) -> None:
         with contextlib.suppress(OSError):  # a full disk under the log, or nobody reads it: the federation goes on

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from concurrent.futures import Future
 
 import pytest
 import torch
 
 from client_model.trainer import in_turn
+from splitfl.codec.tensors import decode_tensor
 from tests.parity.federating import exact_settings, federate
 
 
@@ -28,6 +31,17 @@ def test_window_changes_no_loss_by_a_bit(in_flight, llama, notes, tmp_path):
     together = losses_with(in_flight, llama, notes, tmp_path / "more")
     assert together == one_by_one
     assert len(together) == 6
+
+
+def test_no_micro_batch_overtakes_another_at_the_server(llama, notes, tmp_path, monkeypatch):
+    calls = itertools.count()
+
+    def now_and_then_slow(*args, **kwargs):
+        time.sleep(0.05 * (next(calls) % 3 == 0))
+        return decode_tensor(*args, **kwargs)
+
+    monkeypatch.setattr("server_model.coordinator.decode_tensor", now_and_then_slow)
+    assert len(losses_with(2, llama, notes, tmp_path)) == 6
 
 
 @pytest.mark.parametrize("in_flight", [1, 2, 3, 5, 9])
