@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import typer
 from pydantic import TypeAdapter, ValidationError
@@ -54,7 +54,10 @@ def join(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line: events, then report.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
 ) -> None:
-    """Train with a federation until it ends: your text stays here, activations go to the trunk."""
+    """Train with a federation until it ends: the file stays here, activations computed from it go to the trunk.
+
+    In privacy mode "off", the only one so far, the server can read the text out of them.
+    """
     with command(verbose=verbose):
         url = check_address(address, insecure=insecure)
         check_name(name)
@@ -74,10 +77,18 @@ def join(
 def check_address(address: str, *, insecure: bool) -> str:
     """The websocket address to join. Raises ConfigError."""
     parts = urlsplit(address)
-    if parts.scheme != "ws" or not parts.hostname:
+    if parts.scheme != "ws" or not parts.hostname or not has_port(parts):
         raise ConfigError(f"{address!r} is no address to join", "Write it as ws://HOST:PORT, as `splitfl serve` says.")
     require_loopback(parts.hostname, insecure=insecure)
     return address
+
+
+def has_port(parts: SplitResult) -> bool:
+    """Whether the address names a port that can be one; a websocket's default, 80, is never meant."""
+    try:
+        return bool(parts.port)
+    except ValueError:
+        return False
 
 
 def check_name(name: str) -> None:
@@ -207,14 +218,27 @@ class EventPrinter:
             note(("\r\x1b[K" if self.live else "") + text)
 
 
+#: what a client's person should know of the data, where it is not 0
+REMARKS = {
+    "skipped_rows": "rows skipped",
+    "truncated_records": "rows cut off at batch.max_length",
+    "parted_rows": "answers cut from their prompts by packing (batch.pack = false keeps rows whole)",
+}
+
+
 def describe(event: str, facts: dict[str, Any]) -> str:
     """One line for a person."""
     match event:
         case "fetching":
             return str(facts["text"])
         case "data":
-            skipped = f", {facts['skipped_rows']} rows skipped" if facts["skipped_rows"] else ""
-            return f"data: {facts['train_records']} records to train on, {facts['held_out_records']} held out{skipped}"
+            counts = f"{facts['train_records']} records to train on, {facts['held_out_records']} held out"
+            text = f"data: {facts['rows']} rows, which make {counts}"
+            return text + "".join(f", {facts[key]} {meaning}" for key, meaning in REMARKS.items() if facts[key])
+        case "privacy":
+            return f"privacy: {facts['mode']}. {facts['statement']}"
+        case "data_changed":
+            return "the data file has changed since this client began; going on with what is there now"
         case "waiting":
             return "waiting for the next round"
         case "step":
@@ -243,7 +267,8 @@ def describe(event: str, facts: dict[str, Any]) -> str:
 def print_report(report: dict[str, Any]) -> None:
     """The closing report for a person, on stdout."""
     losses = report["held_out_losses"]
-    lines = [f"{report['client']} in {report['federation']}: {report['rounds']} rounds, {report['seconds']:.0f} s"]
+    rounds = f"part in {report['rounds_taken']} of {report['rounds']} rounds"
+    lines = [f"{report['client']} in {report['federation']}: {rounds}, {report['seconds']:.0f} s"]
     if losses:
         first, last = (f"{entry['loss']:.3f} after {entry['round']} rounds" for entry in (losses[0], losses[-1]))
         lines.append(f"  held-out loss: {first}, {last} (nats per token)")
@@ -251,6 +276,12 @@ def print_report(report: dict[str, Any]) -> None:
     lines.append(
         f"  link: {traffic['bytes_sent'] / 1e6:.1f} MB sent, {traffic['bytes_received'] / 1e6:.1f} MB received"
     )
+    if report["starts"] > 1:
+        lines.append(f"  counted over {report['starts']} starts of this client")
+    if report["uncounted_starts"]:
+        lines.append(
+            f"  NOT counted: what {report['uncounted_starts']} of them, cut short, sent after the last saved round"
+        )
     privacy = report["privacy"]
     lines.append(f"  privacy: {privacy['mode']}. {privacy['statement']}")
     lines.append(f"  stayed here: {', '.join(privacy['stayed'])}")

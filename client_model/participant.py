@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from client_model.assets import PIECE_BYTES, Assets, RemoteSource
 from client_model.ends import Ends
 from client_model.link import SessionLostError
 from client_model.records import ClientData, open_tokenizer
-from client_model.store import ClientStore, SessionRecord, Snapshot
+from client_model.store import ClientStore, SessionRecord, Snapshot, Tally
 from client_model.trainer import MissedStepError, Trainer
 from splitfl.codec.tensors import check_finite
 from splitfl.config import Federation, parse_federation
@@ -95,6 +95,7 @@ class Participant:
     losses: list[dict[str, Any]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     in_step: bool = False  # a step is under way: Ctrl-C waits for its end
+    tally: Tally | None = None
     agreed: tuple[object, ...] = ()  # what of Welcome everything here was prepared for
 
     def run(self, link: Connection, welcome: Welcome, url: str) -> dict[str, Any]:
@@ -103,6 +104,15 @@ class Participant:
         Raises PausedError after Ctrl-C, and SplitFLError with its remedy for anything that cannot go on.
         """
         self.link, self.url = link, url
+        try:
+            return self._run(welcome)
+        finally:
+            if self.tally is not None:
+                with contextlib.suppress(SplitFLError):  # unsaved, it says so itself: it stays open
+                    self._save_tally(still_open=False)
+
+    def _run(self, welcome: Welcome) -> dict[str, Any]:
+        """Go on, from one restart of the server to the next, until the federation ends."""
         while True:
             try:
                 if self.agreed != terms(welcome):
@@ -128,7 +138,7 @@ class Participant:
         self.evaluation: list[Batch] = self.data.evaluation()
         self._say("data", **self._data_facts())
         self.source: TensorSource = self._open_source()
-        self.gate = Gate(self.settings.wire.codec)
+        self._open_tally()
         self.agreed = terms(welcome)
 
     def _checked_cut(self, cut: Cut) -> Cut:
@@ -153,12 +163,42 @@ class Participant:
         self.assets.fetch_tensors(ends_names(source.config, self.cut))
         return source
 
+    def _open_tally(self) -> None:
+        """Count on from what earlier starts have saved; done before anything leaves in this one."""
+        if self.tally is None:
+            before = self.store.tally()
+            if before.data not in ("", self.data.fingerprint):
+                self._say("data_changed")
+            cut_short = before.uncounted_starts + before.open
+            self.before = before
+            self.tally = replace(before, starts=before.starts + 1, uncounted_starts=cut_short)
+            self.gate = Gate(self.settings.wire.codec, before.releases, before.released_bytes)
+        self.gate.codec = self.settings.wire.codec
+        self._save_tally(still_open=True)
+        self._say("privacy", **{key: self.gate.report()[key] for key in ("mode", "statement")})
+
+    def _save_tally(self, *, still_open: bool) -> None:
+        assert self.tally is not None
+        traffic = self._total_traffic()
+        self.tally = replace(
+            self.tally,
+            open=still_open,
+            data=self.data.fingerprint,
+            releases=dict(self.gate.releases),
+            released_bytes=dict(self.gate.bytes),
+            bytes_sent=traffic["bytes_sent"],
+            bytes_received=traffic["bytes_received"],
+        )
+        self.store.save_tally(self.tally)
+
     def _data_facts(self) -> dict[str, Any]:
         return {
+            "rows": self.data.rows,
             "train_records": len(self.data.train),
             "held_out_records": len(self.data.held_out) if self.data.held_out is not None else 0,
             "skipped_rows": self.data.skipped,
             "truncated_records": self.data.train.truncated,
+            "parted_rows": self.data.train.parted,
         }
 
     def _remember(self, welcome: Welcome, next_seq: int = -1) -> None:
@@ -239,6 +279,9 @@ class Participant:
         if not isinstance(answer, RoundDurable):
             raise ProtocolError(f"{type(answer).__name__} instead of a merged round")
         self._take_merge(answer.weights)
+        assert self.tally is not None
+        self.tally = replace(self.tally, rounds_taken=self.tally.rounds_taken + answer.merged)
+        self._save_tally(still_open=True)
         self._say("round_durable", round=round_, merged=answer.merged)
 
     def _upload(self, data: bytes) -> str:
@@ -290,14 +333,18 @@ class Participant:
         self._evaluate(finished.round + 1)
         path = self.store.save_merged({name: tensor.contiguous() for name, tensor in self.ends.weights().items()})
         self._say_goodbye()
+        assert self.tally is not None
         return {
             "client": self.name,
             "federation": self.settings.name,
             "rounds": finished.round + 1,
+            "rounds_taken": self.tally.rounds_taken,
+            "starts": self.tally.starts,
+            "uncounted_starts": self.tally.uncounted_starts,
             "cut": str(self.cut),
             "held_out_losses": self.losses,
             "data": self._data_facts(),
-            "bytes": self._traffic(),
+            "bytes": self._total_traffic(),
             "privacy": self.gate.report(),
             "weights": str(path),
             "seconds": time.monotonic() - self.started,
@@ -310,6 +357,11 @@ class Participant:
 
     def _traffic(self) -> dict[str, int]:
         return {"bytes_sent": self.link.bytes_sent, "bytes_received": self.link.bytes_received}
+
+    def _total_traffic(self) -> dict[str, int]:
+        """Over all starts, as far as they were counted."""
+        sent, received = self.before.bytes_sent, self.before.bytes_received
+        return {"bytes_sent": sent + self.link.bytes_sent, "bytes_received": received + self.link.bytes_received}
 
     def _say(self, event: str, **facts: Any) -> None:
         self.report(Event(event, facts))

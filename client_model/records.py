@@ -24,20 +24,24 @@ class ClientData:
     train: RecordSet
     held_out: RecordSet | None
     pad_token_id: int
-    skipped: int  # rows that could not be read
+    rows: int
+    skipped: int  # rows that could not be read, beside those
+    fingerprint: str  # tells whether the file is still the same
 
     @classmethod
     def open(cls, path: Path, settings: Federation, tokenizer: Any, *, skip_bad: bool = False) -> ClientData:
         """Read ``path``. Raises DataError for a file that holds nothing to train on."""
         corpus = open_corpus(path, skip_bad=skip_bad)
-        train, held_out = split_corpus(corpus, settings.evaluation.held_out_fraction, settings.seed)
+        train, held_out = split_corpus(corpus, settings.evaluation.held_out_fraction, settings.evaluation.seed)
         batch = settings.batch
         return cls(
             settings,
             RecordSet(corpus, train, tokenizer, batch.max_length, batch.pack),
             RecordSet(corpus, held_out, tokenizer, batch.max_length, batch.pack) if len(held_out) else None,
             pad_token(tokenizer),
+            len(corpus),
             corpus.skipped,
+            corpus.fingerprint,
         )
 
     def order(self, name: str, cursor: tuple[int, int] = (0, 0)) -> DataOrder:
@@ -54,11 +58,12 @@ class ClientData:
         return [collate(piece, longest, self.pad_token_id) for piece in pieces]
 
     def evaluation(self) -> list[Batch]:
-        """The held-out batches that are measured, always the same ones."""
+        """The held-out batches that are measured: always the same ones, spread evenly, for files are often sorted."""
         if self.held_out is None:
             return []
         count = min(len(self.held_out), self.settings.evaluation.records)
-        return batches([self.held_out[index] for index in range(count)], self.settings, self.pad_token_id)
+        picked = [self.held_out[number * len(self.held_out) // count] for number in range(count)]
+        return batches(picked, self.settings, self.pad_token_id)
 
 
 def batches(records: Sequence[Any], settings: Federation, pad_token_id: int) -> list[Batch]:

@@ -1,5 +1,6 @@
 """A client's own state folder: what it needs to go on after any fault.
 
+    tally.json                  what has left so far, over all starts
     client.json                 name, federation, session token (to resume)
     model/                      config and tokenizer as the server handed them out
     snapshots/round-000003/     weights.safetensors  optimizer.safetensors  state.json
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -53,6 +54,21 @@ class SessionRecord:
     manifest: str = ""  # of the base model, to tell federations apart
 
 
+@dataclass(frozen=True)
+class Tally:
+    """What this client has done over all its starts, as far as it was saved. Bytes by kind, and on the link."""
+
+    starts: int = 0
+    uncounted_starts: int = 0  # those that were cut short: what they sent after their last saved tally is unknown
+    open: bool = False  # a start is under way, or was cut short
+    rounds_taken: int = 0
+    releases: Mapping[str, int] = field(default_factory=dict)
+    released_bytes: Mapping[str, int] = field(default_factory=dict)
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    data: str = ""  # fingerprint of the data file
+
+
 class ClientStore:
     """The state folder of one client."""
 
@@ -81,6 +97,22 @@ class ClientStore:
     def save_session(self, record: SessionRecord) -> None:
         """Remember a session."""
         write_file(self.folder / "client.json", json.dumps(asdict(record)).encode())
+
+    def tally(self) -> Tally:
+        """What was saved last; an empty one on a fresh folder. Raises StorageError when it is damaged."""
+        path = self.folder / "tally.json"
+        if not path.exists():
+            return Tally()
+        try:
+            return Tally(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise StorageError(
+                f"{path} cannot be read", "Put it back from a copy; without it nobody can say what left before."
+            ) from error
+
+    def save_tally(self, tally: Tally) -> None:
+        """Make the tally durable."""
+        write_file(self.folder / "tally.json", json.dumps(asdict(tally)).encode())
 
     def save(self, snapshot: Snapshot) -> None:
         """Make a snapshot durable and forget all but the last two. Raises StorageError."""

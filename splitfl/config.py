@@ -43,7 +43,9 @@ class Batch(Section):
         2, ge=1, le=32, description="micro-batches that a client has under way at once; 1 = one after another"
     )
     max_length: int = Field(256, ge=2, description="tokens in a record, at most")
-    pack: bool = Field(True, description="true: rows fill blocks of max_length tokens; false: one row a record")
+    pack: bool = Field(
+        True, description="true: rows fill blocks of max_length tokens and are cut there; false: one row a record"
+    )
 
     @model_validator(mode="after")
     def pieces_are_equal(self) -> Batch:
@@ -117,7 +119,12 @@ class Evaluation(Section):
     """What a client measures on its own held-out rows; losses stay at home."""
 
     held_out_fraction: float = Field(0.1, ge=0, lt=1, description="share of the rows that is never trained on")
-    records: int = Field(64, ge=0, description="held-out records that pass the trunk, at most; 0 = none")
+    seed: int = Field(
+        0, ge=0, le=2**31 - 1, description="draws the held-out rows; apart from `seed`, so that seeds compare; no unit"
+    )
+    records: int = Field(
+        64, ge=0, description="held-out records that pass the trunk, at most, spread over all of them; 0 = none"
+    )
     every_rounds: int = Field(1, ge=0, description="rounds between evaluations; 0 = before and after training alone")
 
 
@@ -131,7 +138,12 @@ class Federation(Section):
     """Everything a federation agrees on."""
 
     name: str = Field("federation", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="its name, no unit")
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="seed of cohorts, data order and LoRA's start, no unit")
+    seed: int = Field(
+        0,
+        ge=0,
+        le=2**31 - 1,
+        description="with each client's name: data order; alone: cohorts and LoRA's start; no unit",
+    )
     rounds: Rounds = Rounds()
     batch: Batch = Batch()
     model: Model = Model()

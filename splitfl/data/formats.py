@@ -36,7 +36,8 @@ _CACHED_ROW_GROUPS = 2
 _PARQUET_BATCH_ROWS = 256
 _BOM = b"\xef\xbb\xbf"
 _TOO_LONG = f"is longer than {MAX_ROW_BYTES >> 20} MiB"
-_NOT_UTF8 = "is not UTF-8"
+NOT_UTF8 = "is not UTF-8"
+SAVE_AS_UTF8 = "Save the file as UTF-8; for one out of Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
 
 RawRow = dict[str, object]
 T = TypeVar("T")
@@ -184,9 +185,9 @@ class CommaSeparated(RowFile):
                 names = next(filter(None, csv.reader(lines, delimiter=delimiter, strict=True)), [])
             except csv.Error:
                 names = []
-        if lines.fault == _NOT_UTF8:
-            raise DataError(f"{self.path} {_NOT_UTF8} in its first line", "Save the file as UTF-8")
-        return [name.strip() for name in names]
+        if lines.fault == NOT_UTF8:
+            raise DataError(f"{self.path} {NOT_UTF8} in its first line", SAVE_AS_UTF8)
+        return [known_column(name.strip()) for name in names]
 
     def _named(self, fields: Sequence[str]) -> RawRow:
         if len(fields) > len(self._header):
@@ -297,7 +298,7 @@ class _CsvLines:
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            self.fault = _NOT_UTF8  # the row is bad, yet its quotes still tell where it ends
+            self.fault = NOT_UTF8  # the row is bad, yet its quotes still tell where it ends
             return raw.decode(errors="replace")
 
 
@@ -364,7 +365,7 @@ def _arrow_row(place: tuple[Any, int]) -> RawRow:
     try:
         row: RawRow = table.slice(index, 1).to_pylist()[0]
     except UnicodeDecodeError:
-        raise BadRowError(_NOT_UTF8) from None
+        raise BadRowError(NOT_UTF8) from None
     return row
 
 
@@ -372,7 +373,7 @@ def _decoded(raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        raise BadRowError(_NOT_UTF8) from None
+        raise BadRowError(NOT_UTF8) from None
 
 
 @contextmanager
@@ -397,11 +398,16 @@ def _group_sizes(metadata: Any, columns: Sequence[str]) -> Iterator[int]:
         yield sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
 
 
+def known_column(name: str) -> str:
+    """A column's name as it is known here: ``Text`` is ``text``."""
+    return name.lower() if name.lower() in COLUMNS else name
+
+
 def _columns_shown(names: Sequence[str]) -> str:
     """Column names for an error. A file without a header has its first row there: show plain words alone."""
     shown = [name for name in names if re.fullmatch(r"[A-Za-z]\w{0,31}", name)]
     hidden = len(names) - len(shown)
-    return ", ".join(shown + ([f"{hidden} that are no plain names"] if hidden else [])) or "none"
+    return ", ".join(shown + ([f"{hidden} that look like data, not like names"] if hidden else [])) or "none"
 
 
 def _stat(path: Path) -> os.stat_result:

@@ -32,9 +32,10 @@ class RecordSet(Sequence[Record]):
     """The records of some rows of a corpus, made when asked for.
 
     Making the set tokenises every row once, to count. ``truncated`` is how many rows were cut on the right to
-    ``max_length`` tokens (padded sets), ``unlabelled`` how many records were dropped since no token of theirs
-    carries loss. Raises ``ConfigError`` for ``max_length`` below 2, ``DataError`` when no record is left or a
-    row cannot be encoded (see ``encode_example``).
+    ``max_length`` tokens (padded sets), ``parted`` how many rows with a prompt lie across blocks, so that part of
+    the answer is learned without it (packed sets), ``unlabelled`` how many records were dropped since no token of
+    theirs carries loss. Raises ``ConfigError`` for ``max_length`` below 2, ``DataError`` when no record is left or
+    a row cannot be encoded (see ``encode_example``).
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class RecordSet(Sequence[Record]):
         self.max_length = max_length
         self.pack = pack
         self.truncated = 0
+        self.parted = 0
         self.unlabelled = 0
         self._corpus = corpus
         self._tokenizer = tokenizer
@@ -89,6 +91,9 @@ class RecordSet(Sequence[Record]):
     def _index_blocks(self) -> IntArray:
         labelled: list[IntArray] = [np.zeros(0, np.int64)]
         for position, encoded in self._encoded_rows():
+            first, last = self._ends[position], self._ends[position + 1] - 1
+            parted = first // self.max_length != last // self.max_length
+            self.parted += bool(parted and not encoded.loss_mask.all())
             tokens = np.flatnonzero(encoded.loss_mask) + self._ends[position]
             # The first token of a block has none before it in the block that could predict it.
             labelled.append(np.unique(tokens[tokens % self.max_length > 0] // self.max_length))

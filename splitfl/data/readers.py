@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitfl.data.examples import BadRowError, Example, example_from_row
-from splitfl.data.formats import FORMATS, RowFile, Scanned
+from splitfl.data.formats import FORMATS, NOT_UTF8, SAVE_AS_UTF8, RowFile, Scanned
 from splitfl.errors import ConfigError, DataError
 
 IntArray = NDArray[np.int64]
@@ -55,7 +55,8 @@ class Corpus:
             elif skip_bad:
                 self.skipped += 1
             else:
-                raise DataError(f"{file.path}, {scanned.name} {fault}", _FIX_OR_SKIP)
+                remedy = SAVE_AS_UTF8 if fault == NOT_UTF8 else _FIX_OR_SKIP
+                raise DataError(f"{file.path}, {scanned.name} {fault}", remedy)
 
     def __len__(self) -> int:
         return len(self._file)

@@ -45,4 +45,4 @@ class FedAvg:
         return mean.to(torch.float32)
 
 
-STRATEGIES: dict[str, type[FedAvg]] = {"fedavg": FedAvg}
+STRATEGIES: dict[str, type[Strategy]] = {"fedavg": FedAvg}

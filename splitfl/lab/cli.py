@@ -38,7 +38,8 @@ def init(
             seed=seed,
             max_length=max_length,
         )
-        note(f"wrote {folder}: {family}, {layers} blocks, hidden {hidden}; serve it with: splitfl serve {folder}")
+        note(f"wrote {folder}: {family}, {layers} blocks, hidden {hidden}")
+        note(f"serve it with: splitfl serve {folder} --state STATE")
 
 
 def evaluate(

@@ -12,6 +12,7 @@ decides by itself who is there and when.
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -37,7 +38,7 @@ from splitfl.split.checkpoint import read_config
 from splitfl.split.modes import choose_device
 from splitfl.split.selfcheck import check_family_splits
 from splitfl.wire.frames import decode, encode
-from splitfl.wire.messages import PROTOCOL_VERSIONS, Answer, Failed, Hello, Request, Welcome
+from splitfl.wire.messages import CLIENT_NAME, PROTOCOL_VERSIONS, Answer, Failed, Hello, Request, Welcome
 from splitfl.wire.session import Answered, ClientSession, Connected
 
 T = TypeVar("T")
@@ -97,10 +98,10 @@ class FederationResult:
 
 
 def run_federation(
-    model: Path,
-    data: Mapping[str, Path],
+    model: Path | str,
+    data: Mapping[str, Path | str],
     settings: Federation,
-    folder: Path,
+    folder: Path | str,
     *,
     cuts: Mapping[str, Cut] | None = None,
     device: str = "cpu",
@@ -120,14 +121,16 @@ def run_federation(
 
     Raises whatever the first failing client or the service raised; the others are stopped, and no thread stays behind.
     """
-    check_arguments(data, settings, folder, cuts or {})
+    model, folder = Path(model), Path(folder)
+    texts = {name: Path(path) for name, path in data.items()}
+    check_arguments(texts, settings, folder, cuts or {})
     check_family_splits(read_config(model))
     place, log = choose_device(device), EventLog(report)
     coordinator = Coordinator(model, settings, server_folder(folder), device=place, report=log.of_service)
     coordinator.rounds.machine.present.update(data)  # no round opens before all of them ask for one
     with TemporaryDirectory(dir=folder, prefix=".cache-") as cache, MemoryService(coordinator) as service:
         jobs: dict[str, Callable[[], dict[str, Any]]] = {}
-        for name, path in data.items():
+        for name, path in texts.items():
             store = ClientStore(client_folder(folder, name))
             participant = Participant(name, path, store, Path(cache) / name, place, log.of_client(name))
             jobs[name] = joined(service, participant, (cuts or {}).get(name))
@@ -145,6 +148,12 @@ def check_arguments(data: Mapping[str, Path], settings: Federation, folder: Path
             f"rounds.min_clients = {settings.rounds.min_clients}, but there are {len(data)} clients",
             "Lower it, or add clients: the first round would never open.",
         )
+    for name in data:
+        if re.fullmatch(CLIENT_NAME, name) is None:
+            raise ConfigError(f"{name!r} is no client's name", "Use letters, digits, '.', '_' and '-', at most 64.")
+    for path in data.values():
+        if not path.exists():
+            raise ConfigError(f"{path} does not exist", "Give each client a file or a folder of text.")
     unknown = sorted(cuts.keys() - data.keys())
     if unknown:
         raise ConfigError(f"a cut for {unknown[0]!r}, which has no data", f"Clients are {', '.join(data)}.")

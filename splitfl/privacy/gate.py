@@ -32,10 +32,13 @@ STATEMENT = "No noise was added: the server can read the text, and labels can be
 class Gate:
     """Encodes what leaves and keeps count of it."""
 
-    def __init__(self, codec: CodecName) -> None:
+    def __init__(
+        self, codec: CodecName, releases: Mapping[str, int] | None = None, nbytes: Mapping[str, int] | None = None
+    ) -> None:
+        """``releases`` and ``nbytes``: what had left before, by kind."""
         self.codec = codec
-        self.releases: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
+        self.releases: Counter[str] = Counter(releases)
+        self.bytes: Counter[str] = Counter(nbytes)
 
     def release(self, kind: ReleaseKind, tensor: Tensor) -> TensorBytes:
         """Encode a tensor that leaves. Raises NumericalError for NaN or infinity; then nothing leaves."""

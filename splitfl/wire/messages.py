@@ -24,7 +24,8 @@ ELEMENT_BYTES = {"u8": 1, "f32": 4, "bf16": 2, "f16": 2}
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Index = Annotated[int, Field(ge=-1, le=2**31)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+CLIENT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(pattern=CLIENT_NAME)]
 Token = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,128}$")]
 Text = Annotated[str, Field(max_length=2000)]
 

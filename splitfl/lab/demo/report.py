@@ -39,7 +39,9 @@ def held_out(result: DemoResult) -> Section:
     )
     notes = [
         "Loss in nats per token, and perplexity in brackets, on notes that nobody trained on. local-only: the whole "
-        "model on that client's notes alone, the same steps. centralised: all notes together, the same tokens in all."
+        "model on that client's notes alone, with that client's steps: a third of the tokens that the trunk saw. "
+        "centralised: all notes together, the same tokens in all. One learning rate for all, tuned for none; "
+        "embedding and first block are frozen in all."
     ]
     if all(result.own(client, client) < result.own("federated", client) for client in result.clients):
         notes.append(

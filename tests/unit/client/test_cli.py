@@ -28,7 +28,7 @@ from client_model.participant import Event, Participant
 from client_model.store import ClientStore, SessionRecord, Snapshot
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError, LinkError
-from splitfl.privacy.gate import Gate
+from splitfl.privacy.gate import STATEMENT, Gate
 from splitfl.wire.frames import decode, encode
 from splitfl.wire.messages import Bye, Farewell, Hello
 
@@ -192,9 +192,18 @@ EVENTS = [
     ("fetching", {"text": "fetching 3 tensors"}, "fetching 3 tensors"),
     (
         "data",
-        {"train_records": 9, "held_out_records": 1, "skipped_rows": 2, "truncated_records": 0},
-        "data: 9 records to train on, 1 held out, 2 rows skipped",
+        {
+            "train_records": 9,
+            "held_out_records": 1,
+            "rows": 40,
+            "skipped_rows": 2,
+            "truncated_records": 0,
+            "parted_rows": 3,
+        },
+        "data: 40 rows, which make 9 records to train on, 1 held out, 2 rows skipped, "
+        "3 answers cut from their prompts by packing (batch.pack = false keeps rows whole)",
     ),
+    ("privacy", {"mode": "off", "statement": STATEMENT}, f"privacy: off. {STATEMENT}"),
     ("waiting", {"for_": "the next round"}, "waiting for the next round"),
     ("step", STEP, "round 1 step 5: loss 1.500, 1234 tokens/s, 2.0 MB sent, 0.1 MB received"),
     ("evaluation", {"round": 1, "loss": 2.0, "perplexity": 7.4}, "held-out loss 2.000, perplexity 7.4, after 1 rounds"),
@@ -245,6 +254,9 @@ def test_report_says_what_left_and_what_stayed(
             "client": "ward",
             "federation": "wards",
             "rounds": 3,
+            "rounds_taken": 2,
+            "starts": 4,
+            "uncounted_starts": 1,
             "seconds": 1.0,
             "held_out_losses": losses,
             "bytes": {"bytes_sent": 1, "bytes_received": 2},
@@ -253,7 +265,9 @@ def test_report_says_what_left_and_what_stayed(
         }
     )
     out = capsys.readouterr().out
-    assert "ward in wards: 3 rounds" in out
+    assert "ward in wards: part in 2 of 3 rounds" in out
+    assert "counted over 4 starts" in out
+    assert "NOT counted: what 1 of them" in out
     assert "stayed here: the data file" in out
     assert "left: 1 x weights" in out
     assert ("held-out loss" in out) == bool(losses)

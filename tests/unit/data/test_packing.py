@@ -64,6 +64,10 @@ def test_packed_blocks_joined_are_the_encoded_rows_joined(
         records = RecordSet(corpus, chosen, tokenizer, max_length, pack=True)
         assert len(records) == len(expected)
         assert records.unlabelled == sum(not block.label_tokens and len(block) > 1 for block in blocks)
+        ends = np.cumsum([len(one.ids) for one in encoded])
+        spans = zip(ends - [len(one.ids) for one in encoded], ends - 1, encoded, strict=True)
+        prompted = [(a, z) for a, z, one in spans if not one.loss_mask.all()]
+        assert records.parted == sum(a // max_length != z // max_length for a, z in prompted)
         for number in data.draw(st.permutations(range(len(records)))):
             assert records[number].input_ids.tolist() == expected[number].input_ids.tolist()
             assert records[number].labels.tolist() == expected[number].labels.tolist()

@@ -165,7 +165,7 @@ def test_bad_row_is_refused_with_its_place_and_not_its_text(tmp_path: Path, case
     with pytest.raises(DataError) as caught:
         open_corpus(write(tmp_path / name, content))
     assert says in caught.value.message
-    assert "--skip-bad" in caught.value.remedy
+    assert ("iconv" if "not UTF-8" in says else "--skip-bad") in caught.value.remedy
     assert "SECRET" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -201,11 +201,16 @@ UNUSABLE: dict[str, tuple[str, str | bytes | None, str]] = {
     "csv without a text column": ("a.csv", "id,note\n1,SECRET\n", "has no text column, only id, note"),
     "csv with a prompt alone": ("a.csv", "prompt\nSECRET\n", "has no text column, only prompt"),
     "csv with messages alone": ("a.csv", "messages\nSECRET\n", "has no text column, only messages"),
-    "csv without a header": ("a.csv", "SECRET of a patient,SECRET 7\n", "only 2 that are no plain names"),
+    "csv without a header": ("a.csv", "SECRET of a patient,SECRET 7\n", "only 2 that look like data, not like names"),
     "csv header not utf-8": ("a.csv", b"text,\xe9\n", "is not UTF-8 in its first line"),
     "parquet that is none": ("a.parquet", "SECRET" * 10, "is not a Parquet file"),
     "parquet without a text column": ("a.parquet", _parquet(note=["SECRET"]), "has no text column, only note"),
 }
+
+
+def test_column_names_may_have_capitals(tmp_path: Path) -> None:
+    corpus = open_corpus(write(tmp_path / "a.csv", "ID,Text\n1,a cough\n"))
+    assert corpus[0].text == "a cough"
 
 
 @pytest.mark.parametrize("case", UNUSABLE)

@@ -1,0 +1,83 @@
+"""What left is counted over all starts of a client; a start that was cut short is said to be uncounted."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_pause import STEPS, participant, service
+
+from client_model.participant import Event, PausedError
+from client_model.store import ClientStore
+from splitfl.errors import StorageError
+from splitfl.lab.federation import URL, MemoryLink, MemoryService
+from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello
+
+
+def whole_report(folder: Path, model: Path, data: Path) -> dict[str, Any]:
+    with service(model, folder / "server") as running:
+        link = MemoryLink(running, Hello(PROTOCOL_VERSIONS, "a"))
+        return participant(folder, data).run(link, link.open(), URL)
+
+
+def start(running: MemoryService, folder: Path, data: Path, stop_after: tuple[int, int] | None = None) -> Any:
+    """One start of the client; it pauses after that step. Its report and events."""
+    events: list[Event] = []
+    client = participant(folder, data, events.append)
+    client.stop = lambda: stop_after in [(e.facts["round"], e.facts["step"]) for e in events if e.event == "step"]
+    record = client.store.session()
+    link = MemoryLink(running, Hello(PROTOCOL_VERSIONS, "a", resume=record.token if record else ""))
+    if record is not None and record.next_seq >= 0:
+        link._session._next_seq = link._session._ack = record.next_seq  # as the websocket link is told
+    return client.run(link, link.open(), URL), events
+
+
+def test_report_after_a_pause_counts_what_left_before_it(
+    tmp_path: Path, small_model: Path, wards: dict[str, Path]
+) -> None:
+    undisturbed = whole_report(tmp_path / "whole", small_model, wards["a"])
+    with service(small_model, tmp_path / "server") as running:
+        with pytest.raises(PausedError):
+            start(running, tmp_path, wards["a"], (1, STEPS - 2))
+        report, _ = start(running, tmp_path, wards["a"])
+    assert report["privacy"]["left"] == undisturbed["privacy"]["left"]
+    assert (report["starts"], report["uncounted_starts"], report["rounds_taken"]) == (2, 0, 2)
+    assert report["bytes"]["bytes_sent"] >= undisturbed["bytes"]["bytes_sent"]
+
+
+def test_start_that_was_cut_short_is_said_to_be_uncounted(
+    tmp_path: Path, small_model: Path, wards: dict[str, Path]
+) -> None:
+    store = ClientStore(tmp_path / "client")
+    store.save_tally(replace(store.tally(), starts=1, open=True, releases={"activations": 7}))
+    with service(small_model, tmp_path / "server") as running:
+        report, _ = start(running, tmp_path, wards["a"])
+    assert (report["starts"], report["uncounted_starts"]) == (2, 1)
+    assert report["privacy"]["left"]["activations"]["releases"] == 7 + 2 * STEPS
+    assert not ClientStore(tmp_path / "client").tally().open
+
+
+def test_privacy_mode_is_said_before_anything_leaves(tmp_path: Path, small_model: Path, wards: dict[str, Path]) -> None:
+    with service(small_model, tmp_path / "server") as running:
+        _, events = start(running, tmp_path, wards["a"])
+    names = [event.event for event in events]
+    assert names.index("privacy") < min(names.index("evaluation"), names.index("step"))
+
+
+def test_changed_data_file_is_said(tmp_path: Path, small_model: Path, wards: dict[str, Path]) -> None:
+    with service(small_model, tmp_path / "server") as running:
+        with pytest.raises(PausedError):
+            start(running, tmp_path, wards["a"], (0, 0))
+        os.utime(wards["a"], ns=(1, 1))
+        _, events = start(running, tmp_path, wards["a"])
+    assert "data_changed" in [event.event for event in events]
+
+
+def test_damaged_tally_is_refused_and_not_begun_anew(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path)
+    (tmp_path / "tally.json").write_text('{"starts": 3')
+    with pytest.raises(StorageError, match=r"tally\.json cannot be read"):
+        store.tally()

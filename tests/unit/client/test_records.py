@@ -1,0 +1,61 @@
+"""What a client trains on and what it measures with, from one file and the federation's settings."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client_model.records import ClientData
+from splitfl.config import parse_federation
+from splitfl.data.packing import Batch
+from tests.unit.data.conftest import make_tokenizer
+
+ROWS = [f"the cough of patient {number:03d}" for number in range(300)]
+
+
+def opened(path: Path, bpe: Any, *, seed: int = 0, draw: int = 0) -> ClientData:
+    tables = {
+        "seed": seed,
+        "batch": {"pack": False, "records": 4},
+        "evaluation": {"held_out_fraction": 0.3, "records": 8, "seed": draw},
+    }
+    return ClientData.open(path, parse_federation(tables, "the test"), bpe)
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "notes.jsonl"
+    file.write_text("\n".join(json.dumps({"text": row}) for row in ROWS))
+    return file
+
+
+def measured(data: ClientData) -> list[list[int]]:
+    return [row for batch in data.evaluation() for row in rows_of(batch)]
+
+
+def rows_of(batch: Batch) -> list[list[int]]:
+    return [ids[:length].tolist() for ids, length in zip(batch.input_ids, batch.lengths, strict=True)]
+
+
+def test_measured_records_are_spread_over_the_file(path: Path, bpe: Any) -> None:
+    data = opened(path, bpe)
+    assert data.held_out is not None
+    rows = [record.input_ids.tolist() for record in data.held_out]
+    places = [rows.index(row) for row in measured(data)]
+    assert len(places) == 8
+    assert places[-1] >= len(rows) * 7 // 8
+    assert all(0 < after - before <= len(rows) // 8 + 1 for before, after in pairwise(places))
+
+
+def test_seed_of_the_training_leaves_the_held_out_rows_alone(path: Path, bpe: Any) -> None:
+    assert measured(opened(path, bpe, seed=1)) == measured(opened(path, bpe, seed=2))
+    assert measured(opened(path, bpe, draw=1)) != measured(opened(path, bpe, draw=2))
