@@ -67,6 +67,16 @@ def test_privacy_mode_is_said_before_anything_leaves(tmp_path: Path, small_model
     assert names.index("privacy") < min(names.index("evaluation"), names.index("step"))
 
 
+def test_every_event_and_every_key_of_the_report_is_documented(
+    tmp_path: Path, small_model: Path, wards: dict[str, Path]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "joining.md").read_text()
+    with service(small_model, tmp_path / "server") as running:
+        report, events = start(running, tmp_path, wards["a"])
+    for name in {*report, *report["data"], *report["privacy"], *(event.event for event in events)}:
+        assert f"`{name}`" in page
+
+
 def test_changed_data_file_is_said(tmp_path: Path, small_model: Path, wards: dict[str, Path]) -> None:
     with service(small_model, tmp_path / "server") as running:
         with pytest.raises(PausedError):
