@@ -83,8 +83,8 @@ def prepare(
 async def run(coordinator: Coordinator, host: str, port: int, report: object) -> None:
     """Listen until the federation has ended and its clients have left, or a signal comes."""
     from server_model.coordinator import Progress
-    from server_model.engine import BACKGROUND_FAILURE
     from server_model.service import Service
+    from server_model.tasks import BACKGROUND_FAILURE
 
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from server_model.blobs import Blobs
-from server_model.engine import Engine, MissedError, StepKey
+from server_model.engine import Engine
 from server_model.members import Member, Members
 from server_model.rounds import Rounds
+from server_model.steps import MissedError, StepKey
 from server_model.store import Store
 from server_model.trunk import Rows, Trunk
 from server_model.updates import HEADER_ALLOWANCE

@@ -14,11 +14,12 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor
 
+from server_model.steps import Arrival, Joint, MissedError, StepKey, StepWork
+from server_model.tasks import done, spawn
 from server_model.trunk import Graph, Rows, Trunk
 from splitfl.config import Federation
 from splitfl.errors import ProtocolError
@@ -26,65 +27,6 @@ from splitfl.federation.schedule import learning_rate
 
 log = logging.getLogger("splitfl.server.engine")
 T = TypeVar("T")
-
-
-class MissedError(Exception):
-    """The client is not, or no longer, part of the step it asks about."""
-
-
-@dataclass(frozen=True)
-class StepKey:
-    """Round, step and micro-batch, each from 0."""
-
-    round: int
-    step: int
-    micro: int
-
-
-@dataclass
-class Arrival:
-    """A forward that waits for its turn."""
-
-    client: str
-    key: StepKey
-    blocks: range
-    rows: Rows
-    label_tokens: int
-    train: bool
-    reply: asyncio.Future[Tensor]
-
-    @property
-    def tokens(self) -> int:
-        return self.rows.hidden.shape[0] * self.rows.hidden.shape[1]
-
-
-@dataclass
-class Joint:
-    """A joint forward whose gradients are still coming."""
-
-    members: list[Arrival]
-    graph: Graph | None = None  # comes with the outputs, goes with the backward: it holds the activations
-    gradients: dict[str, Tensor | None] = field(default_factory=dict)
-    replies: dict[str, asyncio.Future[Tensor]] = field(default_factory=dict)
-    backward_started: bool = False
-    finished: bool = False
-
-    @property
-    def complete(self) -> bool:
-        return all(member.client in self.gradients for member in self.members)
-
-
-@dataclass
-class StepWork:
-    """One optimizer step in work: who takes part, which graphs wait, who has finished which micro-batch."""
-
-    round: int
-    step: int
-    members: set[str]
-    joints: list[Joint] = field(default_factory=list)
-    done: dict[str, int] = field(default_factory=dict)  # client -> finished micro-batches
-    applying: bool = False
-    timer: asyncio.TimerHandle | None = None
 
 
 class Engine:
@@ -439,31 +381,6 @@ class Engine:
 
     def _refuse(self, reply: asyncio.Future[Tensor] | None) -> None:
         fail(reply, MissedError())
-
-
-async def done(future: asyncio.Future[None]) -> None:
-    """Wait for a future, as a coroutine."""
-    await future
-
-
-BACKGROUND_FAILURE = "a background task failed"
-_tasks: set[asyncio.Task[None]] = set()
-
-
-def spawn(work: Any) -> None:
-    """Run a coroutine in the background and keep it alive until it ends."""
-    task = asyncio.get_running_loop().create_task(work)
-    _tasks.add(task)
-    task.add_done_callback(_ended)
-
-
-def _ended(task: asyncio.Task[None]) -> None:
-    """A background task that failed tells the loop's owner instead of vanishing: somebody may wait for its work."""
-    _tasks.discard(task)
-    error = None if task.cancelled() else task.exception()
-    if error is not None:
-        context = {"message": BACKGROUND_FAILURE, "exception": error, "task": task}
-        task.get_loop().call_exception_handler(context)
 
 
 def resolve(reply: asyncio.Future[Tensor] | None, value: Tensor) -> None:

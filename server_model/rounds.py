@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from server_model.blobs import Blobs
-from server_model.engine import Engine, spawn
+from server_model.engine import Engine
 from server_model.members import Member, Members
 from server_model.store import RoundState, Store
+from server_model.tasks import spawn
 from server_model.updates import ClientUpdate, Inbox, merge_updates
 from splitfl.config import Federation
 from splitfl.errors import ConfigError, RefusedError, StorageError

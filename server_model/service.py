@@ -12,8 +12,8 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from server_model.coordinator import Coordinator
-from server_model.engine import spawn
 from server_model.members import Member
+from server_model.tasks import spawn
 from splitfl.config import Federation
 from splitfl.errors import ConfigError, ProtocolError, RefusedError, SplitFLError
 from splitfl.pipe import send_frame, watch

@@ -27,10 +27,10 @@ from torch import Tensor
 from client_model.participant import Event, Participant
 from client_model.store import ClientStore
 from server_model.coordinator import Coordinator, Progress
-from server_model.engine import spawn
 from server_model.exporting import export_state
 from server_model.members import Member
 from server_model.store import Store
+from server_model.tasks import spawn
 from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError, LinkError, ProtocolError, RefusedError

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server_model.engine import Engine, MissedError, StepKey
+from server_model.engine import Engine
+from server_model.steps import MissedError, StepKey
 from server_model.trunk import Graph, Rows, Trunk
 from splitfl.config import Federation, parse_federation
 from splitfl.errors import ProtocolError
