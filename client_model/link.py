@@ -24,7 +24,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from splitfl.errors import ConfigError, LinkError, ProtocolError, RefusedError, SplitFLError
 from splitfl.pipe import send_frame, watch
 from splitfl.wire.frames import MAX_FRAME_BYTES, Parts, frame_bytes
-from splitfl.wire.messages import Answer, Failed, Hello, Refused, Request, Welcome
+from splitfl.wire.messages import Answer, Backward, Failed, Forward, Hello, Refused, Request, Welcome
 from splitfl.wire.session import Answered, ClientSession, Connected, Rejected
 
 log = logging.getLogger("splitfl.client.link")
@@ -32,6 +32,7 @@ log = logging.getLogger("splitfl.client.link")
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 CLOSE_TIMEOUT_S = 2.0  # for the server's part in an orderly end; nothing is lost without it
+LONG_WAIT_S = 30.0  # after which a person wants to know why nothing happens
 TOO_BIG = 1009  # websocket close code: a message over the receiver's limit
 
 
@@ -75,6 +76,7 @@ class Link:
         self._outgoing: asyncio.Queue[Parts] | None = None
         self._fatal: SplitFLError | None = None
         self._lost: SessionLostError | None = None
+        self._said_why = False
         self._thread = threading.Thread(target=self._run_thread, name="link", daemon=True)
 
     # -- called from the trainer's thread ----------------------------------------------------------------------
@@ -210,6 +212,7 @@ class Link:
         self._outgoing = outgoing
 
     def _answered(self, event: Answered) -> None:
+        self._said_why = False
         future = self._futures.pop(event.answer.seq, None)
         if future is None:
             return
@@ -237,6 +240,18 @@ class Link:
             return
         self._backlog.append((message, future))
         self._send_backlog()
+        if isinstance(message, Forward | Backward):
+            self._loop.call_later(LONG_WAIT_S, self._say_why_it_waits, future)
+
+    def _say_why_it_waits(self, future: Future[Answer]) -> None:
+        """Once for each wait: the trunk has been asked for a while, the connection stands, and no answer comes."""
+        if future.done() or self._outgoing is None or self._said_why:
+            return
+        self._said_why = True
+        self.say(
+            f"no answer from the trunk for {LONG_WAIT_S:.0f} s: it may wait for another client of this round, and goes "
+            "on without it when that one's grace time is over"
+        )
 
     def _send_backlog(self) -> None:
         """Send what waits, as far as the credit window lets it."""

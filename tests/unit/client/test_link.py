@@ -13,7 +13,18 @@ from websockets.sync.server import ServerConnection, serve
 from client_model.link import Link, SessionLostError
 from splitfl.errors import LinkError, ProtocolError, RefusedError
 from splitfl.wire.frames import decode, encode
-from splitfl.wire.messages import PROTOCOL_VERSIONS, Failed, Hello, NextRound, Refused, RoundOpen, Welcome
+from splitfl.wire.messages import (
+    PROTOCOL_VERSIONS,
+    Failed,
+    Forward,
+    Hello,
+    NextRound,
+    Refused,
+    RoundOpen,
+    StepMissed,
+    TensorBytes,
+    Welcome,
+)
 from splitfl.wire.session import CREDIT_WINDOW
 
 WAIT_S = 20.0
@@ -103,6 +114,34 @@ def test_request_that_was_lost_with_its_connection_is_repeated() -> None:
         assert link.request(NextRound(0, 0, 6)).result(WAIT_S) == RoundOpen(0, 7, "")
         assert f"waiting for the server at {url}" in said[0]
     assert seen[0] == seen[1]
+
+
+def test_long_wait_for_the_trunk_is_explained_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client_model.link.LONG_WAIT_S", 0.05)
+    told = threading.Event()
+
+    def behave(connection: ServerConnection, _: int) -> None:
+        hear(connection)
+        send(connection, welcome(resumed=False))
+        hear(connection), hear(connection)
+        assert told.wait(WAIT_S)
+        for seq in (0, 1):
+            send(connection, StepMissed(seq, 0, 0))
+        connection.recv(timeout=WAIT_S)
+
+    class Said(list[str]):
+        def append(self, text: str) -> None:
+            super().append(text)
+            threading.Timer(0.2, told.set).start()  # time enough to say it a second time
+
+    said = Said()
+    payload = TensorBytes("f32", (1, 1, 1), bytes(4))
+    with served(behave) as url, linked(url, said) as link:
+        link.open()
+        asked = [link.request(Forward(0, 0, 0, 0, micro, True, 1, (), payload)) for micro in (0, 1)]
+        assert [type(future.result(WAIT_S)) for future in asked] == [StepMissed, StepMissed]
+    (why,) = said
+    assert "it may wait for another client" in why
 
 
 def test_refused_request_raises_and_the_session_goes_on() -> None:
