@@ -59,7 +59,7 @@ class RowFile(ABC):
         self.path = path
         self._stat = _stat(path)
         if self.size <= len(_BOM) and self._reads_as_empty():
-            raise DataError(f"{path} is empty", "Point --data at a file with at least one row")
+            raise DataError(f"{path} is empty", "Name a file with at least one row")
 
     @property
     def size(self) -> int:

@@ -88,7 +88,7 @@ def open_corpus(path: Path, *, skip_bad: bool = False) -> Corpus:
     ``Corpus.skipped`` instead; that no row is left still raises.
     """
     if not path.exists():
-        raise DataError(f"{path} does not exist", "Point --data at a file or folder that does")
+        raise DataError(f"{path} does not exist", "Name a file or folder that does")
     return Corpus(path, [FORMATS[file.suffix.lower()](file) for file in _find_files(path)], skip_bad=skip_bad)
 
 

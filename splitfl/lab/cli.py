@@ -20,6 +20,7 @@ def init(
     vocab: Annotated[int, typer.Option(help="Tokens in the vocabulary.")] = 2048,
     max_length: Annotated[int, typer.Option(help="Longest sequence, in tokens.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be read.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
 ) -> None:
     """Make a small Hugging Face checkpoint with random weights and a tokenizer of its own."""
@@ -27,7 +28,7 @@ def init(
         from splitfl.data.readers import open_corpus
         from splitfl.split.create import create_checkpoint
 
-        texts = (example.plain_text() for path in corpus for example in open_corpus(path))
+        texts = (example.plain_text() for path in corpus for example in open_corpus(path, skip_bad=skip_bad))
         create_checkpoint(
             folder,
             family=family,
@@ -47,6 +48,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Text: .jsonl, .csv, .txt, .parquet, or a folder of them.")],
     federation: Annotated[Path | None, typer.Option(help="federation.toml, for record length and packing.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be read.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
 ) -> None:
@@ -56,7 +58,7 @@ def evaluate(
         from splitfl.lab.whole import evaluate_folder
         from splitfl.split.modes import choose_device
 
-        loss = evaluate_folder(model, data, load_federation(federation), choose_device(device))
+        loss = evaluate_folder(model, data, load_federation(federation), choose_device(device), skip_bad)
         mean = loss.total / max(1, loss.tokens)
         facts = {"loss": mean, "perplexity": math.exp(min(50.0, mean)), "tokens": loss.tokens}
         if as_json:

@@ -124,10 +124,12 @@ def central_steps(clients: dict[str, ClientData]) -> Callable[[], list[Batch]]:
     return lambda: [batch for name in sorted(clients) for batch in clients[name].step(orders[name])]
 
 
-def evaluate_folder(model: Path, data: Path, settings: Federation, device: torch.device) -> HeadLoss:
+def evaluate_folder(
+    model: Path, data: Path, settings: Federation, device: torch.device, skip_bad: bool = False
+) -> HeadLoss:
     """Summed loss of a checkpoint over a whole data file, in records as ``settings`` cut them."""
     whole = WholeModel(model, settings, device)
     tokenizer = open_tokenizer(model)
-    corpus = open_corpus(data)
+    corpus = open_corpus(data, skip_bad=skip_bad)
     records = RecordSet(corpus, range(len(corpus)), tokenizer, settings.batch.max_length, settings.batch.pack)
     return whole.evaluate(batches([records[i] for i in range(len(records))], settings, pad_token(tokenizer)))
