@@ -51,7 +51,11 @@ def test_loopback_address_is_taken_as_it_is(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["", "127.0.0.1:7000", "http://127.0.0.1:7000", "wss://127.0.0.1:7000", "ws://", "ws:x"]
+    "address",
+    [
+        *("", "127.0.0.1:7000", "http://127.0.0.1:7000", "wss://127.0.0.1:7000", "ws://", "ws:x"),
+        *("ws://127.0.0.1", "ws://127.0.0.1:99999", "ws://127.0.0.1:0"),
+    ],
 )
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="no address to join"):
