@@ -216,11 +216,7 @@ class Link:
         future = self._futures.pop(event.answer.seq, None)
         if future is None:
             return
-        if isinstance(event.answer, Failed):
-            failed = event.answer
-            future.set_exception(RefusedError(failed.reason, failed.remedy, code=failed.code))
-        else:
-            future.set_result(event.answer)
+        settle(future, event.answer)
         self._send_backlog()
 
     async def _write(self, connection: CountingConnection, outgoing: asyncio.Queue[Parts]) -> None:
@@ -276,6 +272,14 @@ class Link:
         for future in futures:
             future.set_exception(error)
         return bool(futures)
+
+
+def settle(future: Future[Answer], answer: Answer) -> None:
+    """Give a request its answer; a refusal is raised where it is awaited."""
+    if isinstance(answer, Failed):
+        future.set_exception(RefusedError(answer.reason, answer.remedy, code=answer.code))
+    else:
+        future.set_result(answer)
 
 
 def refusal_error(refusal: Refused) -> SplitFLError:

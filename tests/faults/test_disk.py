@@ -16,7 +16,7 @@ from client_model.participant import Participant
 from client_model.store import ClientStore
 from server_model.coordinator import Coordinator, Progress
 from splitfl.config import parse_federation
-from splitfl.lab.federation import URL, MemoryLink, MemoryService
+from splitfl.lab.memory import URL, MemoryLink, MemoryService
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello
 
 CPU = torch.device("cpu")

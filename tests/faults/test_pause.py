@@ -17,7 +17,7 @@ from client_model.participant import Event, Participant, PausedError
 from client_model.store import ClientStore
 from server_model.coordinator import Coordinator
 from splitfl.config import Federation, parse_federation
-from splitfl.lab.federation import URL, MemoryLink, MemoryService
+from splitfl.lab.memory import URL, MemoryLink, MemoryService
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from test_pause import STEPS, participant, service
 from client_model.participant import Event, PausedError
 from client_model.store import ClientStore
 from splitfl.errors import StorageError
-from splitfl.lab.federation import URL, MemoryLink, MemoryService
+from splitfl.lab.memory import URL, MemoryLink, MemoryService
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello
 
 

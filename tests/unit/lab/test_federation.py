@@ -21,11 +21,10 @@ from splitfl.errors import ConfigError, DataError, LinkError, ProtocolError, Ref
 from splitfl.lab.federation import (
     FederationEvent,
     FederationResult,
-    MemoryLink,
-    MemoryService,
     hello_of,
     run_federation,
 )
+from splitfl.lab.memory import MemoryLink, MemoryService
 from splitfl.split.create import create_checkpoint
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Fetch, Hello, NextRound
 
