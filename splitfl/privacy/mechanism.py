@@ -1,0 +1,63 @@
+"""Clip, then noise: what is done to a tensor before it may leave. Pure; the gate keeps the books.
+
+Clipping bounds what one record can change, so the noise that hides it can be fixed beforehand. Padding counts as
+part of the record and is noised like the rest: its public padded length is all that shows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from splitfl.errors import ConfigError
+from splitfl.privacy.noise import NormalSource
+
+Clip = Literal["record", "token"]
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """Isotropic Gaussian noise of standard deviation ``sigma`` after clipping to L2 norm ``clip_norm``.
+
+    ``clip = "record"`` bounds the Frobenius norm of a record's (T, D), ``"token"`` that of each of its T rows.
+    ``sigma = 0`` adds none. Raises ConfigError for numbers that are no bounds.
+    """
+
+    clip: Clip
+    clip_norm: float
+    sigma: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
+            raise ConfigError(f"a clip norm of {self.clip_norm} bounds nothing", "Set one above 0 and finite.")
+        if not (math.isfinite(self.sigma) and self.sigma >= 0):
+            raise ConfigError(f"sigma = {self.sigma} is no noise", "Set one above 0 and finite.")
+
+    def sensitivity(self, padded_length: int) -> float:
+        """Most that replacing one record of this padded length changes: 2C, or 2c sqrt(T)."""
+        rows = padded_length if self.clip == "token" else 1
+        return 2 * self.clip_norm * math.sqrt(rows)
+
+    def clipped(self, hidden: Tensor) -> Tensor:
+        """Records (B, T, D) -> the same within their bounds, float64 on the CPU."""
+        return clip_records(hidden, self.clip_norm, self.clip)
+
+    def __call__(self, hidden: Tensor, noise: NormalSource) -> Tensor:
+        """Records (B, T, D) -> clipped and noised, float32 on the CPU."""
+        bounded = self.clipped(hidden)
+        if self.sigma > 0:
+            bounded += self.sigma * noise.normal(tuple(bounded.shape))
+        return bounded.float()
+
+
+def clip_records(hidden: Tensor, clip_norm: float, clip: Clip) -> Tensor:
+    """Scale records (B, T, D), or each of their rows, down to ``clip_norm``; float64, so that rounding stays below
+    anything that the sensitivity could notice. Always a copy."""
+    wide = hidden.detach().to(device="cpu", dtype=torch.float64)
+    dims = (1, 2) if clip == "record" else (2,)
+    norms = torch.linalg.vector_norm(wide, dim=dims, keepdim=True)
+    return wide * (clip_norm / norms.clamp_min(clip_norm))
