@@ -60,4 +60,5 @@ def clip_records(hidden: Tensor, clip_norm: float, clip: Clip) -> Tensor:
     wide = hidden.detach().to(device="cpu", dtype=torch.float64)
     dims = (1, 2) if clip == "record" else (2,)
     norms = torch.linalg.vector_norm(wide, dim=dims, keepdim=True)
-    return wide * (clip_norm / norms.clamp_min(clip_norm))
+    clipped: Tensor = wide * (clip_norm / norms.clamp_min(clip_norm))
+    return clipped

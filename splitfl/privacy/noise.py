@@ -18,10 +18,12 @@ from typing import Protocol
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from numpy.typing import NDArray
 from torch import Tensor
 
 from splitfl.errors import ConfigError
 
+FloatArray = NDArray[np.float64]
 KEY_BYTES = 32
 CHUNK_DRAWS = 1 << 20  # normals made at once: 16 MiB of work
 
@@ -52,13 +54,13 @@ class NoiseStream:
             part[:] = box_muller(self._uniforms(len(part)))
         return torch.from_numpy(drawn[:count]).reshape(shape)
 
-    def _uniforms(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def _uniforms(self, count: int) -> FloatArray:
         """Uniform in (0, 1), on a grid of 2^-53."""
         words = np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8")
-        return ((words >> np.uint64(11)) + 0.5) * 2.0**-53
+        return np.asarray(((words >> np.uint64(11)) + 0.5) * 2.0**-53, np.float64)
 
 
-def box_muller(uniforms: np.ndarray[tuple[int], np.dtype[np.float64]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def box_muller(uniforms: FloatArray) -> FloatArray:
     """An even number of uniforms -> as many standard normals."""
     first, second = uniforms[::2], uniforms[1::2]
     radius, angle = np.sqrt(-2 * np.log(first)), 2 * np.pi * second

@@ -1,0 +1,217 @@
+"""The ledger: what has left this client, durable before it leaves.
+
+One SQLite file in the client's state folder, append-only, a row for each release. Rows are chained by SHA-256, so a
+changed or missing one shows; head and count are countersigned by the server, so a deleted or older ledger shows too
+(``splitfl.privacy.witness``). ``synchronous = FULL``: when ``append`` returns, the rows survive a power cut. It holds
+no text and no token: a record is a keyed hash.
+
+Columns: seq, record, kind, sensitivity, sigma, round, tainted, time, payload (SHA-256 of the bytes that leave),
+nbytes, chain. ``tainted`` marks releases that depend on weights trained on private records without DP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sqlite3
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import msgpack
+
+from splitfl.errors import StorageError
+from splitfl.files import sync
+
+GENESIS = bytes(32)  # the chain's value before the first row
+EVERYTHING = b""  # the record of a row that no single record stands for: a weight update
+AGREEMENT = "agreement"  # kind of the rows that say what was agreed to; they release nothing
+CLOCK_SLACK_S = 120.0  # how far the clock may go back: time servers correct by less
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS rows (
+    seq INTEGER PRIMARY KEY, record BLOB NOT NULL, kind TEXT NOT NULL, sensitivity REAL NOT NULL, sigma REAL NOT NULL,
+    round INTEGER NOT NULL, tainted INTEGER NOT NULL, time REAL NOT NULL, payload BLOB NOT NULL,
+    nbytes INTEGER NOT NULL, chain BLOB NOT NULL
+) STRICT;
+CREATE TRIGGER IF NOT EXISTS only_append BEFORE UPDATE ON rows BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER IF NOT EXISTS never_delete BEFORE DELETE ON rows BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+"""
+INSERT = "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+SELECT = "SELECT record, kind, sensitivity, sigma, round, tainted, payload, nbytes, time, chain FROM rows ORDER BY seq"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One release. L2 ``sensitivity`` between replace-one neighbours and ``sigma`` of the noise, in one unit."""
+
+    record: bytes
+    kind: str
+    sensitivity: float
+    sigma: float
+    round: int
+    tainted: bool
+    payload: bytes
+    nbytes: int
+
+    @property
+    def mu_squared(self) -> float:
+        """What it adds to the mu^2 of whatever it depends on; infinite without noise."""
+        if self.sensitivity == 0:
+            return 0.0
+        return (self.sensitivity / self.sigma) ** 2 if self.sigma > 0 else math.inf
+
+
+class Ledger:
+    """An open ledger; its sums are kept in memory. Raises StorageError for a file that cannot be trusted or used."""
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self.path = path
+        self._clock = clock
+        self.count = 0
+        self.head = GENESIS
+        self.latest = 0.0  # seconds since 1970 of the newest row
+        self.spent: defaultdict[bytes, float] = defaultdict(float)  # record -> mu^2 of its own rows
+        self.spent_by_kind: defaultdict[str, defaultdict[bytes, float]] = defaultdict(lambda: defaultdict(float))
+        self.tainted = False  # some release depended on weights trained without DP
+        self.releases: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        self._payloads: set[bytes] = set()
+        self._agreements: set[bytes] = set()
+        with ledger_errors(path):
+            fresh = not path.exists()
+            self._file = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=2.0)
+            path.chmod(0o600)
+            self._file.execute("PRAGMA journal_mode = WAL")
+            self._file.execute("PRAGMA synchronous = FULL")
+            self._file.executescript(SCHEMA)
+            if fresh:
+                sync(path.parent)
+            self._read()
+
+    def _read(self) -> None:
+        """Check the chain from its first row and add everything up."""
+        for row, at, chain in self.rows():
+            if chain != link(self.head, row, at):
+                raise damaged(self.path, f"row {self.count + 1} is not the one that was written")
+            self._count(row, at, chain)
+        last = self._file.execute("SELECT max(seq) FROM rows").fetchone()[0]
+        if last is not None and last != self.count:
+            raise damaged(self.path, "rows are missing")
+
+    def rows(self) -> Iterator[tuple[Row, float, bytes]]:
+        """All rows, oldest first, each with its time and the chain's value after it."""
+        for record, kind, sensitivity, sigma, round_, tainted, payload, nbytes, at, chain in self._file.execute(SELECT):
+            yield Row(record, kind, sensitivity, sigma, round_, bool(tainted), payload, nbytes), at, chain
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Write rows in one transaction; they are durable when this returns. Raises StorageError; then none is there,
+        and nothing may leave."""
+        if not rows:
+            return
+        now = self._time()
+        head, written = self.head, []
+        for number, row in enumerate(rows):
+            head = link(head, row, now)
+            values = (row.record, row.kind, row.sensitivity, row.sigma, row.round, int(row.tainted), now)
+            written.append((self.count + 1 + number, *values, row.payload, row.nbytes, head))
+        with ledger_errors(self.path):
+            self._file.execute("BEGIN IMMEDIATE")
+            try:
+                self._file.executemany(INSERT, written)
+                self._file.execute("COMMIT")
+            except BaseException:
+                if self._file.in_transaction:
+                    self._file.execute("ROLLBACK")
+                raise
+        for row, values in zip(rows, written, strict=True):
+            self._count(row, now, values[-1])  # type: ignore[arg-type]
+
+    def _time(self) -> float:
+        now = self._clock()
+        if now < self.latest - CLOCK_SLACK_S:
+            raise StorageError(
+                f"this machine's clock is {self.latest - now:.0f} s before the last row of {self.path}",
+                "Set the clock, then start again; nothing has left.",
+            )
+        return max(now, self.latest)
+
+    def _count(self, row: Row, at: float, chain: bytes) -> None:
+        self.count, self.head, self.latest = self.count + 1, chain, at
+        if row.kind == AGREEMENT:
+            self._agreements.add(row.payload)
+            return
+        self.releases[row.kind] += 1
+        self.bytes[row.kind] += row.nbytes
+        self._payloads.add(row.payload)
+        self.spent[row.record] += row.mu_squared
+        self.spent_by_kind[row.kind][row.record] += row.mu_squared
+        self.tainted = self.tainted or row.tainted
+
+    def knows(self, payload: bytes) -> bool:
+        """Whether these bytes (their SHA-256) are paid for: sending them, again too, is free."""
+        return payload in self._payloads
+
+    def accept(self, agreement: bytes) -> None:
+        """Write down that terms (their SHA-256) were accepted."""
+        if agreement not in self._agreements:
+            self.append([Row(EVERYTHING, AGREEMENT, 0.0, 0.0, -1, False, agreement, 0)])
+
+    def accepted(self, agreement: bytes) -> bool:
+        """Whether these terms have been accepted."""
+        return agreement in self._agreements
+
+    def has_prefix(self, count: int, head: bytes) -> bool:
+        """Whether the chain's value after ``count`` rows is ``head``: False for a ledger that lost or changed rows."""
+        if count == 0:
+            return head == GENESIS
+        found = self._file.execute("SELECT chain FROM rows WHERE seq = ?", (count,)).fetchone()
+        return found is not None and found[0] == head
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+
+def link(head: bytes, row: Row, at: float) -> bytes:
+    """The chain's value after a row."""
+    return hashlib.sha256(head + msgpack.packb((*astuple(row), at))).digest()
+
+
+def mu_squared(rows: Sequence[Row], record: bytes) -> float:
+    """mu^2 of ``record``: its own rows, rows that no single record stands for, and every tainted row after its first.
+
+    State that was trained on a record without DP carries it into whatever is computed from that state later,
+    whichever record the release belongs to.
+    """
+    total, trained = 0.0, False
+    for row in rows:
+        own = row.record in (record, EVERYTHING)
+        if own or (row.tainted and trained):
+            total += row.mu_squared
+        trained = trained or row.record == record
+    return total
+
+
+@contextmanager
+def ledger_errors(path: Path) -> Iterator[None]:
+    """What SQLite or the disk says, as one clear error: nothing leaves without its row."""
+    try:
+        yield
+    except (sqlite3.OperationalError, OSError) as error:
+        raise StorageError(
+            f"the ledger {path} cannot be written: {error}",
+            "Free some space, let go of other programs that use it, or make it writable; nothing has left.",
+        ) from error
+    except sqlite3.DatabaseError as error:
+        raise damaged(path, str(error)) from error
+
+
+def damaged(path: Path, how: str) -> StorageError:
+    return StorageError(
+        f"the ledger {path} is damaged: {how}",
+        "Put back a whole copy of the newest state folder; without it nobody can say what has left.",
+    )
