@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from client_model.link import Link
     from client_model.participant import Event, Participant
     from client_model.store import ClientStore
+    from splitfl.federation.agreement import Terms
 
 DEFAULT_STATE = Path("~/.local/state/splitfl")
 DEFAULT_CACHE = Path("~/.cache/splitfl/blobs")
@@ -36,6 +37,16 @@ def join(
     name: Annotated[str, typer.Option(help="This client's name in the federation.")],
     state: Annotated[
         Path | None, typer.Option(help="Folder for this client's state; the default is under ~/.local/state.")
+    ] = None,
+    accept: Annotated[
+        str, typer.Option(metavar="HASH", help="Accept the federation's terms by their hash; without it you are asked.")
+    ] = "",
+    privacy: Annotated[
+        str,
+        typer.Option(help="The weakest mode to take part in: off, measured or certified. The terms say which it is."),
+    ] = "off",
+    key: Annotated[
+        Path | None, typer.Option(help="File of this client's secret key; the default is under ~/.config/splitfl.")
     ] = None,
     plan: Annotated[
         str, typer.Option(help="Blocks to keep here, BOTTOM,TOP; auto takes the federation's own cut.")
@@ -56,7 +67,7 @@ def join(
 ) -> None:
     """Train with a federation until it ends: the file stays here, activations computed from it go to the trunk.
 
-    In privacy mode "off", the only one so far, the server can read the text out of them.
+    What the server can make of them depends on the federation's privacy mode, which its terms state.
     """
     with command(verbose=verbose):
         url = check_address(address, insecure=insecure)
@@ -70,6 +81,8 @@ def join(
         with claimed(folder):
             participant = prepare(name, data, folder, cache, device, threads)
             participant.skip_bad, participant.local_model, participant.plan = skip_bad, model, parse_plan(plan)
+            participant.accept, participant.key_file = Consent(accept, as_json=as_json), key
+            participant.floor = parse_floor(privacy)
             participant.report = EventPrinter(as_json=as_json)
             run(participant, url, cut, patience, as_json=as_json)
 
@@ -108,6 +121,30 @@ def default_state(url: str, name: str) -> Path:
 
 def parse_plan(plan: str) -> Cut | None:
     return None if plan == "auto" else Cut.parse(plan)
+
+
+def parse_floor(mode: str) -> str:
+    """A privacy mode. Raises ConfigError."""
+    if mode not in ("off", "measured", "certified"):
+        raise ConfigError(f"{mode!r} is no privacy mode", "Use --privacy off, measured or certified.")
+    return mode
+
+
+class Consent:
+    """Shows the federation's terms, and takes a yes from --accept or, on a terminal, from the person."""
+
+    def __init__(self, given: str, *, as_json: bool) -> None:
+        self.given = given
+        self.as_json = as_json
+
+    def __call__(self, terms: Terms) -> bool:
+        for line in terms.lines():
+            note(line)
+        if self.given:
+            return terms.named_by(self.given)
+        if self.as_json or not sys.stdin.isatty():
+            return False
+        return typer.confirm("Do you accept these terms?", default=False, err=True)
 
 
 def prepare(name: str, data: Path, state: Path, cache: Path, device: str, threads: int) -> Participant:
@@ -237,6 +274,8 @@ def describe(event: str, facts: dict[str, Any]) -> str:
             return text + "".join(f", {facts[key]} {meaning}" for key, meaning in REMARKS.items() if facts[key])
         case "privacy":
             return f"privacy: {facts['mode']}. {facts['statement']}"
+        case "ledger_went_back":
+            return f"this client's ledger has {facts['rows']} rows, the server countersigned {facts['countersigned']}"
         case "data_changed":
             return "the data file has changed since this client began; going on with what is there now"
         case "waiting":
@@ -282,11 +321,21 @@ def print_report(report: dict[str, Any]) -> None:
         lines.append(
             f"  NOT counted: what {report['uncounted_starts']} of them, cut short, sent after the last saved round"
         )
-    privacy = report["privacy"]
-    lines.append(f"  privacy: {privacy['mode']}. {privacy['statement']}")
-    lines.append(f"  stayed here: {', '.join(privacy['stayed'])}")
-    lines.append(f"  told: {', '.join(privacy['told'])}")
-    for kind, count in privacy["left"].items():
-        lines.append(f"  left: {count['releases']} x {kind}, {count['bytes'] / 1e6:.2f} MB")
+    lines += [f"  {line}" for line in privacy_lines(report["privacy"])]
     lines.append(f"  trained ends: {report['weights']}")
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def privacy_lines(privacy: dict[str, Any]) -> list[str]:
+    """The privacy section of the closing report for a person."""
+    lines = [f"privacy: {privacy['mode']}. {privacy['statement']}"]
+    lines.append(f"stayed here: {', '.join(privacy['stayed'])}")
+    lines.append(f"told: {', '.join(privacy['told'])}")
+    for kind, count in privacy["left"].items():
+        lines.append(f"left: {count['releases']} x {kind}, {count['bytes'] / 1e6:.2f} MB")
+    if privacy["mode"] != "off":
+        lines += [f"{p['party']}: sees {p['sees']}; protected by {p['protection']}" for p in privacy["parties"]]
+        lines.append(privacy["several_records"])
+    ledger = privacy["ledger"]
+    lines.append(f"ledger: {ledger['rows']} rows, ending in {ledger['head'][:16]}")
+    return lines

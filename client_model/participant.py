@@ -20,7 +20,9 @@ import torch
 
 from client_model.assets import PIECE_BYTES, Assets, RemoteSource
 from client_model.ends import Ends
+from client_model.guard import Accept, Guard
 from client_model.link import SessionLostError
+from client_model.notary import Notary
 from client_model.records import ClientData, open_tokenizer
 from client_model.store import ClientStore, SessionRecord, Snapshot, Tally
 from client_model.trainer import MissedStepError, Trainer
@@ -29,10 +31,12 @@ from splitfl.config import Federation, parse_federation
 from splitfl.cut import Cut
 from splitfl.data.packing import Batch, DataOrder
 from splitfl.errors import ConfigError, NumericalError, ProtocolError, SplitFLError
+from splitfl.federation.agreement import Terms
 from splitfl.files import sha256_of
-from splitfl.privacy.gate import Gate
+from splitfl.privacy.witness import Mark
 from splitfl.split.checkpoint import CheckpointFolder, TensorSource
 from splitfl.split.loss import HeadLoss
+from splitfl.split.modes import bottom_trains
 from splitfl.split.shares import ends_names
 from splitfl.wire.messages import (
     Answer,
@@ -92,6 +96,12 @@ class Participant:
     skip_bad: bool = False
     local_model: Path | None = None
     plan: Cut | None = None  # the cut that was asked for; None takes the federation's own
+    accept: Accept = lambda _: False  # asked to accept the federation's terms
+    floor: str = "off"  # the weakest privacy mode that this client takes part in
+    key_file: Path | None = None
+    noise_seed: int | None = None
+    simulated: bool = False  # all sides are one person: only then may noise have a seed
+    guard: Guard | None = None
     losses: list[dict[str, Any]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     in_step: bool = False  # a step is under way: Ctrl-C waits for its end
@@ -130,15 +140,16 @@ class Participant:
         self.settings: Federation = parse_federation_json(welcome.settings)
         self.cut = self._checked_cut(Cut(welcome.n_bottom, welcome.n_top))
         self._check_state(welcome)
+        self._check_terms(welcome)
         self._remember(welcome)
         self.assets = Assets(self.link, self.cache, self.store.model, lambda text: self._say("fetching", text=text))
         self.assets.open(welcome.manifest)
         tokenizer = open_tokenizer(self.store.model)
         self.data = ClientData.open(self.data_path, self.settings, tokenizer, skip_bad=self.skip_bad)
-        self.evaluation: list[Batch] = self.data.evaluation()
         self._say("data", **self._data_facts())
         self.source: TensorSource = self._open_source()
         self._open_tally()
+        self._open_gate()
         self.agreed = terms(welcome)
 
     def _checked_cut(self, cut: Cut) -> Cut:
@@ -156,6 +167,15 @@ class Participant:
                 f"{self.store.folder} holds the state of another federation", "Name another --state, or delete it."
             )
 
+    def _check_terms(self, welcome: Welcome) -> None:
+        """Nothing computed from the data leaves before the terms are accepted and the ledger is the newest one."""
+        if self.guard is None:
+            self.guard = Guard(self.store, self.key_file, noise_seed=self.noise_seed, simulated=self.simulated)
+        self.guard.check_terms(Terms(self.settings, welcome.manifest), self.accept, self.floor)
+        mark = Mark(welcome.ledger_rows, welcome.ledger_head)
+        if not self.guard.check_mark(mark, private=self.settings.privacy.on):
+            self._say("ledger_went_back", rows=self.guard.ledger.count, countersigned=mark.count)
+
     def _open_source(self) -> TensorSource:
         if self.local_model is not None:
             return self.assets.same_as_local(CheckpointFolder(self.local_model), self.cut)
@@ -163,8 +183,19 @@ class Participant:
         self.assets.fetch_tensors(ends_names(source.config, self.cut))
         return source
 
+    def _open_gate(self) -> None:
+        """The door out, for these settings; what privacy there is, is said before anything leaves."""
+        assert self.guard is not None
+        arithmetic = f"{self.settings.model.compute} {self.device.type}"
+        context = f"{self.welcome.manifest} {self.cut.n_bottom} {arithmetic}"
+        trains = bottom_trains(self.settings, self.cut)
+        self.gate = self.guard.open_gate(self.settings, self.data, context, bottom_trains=trains)
+        self.evaluation: list[Batch] = self.data.evaluation(self.guard.spend(self.gate))
+        report = self.guard.report(self.gate)
+        self._say("privacy", **{key: report[key] for key in ("mode", "statement")})
+
     def _open_tally(self) -> None:
-        """Count on from what earlier starts have saved; done before anything leaves in this one."""
+        """Count on from what earlier starts have saved."""
         if self.tally is None:
             before = self.store.tally()
             if before.data not in ("", self.data.fingerprint):
@@ -172,10 +203,7 @@ class Participant:
             cut_short = before.uncounted_starts + before.open
             self.before = before
             self.tally = replace(before, starts=before.starts + 1, uncounted_starts=cut_short)
-            self.gate = Gate(self.settings.wire.codec, before.releases, before.released_bytes)
-        self.gate.codec = self.settings.wire.codec
         self._save_tally(still_open=True)
-        self._say("privacy", **{key: self.gate.report()[key] for key in ("mode", "statement")})
 
     def _save_tally(self, *, still_open: bool) -> None:
         assert self.tally is not None
@@ -184,8 +212,6 @@ class Participant:
             self.tally,
             open=still_open,
             data=self.data.fingerprint,
-            releases=dict(self.gate.releases),
-            released_bytes=dict(self.gate.bytes),
             bytes_sent=traffic["bytes_sent"],
             bytes_received=traffic["bytes_received"],
         )
@@ -216,6 +242,8 @@ class Participant:
             snapshot = None
         self.ends = Ends(self.source, self.settings, self.cut, self.device)
         self.trainer = Trainer(self.ends, self.link, self.gate)
+        assert self.guard is not None
+        self.notary = Notary(self.link, self.guard.ledger, self.name, welcome.signer)
         self.held_weights = ""
         self.round = snapshot.round if snapshot else -1
         self.order: DataOrder = self.data.order(self.name, snapshot.cursor if snapshot else (0, 0))
@@ -251,11 +279,12 @@ class Participant:
 
     def _train_round(self, round_: int, first_step: int, tokens: int) -> None:
         """The local steps of a round, a snapshot, the update, and the wait until the merge is durable."""
+        assert self.guard is not None
         self.round = round_
         seen, began = 0, time.monotonic()
         for step in range(first_step, self.settings.rounds.local_steps):
             self._stop_if_asked(step, tokens)
-            batches = self.data.step(self.order)
+            batches = self.data.step(self.order, self.guard.spend(self.gate))
             try:
                 self.in_step = True
                 loss = self.trainer.step(round_, step, batches)
@@ -264,7 +293,8 @@ class Participant:
                 continue
             finally:
                 self.in_step = False
-            tokens, seen = tokens + loss.tokens, seen + loss.tokens
+            self.notary.mark()
+            tokens, seen = tokens + sum(batch.told_tokens for batch in batches), seen + loss.tokens
             rate = seen / max(1e-9, time.monotonic() - began)
             self._say("step", round=round_, step=step, loss=mean(loss), tokens_per_s=rate, **self._traffic())
         self._stop_if_asked(self.settings.rounds.local_steps, tokens)  # else it would wait for everybody first
@@ -274,7 +304,8 @@ class Participant:
         self.store.save(self._snapshot(round_, self.settings.rounds.local_steps, tokens))
         weights = self.ends.weights()
         shared = {name: weights[name] for name in self.ends.shared}
-        digest = self._upload(self.gate.release_weights(shared)) if shared else ""
+        digest = self._upload(self.gate.release_weights(round_, shared)) if shared else ""
+        self.notary.mark()
         answer = self.link.ask(Update(0, 0, round_, tokens, digest))
         if not isinstance(answer, RoundDurable):
             raise ProtocolError(f"{type(answer).__name__} instead of a merged round")
@@ -305,6 +336,7 @@ class Participant:
         """On Ctrl-C: save where we are, so that the next start goes on here. Raises PausedError."""
         if not self.stop():
             return
+        self.notary.settle()  # nothing may be unanswered when the session is taken up again
         if step is not None:
             self.store.save_pause(self._snapshot(self.round, step, tokens))
             self._remember(self.welcome, self.link.next_seq)
@@ -320,6 +352,7 @@ class Participant:
             return
         try:
             loss = self.trainer.evaluate(round_, self.evaluation)
+            self.notary.mark()
             check_finite(torch.tensor(loss.total), "the loss")
         except (MissedStepError, NumericalError) as error:  # weights that overflow must not end the federation
             self._say("evaluation_failed", round=round_, reason=str(error))
@@ -332,8 +365,10 @@ class Participant:
         self._take_merge(finished.weights)
         self._evaluate(finished.round + 1)
         path = self.store.save_merged({name: tensor.contiguous() for name, tensor in self.ends.weights().items()})
+        self.notary.settle()
         self._say_goodbye()
         assert self.tally is not None
+        assert self.guard is not None
         return {
             "client": self.name,
             "federation": self.settings.name,
@@ -345,7 +380,7 @@ class Participant:
             "held_out_losses": self.losses,
             "data": self._data_facts(),
             "bytes": self._total_traffic(),
-            "privacy": self.gate.report(),
+            "privacy": self.guard.report(self.gate),
             "weights": str(path),
             "seconds": time.monotonic() - self.started,
         }

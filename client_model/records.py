@@ -1,9 +1,17 @@
-"""The client's data as it trains on it: train and held-out records from one file, and the batches of each step."""
+"""The client's data as it trains on it: train and held-out records from one file, and the batches of each step.
+
+With privacy on, every record has a key (a keyed hash of its tokens), is padded to a public length, and takes part in a
+step only while its budget allows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import hmac
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +21,11 @@ from transformers import AutoTokenizer
 from splitfl.config import Federation
 from splitfl.data.packing import Batch, DataOrder, RecordSet, collate
 from splitfl.data.readers import open_corpus, split_corpus
-from splitfl.errors import CheckpointError
+from splitfl.data.records import Record
+from splitfl.errors import CheckpointError, PrivacyError
+
+Spend = Callable[[bytes, int, bool], bool]  # (key, padded length, trains) -> whether the record may take part
+KEY_BYTES = 16
 
 
 @dataclass
@@ -27,6 +39,8 @@ class ClientData:
     rows: int
     skipped: int  # rows that could not be read, beside those
     fingerprint: str  # tells whether the file is still the same
+    train_keys: list[bytes] = field(default_factory=list)  # with privacy on, a record's name in the ledger
+    held_out_keys: list[bytes] = field(default_factory=list)
 
     @classmethod
     def open(cls, path: Path, settings: Federation, tokenizer: Any, *, skip_bad: bool = False) -> ClientData:
@@ -36,8 +50,8 @@ class ClientData:
         batch = settings.batch
         return cls(
             settings,
-            RecordSet(corpus, train, tokenizer, batch.max_length, batch.pack),
-            RecordSet(corpus, held_out, tokenizer, batch.max_length, batch.pack) if len(held_out) else None,
+            RecordSet(corpus, train, tokenizer, batch.max_length, settings.packs),
+            RecordSet(corpus, held_out, tokenizer, batch.max_length, settings.packs) if len(held_out) else None,
             pad_token(tokenizer),
             len(corpus),
             corpus.skipped,
@@ -48,22 +62,81 @@ class ClientData:
         """The seeded order of the training records of the client ``name``, from ``cursor``."""
         return DataOrder.at(len(self.train), data_seed(self.settings.seed, name), cursor)
 
-    def step(self, order: DataOrder) -> list[Batch]:
-        """The micro-batches of the next step, each padded to the longest record of the step."""
-        batch = self.settings.batch
-        picked = [self.train[int(index)] for index in order.take(batch.records)]
-        size = batch.records // batch.micro_batches
-        longest = max(len(record) for record in picked)
-        pieces = [picked[start : start + size] for start in range(0, len(picked), size)]
-        return [collate(piece, longest, self.pad_token_id) for piece in pieces]
+    def name_records(self, secret: bytes) -> None:
+        """Give every record its key: HMAC of the secret over its tokens, and which of several equal ones it is."""
+        seen: Counter[bytes] = Counter()
+        self.train_keys = list(record_keys(self.train, secret, seen))
+        self.held_out_keys = list(record_keys(self.held_out or (), secret, seen))
 
-    def evaluation(self) -> list[Batch]:
+    def step(self, order: DataOrder, spend: Spend | None = None) -> list[Batch]:
+        """The micro-batches of the next step, each padded to the longest record of the step.
+
+        ``spend`` is asked for each record and leaves out those that must not take part. Raises PrivacyError when too
+        few are left.
+        """
+        batch = self.settings.batch
+        numbers = list(map(int, order.take(batch.records))) if spend is None else self._affordable(order, spend)
+        picked = [self.train[number] for number in numbers]
+        keys = [self.train_keys[number] for number in numbers] if self.train_keys else []
+        size = batch.records // batch.micro_batches
+        longest = max(self._padded(len(record)) for record in picked)
+        starts = range(0, len(picked), size)
+        return [self._collate(picked[at : at + size], longest, keys[at : at + size]) for at in starts]
+
+    def _affordable(self, order: DataOrder, spend: Spend) -> list[int]:
+        """The next records that may take part; gives up once an epoch has passed without filling the step."""
+        picked: list[int] = []
+        for _ in range(self.settings.batch.records + len(self.train)):
+            (number,) = map(int, order.take(1))
+            if spend(self.train_keys[number], self._padded(len(self.train[number])), True):
+                picked.append(number)
+                if len(picked) == self.settings.batch.records:
+                    return picked
+        left = len(set(picked))
+        raise PrivacyError(
+            f"the privacy budget of all but {left} of {len(self.train)} records is spent: too few for a step",
+            "This client's part is over. More needs a new agreement; what is spent stays spent.",
+        )
+
+    def _padded(self, length: int) -> int:
+        """The length that a record of ``length`` tokens is padded to, at least: public with privacy on."""
+        if not self.settings.privacy.on:
+            return length
+        buckets = self.settings.batch.padded_lengths
+        return buckets[bisect_left(buckets, length)]
+
+    def _collate(self, records: Sequence[Record], pad_to: int | None, keys: Sequence[bytes]) -> Batch:
+        if not keys:
+            return collate(records, pad_to, self.pad_token_id)
+        lengths = tuple(self._padded(len(record)) for record in records)
+        batch = collate(records, max(lengths) if pad_to is None else pad_to, self.pad_token_id)
+        return replace(batch, keys=tuple(keys), padded_lengths=lengths)
+
+    def evaluation(self, spend: Spend | None = None) -> list[Batch]:
         """The held-out batches that are measured: always the same ones, spread evenly, for files are often sorted."""
         if self.held_out is None:
             return []
         count = min(len(self.held_out), self.settings.evaluation.records)
-        picked = [self.held_out[number * len(self.held_out) // count] for number in range(count)]
-        return batches(picked, self.settings, self.pad_token_id)
+        numbers = [number * len(self.held_out) // count for number in range(count)]
+        if spend is not None:
+            lengths = {number: self._padded(len(self.held_out[number])) for number in numbers}
+            numbers = [n for n in numbers if spend(self.held_out_keys[n], lengths[n], False)]
+        size = self.settings.batch.records // self.settings.batch.micro_batches
+        pieces = [numbers[at : at + size] for at in range(0, len(numbers), size)]
+        keys = self.held_out_keys
+        return [
+            self._collate([self.held_out[n] for n in piece], None, [keys[n] for n in piece] if keys else [])
+            for piece in pieces
+        ]
+
+
+def record_keys(records: Sequence[Record], secret: bytes, seen: Counter[bytes]) -> Iterator[bytes]:
+    """Keys of records; ``seen`` counts equal ones, so that each has its own."""
+    for record in records:
+        tokens = record.input_ids.astype("<i8").tobytes()
+        plain = hmac.new(secret, tokens, hashlib.sha256).digest()
+        seen[plain] += 1
+        yield hmac.new(secret, plain + seen[plain].to_bytes(8, "little"), hashlib.sha256).digest()[:KEY_BYTES]
 
 
 def batches(records: Sequence[Any], settings: Federation, pad_token_id: int) -> list[Batch]:

@@ -1,6 +1,8 @@
 """A client's own state folder: what it needs to go on after any fault.
 
-    tally.json                  what has left so far, over all starts
+    ledger.sqlite               what has left so far, row by row (splitfl.privacy.ledger)
+    releases.sqlite             noised bytes that left, encrypted (splitfl.privacy.vault)
+    tally.json                  starts, rounds and traffic so far
     client.json                 name, federation, session token (to resume)
     model/                      config and tokenizer as the server handed them out
     snapshots/round-000003/     weights.safetensors  optimizer.safetensors  state.json
@@ -16,7 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -56,14 +58,12 @@ class SessionRecord:
 
 @dataclass(frozen=True)
 class Tally:
-    """What this client has done over all its starts, as far as it was saved. Bytes by kind, and on the link."""
+    """What this client has done over all its starts, as far as it was saved. Bytes are those on the link."""
 
     starts: int = 0
     uncounted_starts: int = 0  # those that were cut short: what they sent after their last saved tally is unknown
     open: bool = False  # a start is under way, or was cut short
     rounds_taken: int = 0
-    releases: Mapping[str, int] = field(default_factory=dict)
-    released_bytes: Mapping[str, int] = field(default_factory=dict)
     bytes_sent: int = 0
     bytes_received: int = 0
     data: str = ""  # fingerprint of the data file

@@ -4,28 +4,31 @@
 
 Labels stay here: the trunk sees hidden states going in and gradients coming back, and never the loss. Several
 micro-batches of a step can be under way at once: one computes here while another crosses or is in the trunk.
+Everything computed from a record passes the gate (``splitfl.privacy.gate``), activations by way of the entry.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from client_model.ends import Ends
+from client_model.entry import DirectEntry, Entry, OnceEntry, records_of
 from splitfl.codec.tensors import decode_tensor
 from splitfl.data.packing import Batch
 from splitfl.errors import NumericalError, ProtocolError, RefusedError
 from splitfl.federation.schedule import learning_rate
 from splitfl.privacy.gate import Gate, ReleaseKind
 from splitfl.split.loss import HeadLoss
-from splitfl.wire.messages import Answer, Backward, Forward, Gradient, Hidden, Request, SitOut, StepMissed
+from splitfl.wire.messages import Answer, Backward, Forward, Gradient, Hidden, Missing, Request, SitOut, StepMissed
 
 
 class Asker(Protocol):
@@ -75,6 +78,8 @@ class Trainer:
         self.link = link
         self.gate = gate
         self.in_flight = ends.settings.batch.in_flight
+        once = gate.policy.private and not ends.bottom_trains
+        self.entry: Entry = OnceEntry(link, gate) if once else DirectEntry(link, gate)
         # With a deadline a step can be refused at its very end; only without one may the top move on before.
         self._top_may_run_ahead = ends.settings.trunk.step_deadline_s == 0
 
@@ -99,6 +104,7 @@ class Trainer:
             raise
         if not top_moved:
             norm = self.ends.step_top(rate, tokens)
+        self.gate.trained = True
         if not math.isfinite(norm + self.ends.step_bottom(rate, tokens)):
             raise MissedStepError("the gradients' norm was not finite, so these weights stayed as they were")
         return HeadLoss(done.loss, tokens)
@@ -115,18 +121,17 @@ class Trainer:
         """All hops of one micro-batch: its gradients are in the ends when it is over."""
         ends = self.ends
         input_ids, labels, lengths = on_device(batch, ends.device)
-        hidden = ends.run_bottom(input_ids, lengths, train=True)  # (B, T, D)
+        run_bottom = cache(lambda: ends.run_bottom(input_ids, lengths, train=True))  # (B, T, D)
         if ends.trunk_is_empty:
-            done.add(ends.run_top(hidden, lengths, labels, train=True))
+            done.add(ends.run_top(run_bottom(), lengths, labels, train=True))
             return
         keep = ends.needs_backward
-        reply = self._ask_forward(place, hidden, batch, ReleaseKind.ACTIVATION, keep_graph=keep)
-        yield
-        returned = self._received(reply).requires_grad_(keep)
+        answer = yield from self._cross(ReleaseKind.ACTIVATION, place, batch, run_bottom, keep_graph=keep)
+        returned = self._decoded(answer).requires_grad_(keep)
         done.add(ends.run_top(returned, lengths, labels, train=True))
         if returned.grad is None:
             return
-        payload = self.gate.release(ReleaseKind.GRADIENT, returned.grad)
+        payload = self.gate.release(ReleaseKind.GRADIENT, place.round, returned.grad, records_of(batch))
         reply = self.link.request(Backward(0, 0, place.round, place.step, place.micro, payload))
         yield
         answer = answered(reply)
@@ -134,34 +139,34 @@ class Trainer:
             raise ProtocolError(f"{type(answer).__name__} instead of a gradient")
         if ends.bottom_trains and answer.gradient is not None:
             gradient = decode_tensor(answer.gradient, ends.device, what="the gradient that the trunk returned")
-            hidden.backward(gradient)  # type: ignore[no-untyped-call]
+            run_bottom().backward(gradient)  # type: ignore[no-untyped-call]
 
     def _judge(self, place: Place, batch: Batch, done: Sum) -> Crossing:
         """The hops of one held-out batch."""
         ends = self.ends
         input_ids, labels, lengths = on_device(batch, ends.device)
-        hidden = ends.run_bottom(input_ids, lengths, train=False)
-        if not ends.trunk_is_empty:
-            reply = self._ask_forward(place, hidden, batch, ReleaseKind.HELD_OUT_ACTIVATION, keep_graph=False)
-            yield
-            hidden = self._received(reply)
+        run_bottom = cache(lambda: ends.run_bottom(input_ids, lengths, train=False))
+        if ends.trunk_is_empty:
+            hidden = run_bottom()
+        else:
+            kind = ReleaseKind.HELD_OUT_ACTIVATION
+            hidden = self._decoded((yield from self._cross(kind, place, batch, run_bottom, keep_graph=False)))
         done.add(ends.run_top(hidden, lengths, labels, train=False))
 
-    def _ask_forward(
-        self, place: Place, hidden: Tensor, batch: Batch, kind: ReleaseKind, *, keep_graph: bool
-    ) -> Future[Answer]:
-        """Release activations (B, T, D) to the trunk; it keeps its graph for a Backward if asked."""
-        payload = self.gate.release(kind, hidden)
-        padded = bool((batch.lengths != batch.input_ids.shape[1]).any())
-        lengths = tuple(int(length) for length in batch.lengths) if padded else ()
-        tokens = batch.label_tokens
-        return self.link.request(
-            Forward(0, 0, place.round, place.step, place.micro, keep_graph, tokens, lengths, payload)
-        )
+    def _cross(
+        self, kind: ReleaseKind, place: Place, batch: Batch, hidden: Callable[[], Tensor], *, keep_graph: bool
+    ) -> Generator[None, None, Answer]:
+        """Activations into the trunk, and what comes back; it keeps its graph for a Backward if asked."""
+        forward = Forward(0, 0, place.round, place.step, place.micro, keep_graph, batch.told_tokens, (), None)
+        reply = self.entry.ask(kind, forward, batch, hidden)
+        yield
+        while isinstance(answer := answered(reply), Missing):
+            reply = self.entry.ask_again(answer, forward, batch)
+            yield
+        return answer
 
-    def _received(self, reply: Future[Answer]) -> Tensor:
-        """The trunk's output (B, T, D), once it is there."""
-        answer = answered(reply)
+    def _decoded(self, answer: Answer) -> Tensor:
+        """The trunk's output (B, T, D)."""
         if not isinstance(answer, Hidden):
             raise ProtocolError(f"{type(answer).__name__} instead of hidden states")
         return decode_tensor(answer.hidden, self.ends.device, what="what the trunk returned")

@@ -85,6 +85,7 @@ async def run(coordinator: Coordinator, host: str, port: int, report: object) ->
     from server_model.coordinator import Progress
     from server_model.service import Service
     from server_model.tasks import BACKGROUND_FAILURE
+    from splitfl.federation.agreement import privacy_line
 
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -102,7 +103,10 @@ async def run(coordinator: Coordinator, host: str, port: int, report: object) ->
     service = Service(coordinator)
     try:
         bound = await service.start(host, port)
-        report(Progress("listening", {"url": f"ws://{host}:{bound}", "durable_round": coordinator.rounds.durable}))  # type: ignore[operator]
+        facts = {"url": f"ws://{host}:{bound}", "durable_round": coordinator.rounds.durable}
+        privacy = privacy_line(coordinator.settings)
+        facts |= {"agreement": coordinator.terms.sha256, "privacy": privacy}
+        report(Progress("listening", facts))  # type: ignore[operator]
         ended = asyncio.create_task(until_everybody_left(coordinator))
         signalled = asyncio.create_task(stopped.wait())
         await asyncio.wait([ended, signalled], return_when=asyncio.FIRST_COMPLETED)
@@ -150,7 +154,8 @@ def report_text(progress: Progress) -> None:
     match progress.event:
         case "listening":
             note(f"listening on {facts['url']}; clients join with: splitfl join {facts['url']} --name NAME --data PATH")
-            note("privacy mode off: this server can read the clients' text")
+            note(f"privacy {facts['privacy']}")
+            note(f"agreement {facts['agreement']}: clients are shown its terms, and accept them before they take part")
         case "round_open":
             note(f"round {as_number(facts['round'])} open for {', '.join(as_names(facts['cohort']))}")
         case "round_durable":

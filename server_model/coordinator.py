@@ -23,17 +23,22 @@ import torch
 from torch import Tensor
 
 from server_model.blobs import Blobs
+from server_model.calibration import settled
 from server_model.engine import Engine
 from server_model.members import Member, Members
+from server_model.releases import Releases
 from server_model.rounds import Rounds
 from server_model.steps import MissedError, StepKey
 from server_model.store import Store
 from server_model.trunk import Rows, Trunk
 from server_model.updates import HEADER_ALLOWANCE
-from splitfl.codec.tensors import decode_tensor, encode_tensor
+from server_model.witness import Witness
+from splitfl.codec.tensors import WIRE_DTYPES, by_record, decode_tensor, encode_tensor
 from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError, NumericalError, ProtocolError, RefusedError, SplitFLError, StorageError
+from splitfl.federation.agreement import Terms
+from splitfl.privacy.witness import Mark
 from splitfl.split.checkpoint import CheckpointFolder, is_tied
 from splitfl.split.export import COPIED_FILES
 from splitfl.split.modes import bottom_trains, training_policy
@@ -41,18 +46,24 @@ from splitfl.split.shares import Shapes, ends_names, shared_shapes
 from splitfl.split.training import check_policy, stays_tied
 from splitfl.wire.messages import (
     Answer,
+    AskHeld,
     Backward,
     Bye,
     Chunk,
+    Countersign,
+    Countersigned,
     ErrorCode,
     Failed,
     Farewell,
     Fetch,
     Forward,
     Gradient,
+    Held,
     Hello,
     Hidden,
+    Missing,
     NextRound,
+    Release,
     Request,
     SitOut,
     StepMissed,
@@ -65,6 +76,7 @@ from splitfl.wire.messages import (
 from splitfl.wire.session import choose_version
 
 log = logging.getLogger("splitfl.server")
+PASSING_STEPS = 4  # steps' worth of released activations that are held in memory for one client
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -91,16 +103,21 @@ class Coordinator:
         report: Callable[[Progress], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.settings = settings
         self.source = CheckpointFolder(model)
         self.layers: int = self.source.config.num_hidden_layers
         self.device = device
         self.report = report
         check_settings(settings, self.source, device)
+        self.settings = settings = settled(settings, self.source)
         self.blobs = Blobs()
         self.manifest = offer_assets(self.blobs, self.source, settings)
+        self.terms = Terms(settings, self.manifest)
         store = Store(state)
         store.begin(model, settings, self.manifest, resume=resume)
+        self.witness = Witness(state / "ledgers")
+        self.releases = Releases(state / "releases", int(settings.trunk.cache_gib * 2**30))
+        if not resume:
+            self.releases.clear()
         trunk = Trunk(settings, self.source, range(settings.bottoms[0], self.layers - settings.tops[0]), device)
         self.engine = Engine(trunk, settings)
         self._codec = ThreadPoolExecutor(max_workers=1, thread_name_prefix="codec")
@@ -119,6 +136,7 @@ class Coordinator:
         """Open or resume a session. Raises ProtocolError or RefusedError; the shell turns them into Refused."""
         version = choose_version(hello)
         member, resumed = self.members.welcome(hello)
+        mark = self.witness.last(member.name)
         about = {"cut": str(member.cut), "holds_round": hello.round, "software": hello.software}
         self._say("connected", client=member.name, resumed=resumed, **about)
         return member, Welcome(
@@ -131,6 +149,9 @@ class Coordinator:
             n_top=member.cut.n_top,
             settings=self.settings.model_dump_json(),
             manifest=self.manifest,
+            signer=self.witness.signer,
+            ledger_rows=mark.count,
+            ledger_head=mark.head,
         )
 
     def disconnected(self, member: Member) -> None:
@@ -170,6 +191,12 @@ class Coordinator:
         match request:
             case Forward():
                 return self._forward(member, request)
+            case Release():
+                return self._release(member, request)
+            case AskHeld():
+                return self._held(member, request)
+            case Countersign():
+                return self._countersign(member, request)
             case Backward():
                 return self._backward(member, request)
             case SitOut():
@@ -190,24 +217,83 @@ class Coordinator:
         data, total = await loop.run_in_executor(None, self.blobs.read, request.sha256, request.offset, request.limit)
         return Chunk(request.seq, request.sha256, request.offset, total, TensorBytes("u8", (len(data),), data))
 
+    async def _held(self, member: Member, request: AskHeld) -> Answer:
+        held = await self._in_order(lambda: [self.releases.holds(member.name, name) for name in request.records])
+        return Held(request.seq, tuple(held))
+
+    async def _release(self, member: Member, request: Release) -> Answer:
+        return Held(request.seq, await self._in_order(self._keep, member, request))
+
+    def _keep(self, member: Member, request: Release) -> tuple[bool, ...]:
+        """Keep released activations on disk, or until the Forward that names them. Raises what the shape deserves."""
+        limits, payload = self.settings.batch, request.hidden
+        if len(payload.shape) != 3 or payload.shape[0] != len(request.records) or 0 in payload.shape:
+            raise ProtocolError(f"{len(request.records)} records in shape {list(payload.shape)}", field="hidden")
+        if payload.shape[2] != self.source.config.hidden_size or payload.dtype not in WIRE_DTYPES:
+            raise ProtocolError(f"{payload.dtype} {list(payload.shape)} is no activation here", field="hidden")
+        if payload.shape[0] > limits.records or payload.shape[1] > limits.max_length:
+            raise RefusedError("more records, or longer ones, than a step has", "Send fewer.", code="over_limit")
+        held = []
+        for name, piece in zip(request.records, by_record(payload), strict=True):
+            held.append(self.releases.put(member.name, name, piece))
+            if not held[-1]:
+                member.passing[name] = piece
+        while len(member.passing) > PASSING_STEPS * limits.records:
+            del member.passing[next(iter(member.passing))]
+        return tuple(held)
+
+    async def _countersign(self, member: Member, request: Countersign) -> Answer:
+        mark = Mark(request.rows, request.head)
+        signature = await asyncio.to_thread(self.witness.countersign, member.name, mark)
+        return Countersigned(request.seq, mark.count, mark.head, signature)
+
     async def _forward(self, member: Member, request: Forward) -> Answer:
-        hidden = await self._in_order(decode_tensor, request.hidden, self.device, what="hidden")
-        batch, time_, _ = checked_shape(hidden, self.source.config.hidden_size)
-        self._check_size(request, batch, time_)
-        lengths = torch.tensor(request.lengths, device=self.device) if request.lengths else None
         key = StepKey(request.round, request.step, request.micro)
+        came = await self._in_order(self._rows_of, member, request, key)
+        if isinstance(came, Missing):
+            return came
         output = await self.engine.forward(
-            member.name,
-            key,
-            member.cut.trunk(self.layers),
-            Rows(hidden, lengths),
-            request.label_tokens,
-            request.train,
+            member.name, key, member.cut.trunk(self.layers), came, request.label_tokens, request.train
         )
         payload = await self._encode(output, "the trunk's output for these activations")
         return Hidden(request.seq, key.round, key.step, key.micro, payload)
 
-    def _check_size(self, request: Forward, batch: int, time_: int) -> None:
+    def _rows_of(self, member: Member, request: Forward, key: StepKey) -> Rows | Missing:
+        """A micro-batch's hidden states: those that came with it, or those of the records that it names."""
+        if request.hidden is not None:
+            hidden = decode_tensor(request.hidden, self.device, what="hidden")
+            lengths = request.lengths
+        else:
+            found = self._named(member, request, key)
+            if isinstance(found, Missing):
+                return found
+            hidden, lengths = found
+        batch, time_, _ = checked_shape(hidden, self.source.config.hidden_size)
+        self._check_size(request, batch, time_, lengths)
+        return Rows(hidden, torch.tensor(lengths, device=self.device) if lengths else None)
+
+    def _named(self, member: Member, request: Forward, key: StepKey) -> tuple[Tensor, tuple[int, ...]] | Missing:
+        """Released records as one batch (B, T, D), with their lengths where these differ."""
+        if not request.records:
+            raise ProtocolError("neither hidden states nor records", field="hidden")
+        if member.stalled is not None and (member.stalled.round, member.stalled.step) != (key.round, key.step):
+            member.stalled = None  # that step is over
+        found = [self.releases.get(member.name, name) or member.passing.get(name) for name in request.records]
+        missing = tuple(name for name, payload in zip(request.records, found, strict=True) if payload is None)
+        behind = member.stalled is not None and key.micro > member.stalled.micro
+        if missing or behind:
+            member.stalled = member.stalled if behind else key
+            return Missing(request.seq, key.round, key.step, key.micro, missing)
+        member.stalled = None
+        for name in request.records:
+            member.passing.pop(name, None)
+        payloads = [payload for payload in found if payload is not None]
+        rows = [decode_tensor(payload, self.device, what="a released activation") for payload in payloads]
+        lengths = tuple(row.shape[0] for row in rows)
+        hidden = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T, D)
+        return hidden, lengths if min(lengths) != max(lengths) else ()
+
+    def _check_size(self, request: Forward, batch: int, time_: int, lengths: tuple[int, ...]) -> None:
         """Raise RefusedError or ProtocolError for a micro-batch that this federation does not have."""
         limits = self.settings.batch
         if batch > limits.records // limits.micro_batches or time_ > limits.max_length:
@@ -217,9 +303,7 @@ class Coordinator:
                 "Train with the settings that the server sent.",
                 code="over_limit",
             )
-        if request.lengths and (
-            len(request.lengths) != batch or not 1 <= min(request.lengths) <= max(request.lengths) <= time_
-        ):
+        if lengths and (len(lengths) != batch or not 1 <= min(lengths) <= max(lengths) <= time_):
             raise ProtocolError("lengths do not fit the batch", field="lengths")
         if request.label_tokens > batch * time_:
             raise ProtocolError(f"{request.label_tokens} label tokens in {batch * time_}", field="label_tokens")

@@ -7,11 +7,12 @@ import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from server_model.steps import StepKey
 from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.errors import RefusedError
 from splitfl.split.shares import Shapes
-from splitfl.wire.messages import Hello
+from splitfl.wire.messages import Hello, TensorBytes
 from splitfl.wire.session import ServerSession
 
 
@@ -28,6 +29,8 @@ class Member:
     expiry: asyncio.TimerHandle | None = None
     bytes_in: int = 0
     bytes_out: int = 0
+    passing: dict[str, TensorBytes] = field(default_factory=dict)  # released, no room to keep: for the next Forward
+    stalled: StepKey | None = None  # its Forward named records that are missing; those behind it wait too
 
 
 class Members:

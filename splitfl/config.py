@@ -5,14 +5,17 @@ The server's settings win, so no flag has to match by hand on two machines. Ever
 
 from __future__ import annotations
 
+import itertools
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError
+
+Line = Annotated[str, Field(max_length=500, pattern=r"^[^\x00-\x1f\x7f]*$")]  # what people are shown, on one line
 
 
 class Section(BaseModel):
@@ -43,15 +46,31 @@ class Batch(Section):
         2, ge=1, le=32, description="micro-batches that a client has under way at once; 1 = one after another"
     )
     max_length: int = Field(256, ge=2, description="tokens in a record, at most")
-    pack: bool = Field(
-        True, description="true: rows fill blocks of max_length tokens and are cut there; false: one row a record"
+    pack: bool | None = Field(
+        None,
+        description="true: rows fill blocks of max_length tokens and are cut there; false: one row a record; "
+        "none = true with privacy off, false else",
+    )
+    buckets: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (),
+        description="tokens; with privacy on a record is padded to the next of these public lengths; "
+        "none = powers of two from 32 to max_length",
     )
 
     @model_validator(mode="after")
     def pieces_are_equal(self) -> Batch:
         if self.records % self.micro_batches:
             raise ValueError(f"micro_batches = {self.micro_batches} does not divide records = {self.records}")
+        if self.buckets and (sorted(set(self.buckets)) != list(self.buckets) or self.buckets[-1] != self.max_length):
+            raise ValueError(f"buckets must rise and end at max_length = {self.max_length}")
         return self
+
+    @property
+    def padded_lengths(self) -> tuple[int, ...]:
+        """The public lengths to which records are padded with privacy on, in tokens, shortest first."""
+        powers = (2**exponent for exponent in range(5, 64))
+        below = itertools.takewhile(lambda length: length < self.max_length, powers)
+        return self.buckets or (*below, self.max_length)
 
 
 class Model(Section):
@@ -106,6 +125,7 @@ class TrunkSettings(Section):
     )
     step_deadline_s: float = Field(0.0, ge=0, description="seconds a step waits for a client; 0 = while it is alive")
     grace_s: float = Field(120.0, ge=0, description="seconds that a session outlives its connection")
+    cache_gib: float = Field(8.0, ge=0, description="GiB of disk for released activations; the rest is sent each epoch")
     max_tokens_in_flight: int = Field(262_144, ge=1, description="tokens whose graphs the trunk holds at once")
 
 
@@ -128,10 +148,74 @@ class Evaluation(Section):
     every_rounds: int = Field(1, ge=0, description="rounds between evaluations; 0 = before and after training alone")
 
 
-class Privacy(Section):
-    """What the server may learn. ``off``: the server can read the text."""
+class Agreement(Section):
+    """What people agree to before anything computed from their data leaves; shown at the first join."""
 
-    mode: Literal["off"] = Field("off", description='privacy mode; "off" = activations travel as they are')
+    owner: Line = Field("", description="who answers for the federation, no unit")
+    contact: Line = Field("", description="whom to ask, no unit")
+    purpose: Line = Field("", description="what the model is for, no unit")
+    exporters: tuple[Line, ...] = Field(("operator",), description="who may export the trained model, no unit")
+
+
+#: named levels of mode "measured": sigma of the activations' noise, in clip norms
+LEVELS = {"light": 0.1, "medium": 0.3, "strong": 1.0}
+
+
+class Privacy(Section):
+    """What the server may learn. ``off``: it can read the text."""
+
+    mode: Literal["off", "measured", "certified"] = Field(
+        "off",
+        description="off: activations travel as they are; measured: noised, no guarantee, audited; certified: "
+        "noised so that epsilon holds",
+    )
+    level: Literal["light", "medium", "strong"] = Field(
+        "medium", description="measured: the activations' noise, 0.1, 0.3 or 1.0 clip norms"
+    )
+    epsilon: float | None = Field(
+        None, gt=0, description="certified: bound on all that leaves of one unit, no unit; none = not certified"
+    )
+    delta: float = Field(1e-5, gt=0, lt=1, description="probability that goes with epsilon; below 1 / records")
+    unit: Literal["record", "client"] = Field(
+        "record", description="what epsilon hides: one record, or all of a client"
+    )
+    clip: Literal["token", "record"] = Field(
+        "token", description="what of an activation is clipped: each token, or all"
+    )
+    clip_norm: float | None = Field(
+        None, gt=0, description="L2 norm to which activations are clipped; none = measured by the server on public text"
+    )
+    noise_multiplier: float | None = Field(
+        None, gt=0, description="measured: the activations' noise in clip norms, instead of a level"
+    )
+    gradients: Literal["none", "noised"] = Field(
+        "none", description="gradients into the trunk: none (the trunk stays as published), or clipped and noised"
+    )
+    gradient_clip_norm: float = Field(1.0, gt=0, description="L2 norm to which a record's gradient is clipped")
+    gradient_noise_multiplier: float = Field(
+        0.02, gt=0, description="measured: the gradients' noise in gradient_clip_norms"
+    )
+    dp_sgd: bool = Field(False, description="whether the client's own weights are trained with DP-SGD")
+    dp_clip_norm: float = Field(1.0, gt=0, description="DP-SGD: L2 norm to which a record's own gradient is clipped")
+    dp_noise_multiplier: float = Field(1.0, gt=0, description="measured: DP-SGD's noise in dp_clip_norms")
+    audit_records: int = Field(
+        24, ge=0, description="records of which a client keeps every release, encrypted, for `splitfl audit`"
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether noise is added."""
+        return self.mode != "off"
+
+    @model_validator(mode="after")
+    def target_and_mode_agree(self) -> Privacy:
+        if (self.mode == "certified") != (self.epsilon is not None):
+            raise ValueError('epsilon belongs to mode = "certified", and that mode needs one')
+        if self.mode != "measured" and self.noise_multiplier is not None:
+            raise ValueError(
+                'noise_multiplier belongs to mode = "measured"; "certified" computes its noise from epsilon'
+            )
+        return self
 
 
 class Federation(Section):
@@ -153,6 +237,17 @@ class Federation(Section):
     wire: Wire = Wire()
     evaluation: Evaluation = Evaluation()
     privacy: Privacy = Privacy()
+    agreement: Agreement = Agreement()
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows are laid end to end; with privacy on a record is the unit of privacy, so never."""
+        return not self.privacy.on if self.batch.pack is None else self.batch.pack
+
+    @property
+    def trains_trunk(self) -> bool:
+        """Whether gradients go into the trunk."""
+        return not self.privacy.on or self.privacy.gradients != "none"
 
     @property
     def cut(self) -> Cut:
@@ -191,6 +286,25 @@ class Federation(Section):
             raise ValueError(f"model: the default cut {self.cut} is outside its own limits")
         if self.merge.share == "none" and len(self.tops) > 1:
             raise ValueError('merge.share = "none" needs one n_top for all: personal tops of different depth')
+        return self
+
+    @model_validator(mode="after")
+    def privacy_can_be_had(self) -> Federation:
+        privacy, shares = self.privacy, self.merge.share != "none"
+        if privacy.on and self.batch.pack:
+            raise ValueError("batch.pack = true lays several records end to end: with privacy on, leave it out")
+        if privacy.mode != "certified":
+            return self
+        if self.freeze_below < self.bottoms[-1]:
+            raise ValueError(
+                "a bottom that trains sends each record anew: with mode = certified, leave freeze_below out"
+            )
+        if privacy.gradients != "none" and not privacy.dp_sgd:
+            raise ValueError("gradients of a top trained without DP tell of every record: set privacy.dp_sgd = true")
+        if shares and not privacy.dp_sgd:
+            raise ValueError(
+                'weights trained without DP have no epsilon: set privacy.dp_sgd = true or merge.share = "none"'
+            )
         return self
 
     def check_layers(self, layers: int) -> None:

@@ -178,6 +178,7 @@ class Place:
         self.folder = folder
         self.model = model
         self.commands: list[Command] = []
+        self.agreement = ""  # what the server that was started last wants accepted
 
     def run(self, label: str, *arguments: object, **options: Any) -> Command:
         """Start any command."""
@@ -206,7 +207,8 @@ class Place:
         """Start a client with a state folder of its own; the cache of fetched tensors is shared."""
         folder = self.folder / (state or f"client-{name}")
         arguments = [url, "--name", name, "--data", data, "--state", folder, "--cache", self.folder / "cache"]
-        return self.run("join", "join", *arguments, "--threads", 1, "--json", *flags, **options)
+        consent = ["--accept", self.agreement] if self.agreement and "--accept" not in flags else []
+        return self.run("join", "join", *arguments, *consent, "--threads", 1, "--json", *flags, **options)
 
     def stop(self) -> None:
         """End whatever still runs."""
@@ -220,7 +222,10 @@ class Server:
     def __init__(self, place: Place, command: Command, url: str | None = None) -> None:
         self.place = place
         self.command = command
-        self.url = command.wait_for("listening")["url"] if url is None else url
+        self.url = url or ""
+        if url is None:
+            listening = command.wait_for("listening")
+            self.url, place.agreement = listening["url"], listening["agreement"]
 
     @property
     def port(self) -> int:

@@ -51,6 +51,13 @@ def decode_tensor(payload: TensorBytes, device: torch.device, *, what: str) -> T
     return tensor
 
 
+def by_record(payload: TensorBytes) -> list[TensorBytes]:
+    """A batch's bytes, record by record."""
+    view, count = memoryview(payload.data), payload.shape[0]
+    size = payload.nbytes // count
+    return [TensorBytes(payload.dtype, payload.shape[1:], view[n * size : (n + 1) * size]) for n in range(count)]
+
+
 def check_finite(tensor: Tensor, what: str) -> None:
     """Raise NumericalError when ``tensor`` holds NaN or infinity."""
     # the sum is NaN or infinite whenever an element is; it can also overflow, so only then look closer

@@ -154,16 +154,27 @@ class _TokenCache:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Batch:
-    """Records padded on the right: ``input_ids`` and ``labels`` int64 (B, T), ``lengths`` int64 (B,)."""
+    """Records padded on the right: ``input_ids`` and ``labels`` int64 (B, T), ``lengths`` int64 (B,).
+
+    With privacy on each record has its ``keys`` entry (a keyed hash) and its public ``padded_lengths`` one; true
+    lengths stay here.
+    """
 
     input_ids: IntArray
     labels: IntArray
     lengths: IntArray
+    keys: tuple[bytes, ...] = ()
+    padded_lengths: tuple[int, ...] = ()
 
     @property
     def label_tokens(self) -> int:
         """How many positions of the batch carry loss: what a mean loss is divided by."""
         return int(np.count_nonzero(self.labels != IGNORE))
+
+    @property
+    def told_tokens(self) -> int:
+        """What the trunk is told instead, to divide by: with privacy on it is public, padding and all."""
+        return sum(self.padded_lengths) if self.padded_lengths else self.label_tokens
 
     def __repr__(self) -> str:
         return f"Batch({self.input_ids.shape[0]} x {self.input_ids.shape[1]}, {self.label_tokens} with loss)"

@@ -131,5 +131,5 @@ def evaluate_folder(
     whole = WholeModel(model, settings, device)
     tokenizer = open_tokenizer(model)
     corpus = open_corpus(data, skip_bad=skip_bad)
-    records = RecordSet(corpus, range(len(corpus)), tokenizer, settings.batch.max_length, settings.batch.pack)
+    records = RecordSet(corpus, range(len(corpus)), tokenizer, settings.batch.max_length, settings.packs)
     return whole.evaluate(batches([records[i] for i in range(len(records))], settings, pad_token(tokenizer)))

@@ -76,6 +76,7 @@ class Ledger:
         self.latest = 0.0  # seconds since 1970 of the newest row
         self.spent: defaultdict[bytes, float] = defaultdict(float)  # record -> mu^2 of its own rows
         self.spent_by_kind: defaultdict[str, defaultdict[bytes, float]] = defaultdict(lambda: defaultdict(float))
+        self.total = 0.0  # mu^2 of all rows
         self.tainted = False  # some release depended on weights trained without DP
         self.releases: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
@@ -113,9 +114,10 @@ class Ledger:
         if not rows:
             return
         now = self._time()
-        head, written = self.head, []
+        head, chains, written = self.head, [], []
         for number, row in enumerate(rows):
             head = link(head, row, now)
+            chains.append(head)
             values = (row.record, row.kind, row.sensitivity, row.sigma, row.round, int(row.tainted), now)
             written.append((self.count + 1 + number, *values, row.payload, row.nbytes, head))
         with ledger_errors(self.path):
@@ -127,8 +129,8 @@ class Ledger:
                 if self._file.in_transaction:
                     self._file.execute("ROLLBACK")
                 raise
-        for row, values in zip(rows, written, strict=True):
-            self._count(row, now, values[-1])  # type: ignore[arg-type]
+        for row, chain in zip(rows, chains, strict=True):
+            self._count(row, now, chain)
 
     def _time(self) -> float:
         now = self._clock()
@@ -147,6 +149,7 @@ class Ledger:
         self.releases[row.kind] += 1
         self.bytes[row.kind] += row.nbytes
         self._payloads.add(row.payload)
+        self.total += row.mu_squared
         self.spent[row.record] += row.mu_squared
         self.spent_by_kind[row.kind][row.record] += row.mu_squared
         self.tainted = self.tainted or row.tainted

@@ -13,11 +13,13 @@ import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
 
+import msgpack
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from splitfl.errors import StorageError
 from splitfl.privacy.ledger import ledger_errors
+from splitfl.wire.messages import TensorBytes
 
 NONCE_BYTES = 12
 SCHEMA = "CREATE TABLE IF NOT EXISTS entries (name BLOB PRIMARY KEY, sealed BLOB NOT NULL) STRICT, WITHOUT ROWID"
@@ -77,3 +79,14 @@ class Vault:
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()
+
+
+def pack(payload: TensorBytes) -> bytes:
+    """A tensor as the vault keeps it."""
+    return bytes(msgpack.packb((payload.dtype, list(payload.shape), bytes(payload.data))))
+
+
+def unpack(data: bytes) -> TensorBytes:
+    """A tensor out of the vault."""
+    dtype, shape, content = msgpack.unpackb(data)
+    return TensorBytes(dtype, tuple(shape), content)

@@ -71,6 +71,10 @@ def bottom_trains(settings: Federation, cut: Cut) -> bool:
 
 
 def trunk_needs_backward(settings: Federation, cut: Cut, layers: int) -> bool:
-    """Whether a step runs backward through the trunk: something in it or below it trains."""
+    """Whether a step runs backward through the trunk: gradients may be sent, and something in it or below it trains."""
     trunk = cut.trunk(layers)
-    return len(trunk) > 0 and (trunk.stop > settings.freeze_below or bottom_trains(settings, cut))
+    return (
+        settings.trains_trunk
+        and len(trunk) > 0
+        and (trunk.stop > settings.freeze_below or bottom_trains(settings, cut))
+    )

@@ -26,6 +26,9 @@ Index = Annotated[int, Field(ge=-1, le=2**31)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 CLIENT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=CLIENT_NAME)]
+RecordName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]  # of a released activation: opaque, the client's choice
+Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 Token = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,128}$")]
 Text = Annotated[str, Field(max_length=2000)]
 
@@ -39,6 +42,7 @@ ErrorCode = Literal[
     "wrong_round",  # not the round that is open
     "over_limit",  # more bytes or requests than allowed
     "storage",  # the server's disk
+    "ledger",  # a ledger that went back, or is another one
     "internal",  # a fault of the server's own
 ]
 ERROR_CODES: tuple[str, ...] = get_args(ErrorCode)
@@ -89,7 +93,8 @@ class Welcome:
 
     ``resumed`` says that the session of ``resume`` lives on; else the client goes back to its state after
     ``round``, the last durable one. ``settings`` is the federation's JSON, ``manifest`` the hash of the list of
-    assets (config, tokenizer, tensors).
+    assets (config, tokenizer, tensors). ``ledger_rows`` and ``ledger_head`` are what the server countersigned last
+    for this client; ``signer`` is the public key (Ed25519) that it signs with.
     """
 
     version: Count
@@ -101,6 +106,9 @@ class Welcome:
     n_top: Count
     settings: Annotated[str, Field(max_length=60_000)]
     manifest: Sha256
+    signer: Key
+    ledger_rows: Count = 0
+    ledger_head: Key = "0" * 64
 
 
 @dataclass(frozen=True)
@@ -133,11 +141,44 @@ class NextRound:
 
 
 @dataclass(frozen=True)
+class AskHeld:
+    """Which of these released activations does the server hold? Answered by Held, in their order."""
+
+    seq: Count
+    ack: Count
+    records: tuple[RecordName, ...]
+
+
+@dataclass(frozen=True)
+class Release:
+    """Activations (B, T, D) of ``records``, once for all epochs: the server keeps them. Answered by Held.
+
+    What it has no room for it keeps until the Forward that names it.
+    """
+
+    seq: Count
+    ack: Count
+    records: tuple[RecordName, ...]
+    hidden: Tensor
+
+
+@dataclass(frozen=True)
+class Countersign:
+    """The client's ledger has ``rows`` rows and its chain ends in ``head``. Answered by Countersigned."""
+
+    seq: Count
+    ack: Count
+    rows: Count
+    head: Key
+
+
+@dataclass(frozen=True)
 class Forward:
     """Hidden states (B, T, D) into the trunk. ``lengths`` (B) of right-padded rows; empty when none is padded.
 
     ``label_tokens`` is how many label tokens the summed loss of this micro-batch has. With ``train`` the server
-    keeps the graph for the Backward that follows. Answered by Hidden or StepMissed.
+    keeps the graph for the Backward that follows. Instead of ``hidden`` it may name ``records`` that were released.
+    Answered by Hidden, StepMissed, or Missing for records that the server does not hold.
     """
 
     seq: Count
@@ -148,7 +189,8 @@ class Forward:
     train: bool
     label_tokens: Count
     lengths: tuple[Count, ...]
-    hidden: Tensor
+    hidden: Tensor | None
+    records: tuple[RecordName, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -238,6 +280,36 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Which of the records the server holds, in the order in which they were named."""
+
+    seq: Count
+    held: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """The Forward named ``records`` that the server does not hold (or waits behind one): release them, then repeat
+    it, and those after it, in order."""
+
+    seq: Count
+    round: Index
+    step: Count
+    micro: Count
+    records: tuple[RecordName, ...]
+
+
+@dataclass(frozen=True)
+class Countersigned:
+    """The server has written down rows and head of this client's ledger, and signs them."""
+
+    seq: Count
+    rows: Count
+    head: Key
+    signature: Signature
+
+
+@dataclass(frozen=True)
 class Hidden:
     """The trunk's output (B, T, D) for a Forward."""
 
@@ -308,8 +380,22 @@ class Failed:
     field: Annotated[str, Field(max_length=64)] = ""
 
 
-Request = Fetch | NextRound | Forward | Backward | SitOut | Upload | Update | Bye
-Answer = Chunk | RoundOpen | Finished | Hidden | Gradient | StepMissed | Uploaded | RoundDurable | Farewell | Failed
+Request = Fetch | NextRound | AskHeld | Release | Countersign | Forward | Backward | SitOut | Upload | Update | Bye
+Answer = (
+    Chunk
+    | RoundOpen
+    | Finished
+    | Held
+    | Missing
+    | Countersigned
+    | Hidden
+    | Gradient
+    | StepMissed
+    | Uploaded
+    | RoundDurable
+    | Farewell
+    | Failed
+)
 Message = Hello | Welcome | Refused | Request | Answer
 
 REQUESTS: tuple[type, ...] = get_args(Request)
@@ -322,6 +408,9 @@ MESSAGE_TYPES: dict[str, type] = {
     "refused": Refused,
     "fetch": Fetch,
     "next_round": NextRound,
+    "ask_held": AskHeld,
+    "release": Release,
+    "countersign": Countersign,
     "forward": Forward,
     "backward": Backward,
     "sit_out": SitOut,
@@ -331,6 +420,9 @@ MESSAGE_TYPES: dict[str, type] = {
     "chunk": Chunk,
     "round_open": RoundOpen,
     "finished": Finished,
+    "held": Held,
+    "missing": Missing,
+    "countersigned": Countersigned,
     "hidden": Hidden,
     "gradient": Gradient,
     "step_missed": StepMissed,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from disturbing import assert_same, final_weights
+from gates import agree
 
 import server_model.rounds
 import server_model.store
@@ -37,7 +38,7 @@ def run(model: Path, data: Path, folder: Path, report: Callable[[Progress], None
     coordinator = Coordinator(model, SETTINGS, folder / "server", device=CPU, report=report)
     with MemoryService(coordinator) as service:
         link = MemoryLink(service, Hello(PROTOCOL_VERSIONS, "a", n_bottom=1, n_top=2))
-        client = Participant("a", data, ClientStore(folder / "a"), folder / "cache", CPU)
+        client = Participant("a", data, ClientStore(folder / "a"), folder / "cache", CPU, accept=agree)
         client.run(link, link.open(), URL)
 
 

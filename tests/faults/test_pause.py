@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from disturbing import assert_same, final_weights
+from gates import agree
 
 from client_model.link import SessionLostError
 from client_model.participant import Event, Participant, PausedError
@@ -42,7 +43,7 @@ def service(model: Path, state: Path, *, resume: bool = False) -> Iterator[Memor
 
 
 def participant(folder: Path, data: Path, report: Callable[[Event], None] = lambda _: None) -> Participant:
-    return Participant("a", data, ClientStore(folder / "client"), folder / "cache", CPU, report)
+    return Participant("a", data, ClientStore(folder / "client"), folder / "cache", CPU, report, accept=agree)
 
 
 def take_part(service: MemoryService, client: Participant) -> dict[str, Any]:

@@ -74,8 +74,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 @contextmanager
-def served(model: Path, federation: str, *, threads: int = 0) -> Iterator[tuple[str, psutil.Process]]:
-    """A trunk service in a process of its own; gives its address and process. Raises SplitFLError."""
+def served(model: Path, federation: str, *, threads: int = 0) -> Iterator[tuple[str, str]]:
+    """A trunk service in a process of its own; gives its address and its agreement's hash. Raises SplitFLError."""
     with tempfile.TemporaryDirectory() as work:
         (Path(work) / "federation.toml").write_text(federation)
         command = [sys.executable, "-m", "splitfl.cli", "serve", str(model), "--state", f"{work}/state"]
@@ -89,7 +89,8 @@ def served(model: Path, federation: str, *, threads: int = 0) -> Iterator[tuple[
             line = process.stdout.readline()
             if not line:
                 raise SplitFLError("the trunk service did not start", log.read_text()[-300:])
-            yield json.loads(line)["url"], psutil.Process(process.pid)
+            listening = json.loads(line)
+            yield listening["url"], listening["agreement"]
         finally:
             process.terminate()
             process.wait(timeout=30)

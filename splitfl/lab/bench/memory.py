@@ -73,9 +73,10 @@ def client_peak(work: Path, blocks: int) -> int:
     texts = generate_notes("general", 200, 0)
     create_checkpoint(model, family="llama", layers=blocks + 2, hidden=256, vocab=2048, corpus=texts, seed=0)
     write_notes(data, "cardiology", 200, 0)
-    with served(model, SETTINGS, threads=1) as (url, _):
+    with served(model, SETTINGS, threads=1) as (url, agreement):
         command = [sys.executable, "-m", "splitfl.cli", "join", url, "--name", "bench", "--data", str(data)]
         command += ["--state", str(work / f"client-{blocks}"), "--cache", str(work / "cache"), "--threads", "1"]
+        command += ["--accept", agreement, "--key", str(work / "key")]
         return peak_of(command)
 
 

@@ -28,6 +28,10 @@ from splitfl.data.notes import generate_notes
 from splitfl.data.packing import Batch
 from splitfl.lab.bench.harness import Bar, Result, served, spread
 from splitfl.privacy.gate import Gate
+from splitfl.privacy.ledger import Ledger
+from splitfl.privacy.noise import NoiseStream
+from splitfl.privacy.policy import policy_of, workload
+from splitfl.privacy.vault import Vault
 from splitfl.split.checkpoint import CheckpointFolder
 from splitfl.split.create import create_checkpoint
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello, NextRound
@@ -85,8 +89,8 @@ def measure(model: Path, codec: str, steps: int) -> dict[str, Any]:
     """Interleaved steps (whole with either AdamW, split) on one model and codec."""
     text = SETTINGS.format(records=RECORDS, length=LENGTH, codec=codec)
     batch = random_batch()
-    with served(model, text) as (url, _):
-        split = SplitStep(model, parse_settings(text), url)
+    with served(model, text) as (url, _), tempfile.TemporaryDirectory() as state:
+        split = SplitStep(model, parse_settings(text), url, Path(state))
         runners: dict[str, Callable[[Batch], tuple[float, float]]]
         runners = {"plain": WholeStep(model, fused=None), "fused": WholeStep(model, fused=True), "split": split}
         try:
@@ -134,14 +138,22 @@ class WholeStep:
         return time.perf_counter() - began, float(loss.detach())
 
 
+def plain_gate(settings: Federation, state: Path) -> Gate:
+    """The gate of a client in ``state``, as join opens it."""
+    key = bytes(32)
+    policy = policy_of(settings, workload(settings, RECORDS, 0))
+    ledger, vault = Ledger(state / "ledger.sqlite"), Vault(state / "releases.sqlite", key)
+    return Gate(policy, settings.wire.codec, ledger, vault, NoiseStream(), secret=key)
+
+
 class SplitStep:
     """One split step through the service at ``url``; returns seconds and mean loss."""
 
-    def __init__(self, folder: Path, settings: Federation, url: str) -> None:
+    def __init__(self, folder: Path, settings: Federation, url: str, state: Path) -> None:
         self.link = Link(url, Hello(PROTOCOL_VERSIONS, "bench"), say=lambda _: None)
         self.link.open()
         ends = Ends(CheckpointFolder(folder), settings, Cut(1, 1), torch.device("cpu"))
-        self.trainer = Trainer(ends, self.link, Gate(settings.wire.codec))
+        self.trainer = Trainer(ends, self.link, plain_gate(settings, state))
         self.link.ask(NextRound(0, 0, -1))
         self.step = 0
 

@@ -67,15 +67,15 @@ def joins_and_imports(work: Path) -> tuple[list[float], list[float]]:
     joins, imports = [], []
     for number in range(RUNS):
         imports.append(seconds_of([sys.executable, "-c", "import torch"]))
-        with served(model, SETTINGS) as (url, _):
-            joins.append(first_step(url, data, work / f"client-{number}", work / f"cache-{number}"))
+        with served(model, SETTINGS) as (url, agreement):
+            joins.append(first_step(url, agreement, data, work / f"client-{number}", work / f"cache-{number}"))
     return joins, imports
 
 
-def first_step(url: str, data: Path, state: Path, cache: Path) -> float:
+def first_step(url: str, agreement: str, data: Path, state: Path, cache: Path) -> float:
     """Seconds until a client with an empty cache reports its first step."""
     command = [sys.executable, "-m", "splitfl.cli", "join", url, "--name", "bench", "--data", str(data)]
-    command += ["--state", str(state), "--cache", str(cache), "--json"]
+    command += ["--state", str(state), "--cache", str(cache), "--accept", agreement, "--key", f"{state}.key", "--json"]
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None

@@ -113,13 +113,14 @@ class Demo:
         losses = {name: report["held_out_losses"] for name, report in self.reports.items()}
         self.curves["federated"] = {name: [point["loss"] for point in losses[name]] for name in CLIENTS}
 
-    def _join(self, children: Children, url: str) -> None:
+    def _join(self, children: Children, url: str, agreement: str) -> None:
         threads = max(1, self.cores // len(CLIENTS))
         for name in CLIENTS:
             home = self.folder.client(name)
             places = ("--data", self.folder.notes(name), "--state", home / "state", "--cache", home / "cache")
             computing = ("--device", self.device, "--threads", threads)
-            children.start(name, COMMAND, "join", url, "--name", name, *places, *computing, "--json")
+            consent = ("--accept", agreement, "--key", home / "key")
+            children.start(name, COMMAND, "join", url, "--name", name, *places, *consent, *computing, "--json")
 
     def _train_baselines(self) -> None:
         labels = {name: f"{name} alone" for name in CLIENTS} | {"centralised": "all notes in one place"}
@@ -141,7 +142,7 @@ class Demo:
         """Keep what an event says, and start the clients when the trunk listens."""
         match event.get("event"):
             case "listening":
-                self._join(children, event["url"])
+                self._join(children, event["url"], event["agreement"])
             case "storage_error":  # the trunk would wait for room; a demo need not
                 raise StorageError(
                     f"the trunk cannot write its state: {event['error']}", "Start again elsewhere: --out."

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from gates import open_gate
 
 from client_model.cli import (
     EventPrinter,
@@ -28,7 +29,7 @@ from client_model.participant import Event, Participant
 from client_model.store import ClientStore, SessionRecord, Snapshot
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError, LinkError
-from splitfl.privacy.gate import STATEMENT, Gate
+from splitfl.privacy.report import OFF, privacy_report
 from splitfl.wire.frames import decode, encode
 from splitfl.wire.messages import Bye, Farewell, Hello
 
@@ -207,7 +208,7 @@ EVENTS = [
         "data: 40 rows, which make 9 records to train on, 1 held out, 2 rows skipped, "
         "3 answers cut from their prompts by packing (batch.pack = false keeps rows whole)",
     ),
-    ("privacy", {"mode": "off", "statement": STATEMENT}, f"privacy: off. {STATEMENT}"),
+    ("privacy", {"mode": "off", "statement": OFF}, f"privacy: off. {OFF}"),
     ("waiting", {"for_": "the next round"}, "waiting for the next round"),
     ("step", STEP, "round 1 step 5: loss 1.500, 1234 tokens/s, 2.0 MB sent, 0.1 MB received"),
     ("evaluation", {"round": 1, "loss": 2.0, "perplexity": 7.4}, "held-out loss 2.000, perplexity 7.4, after 1 rounds"),
@@ -249,10 +250,10 @@ def test_events_are_text_on_stderr_for_a_person(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("losses", [[], [{"round": 0, "loss": 3.0}, {"round": 2, "loss": 2.0}]])
 def test_report_says_what_left_and_what_stayed(
-    losses: list[dict[str, float]], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, losses: list[dict[str, float]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gate = Gate("fp32")
-    gate.release_weights({"head": torch.ones(2)})
+    gate = open_gate(tmp_path)
+    gate.release_weights(0, {"head": torch.ones(2)})
     print_report(
         {
             "client": "ward",
@@ -264,7 +265,7 @@ def test_report_says_what_left_and_what_stayed(
             "seconds": 1.0,
             "held_out_losses": losses,
             "bytes": {"bytes_sent": 1, "bytes_received": 2},
-            "privacy": gate.report(),
+            "privacy": privacy_report(gate.policy, gate.ledger),
             "weights": "merged.safetensors",
         }
     )

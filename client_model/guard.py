@@ -1,0 +1,110 @@
+"""What stands before the gate, for one client in one federation: key, ledger, what was agreed to, budgets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from client_model.keys import ClientKey, default_key, open_key
+from client_model.records import ClientData, Spend
+from client_model.store import ClientStore
+from splitfl.config import Federation
+from splitfl.errors import PrivacyError
+from splitfl.federation.agreement import SHORT, Terms
+from splitfl.privacy.gate import Gate, RecordRef
+from splitfl.privacy.keepsakes import sample
+from splitfl.privacy.ledger import Ledger
+from splitfl.privacy.noise import open_stream
+from splitfl.privacy.policy import policy_of, workload
+from splitfl.privacy.report import privacy_report
+from splitfl.privacy.vault import Vault
+from splitfl.privacy.witness import Mark, check_not_older
+
+Accept = Callable[[Terms], bool]  # shows the terms to whoever decides
+MODES = ("off", "measured", "certified")  # weakest first
+
+
+class Guard:
+    """Opens ledger and vault of a state folder. Raises StorageError, PrivacyError; then nothing leaves."""
+
+    def __init__(
+        self, store: ClientStore, key_file: Path | None, *, noise_seed: int | None = None, simulated: bool = False
+    ) -> None:
+        """``simulated``: all sides are one person, so noise may come from a seed."""
+        self.folder = store.folder
+        self.seeded = noise_seed is not None
+        self.noise = open_stream(seed=noise_seed, simulated=simulated)
+        fresh = not (self.folder / "ledger.sqlite").exists()
+        path = default_key(self.folder) if key_file is None else key_file
+        self.key: ClientKey = open_key(path, may_create=fresh)
+        self.ledger = Ledger(self.folder / "ledger.sqlite")
+        self.vault = Vault(self.folder / "releases.sqlite", self.key.derived("vault"))
+
+    def check_terms(self, terms: Terms, accept: Accept, floor: str) -> None:
+        """Raise PrivacyError unless the terms were accepted, now or before, and are not below the client's floor."""
+        mode = terms.settings.privacy.mode
+        if MODES.index(mode) < MODES.index(floor):
+            raise PrivacyError(
+                f'this federation\'s privacy mode is "{mode}", and this client wants "{floor}" at least',
+                "Ask the operator to change privacy.mode, or lower --privacy.",
+            )
+        digest = bytes.fromhex(terms.sha256)
+        if self.ledger.accepted(digest):
+            return
+        if not accept(terms):
+            raise PrivacyError(
+                "this federation's terms are not accepted, and nothing has left",
+                f"Read them above; to accept, add --accept {terms.sha256[:SHORT]}.",
+            )
+        self.ledger.accept(digest)
+
+    def check_mark(self, mark: Mark, *, private: bool) -> bool:
+        """Whether the ledger goes on from what the server countersigned. Raises PrivacyError with privacy on."""
+        if self.ledger.has_prefix(mark.count, bytes.fromhex(mark.head)):
+            return True
+        if private:
+            check_not_older(self.ledger, mark)
+        return False
+
+    def open_gate(self, settings: Federation, data: ClientData, context: str, *, bottom_trains: bool) -> Gate:
+        """The gate for these settings and records. Raises ConfigError for noise that cannot be had."""
+        held_out = len(data.held_out) if data.held_out is not None else 0
+        policy = policy_of(settings, workload(settings, len(data.train), min(held_out, settings.evaluation.records)))
+        if policy.private:
+            data.name_records(self.key.derived("records"))
+        return Gate(
+            policy,
+            settings.wire.codec,
+            self.ledger,
+            self.vault,
+            self.noise,
+            secret=self.key.derived("names"),
+            context=context,
+            bottom_trains=bottom_trains,
+            audited=sample(data.train_keys, settings.privacy.audit_records),
+        )
+
+    def spend(self, gate: Gate) -> Spend | None:
+        """Who may take part in a step: asked record by record, and what it says yes to is set aside. None: all may."""
+        if not gate.policy.private:
+            return None
+        pending: dict[bytes, float] = {}
+
+        def allowed(key: bytes, padded_length: int, trains: bool) -> bool:
+            cost = gate.cost(RecordRef(key, padded_length), trains=trains)
+            if not gate.budget.allows(key, cost, pending):
+                return False
+            pending[key] = pending.get(key, 0.0) + cost
+            return True
+
+        return allowed
+
+    def report(self, gate: Gate) -> dict[str, Any]:
+        """The privacy section of the closing report."""
+        return privacy_report(gate.policy, self.ledger, simulated=self.seeded, audit=self._audit())
+
+    def _audit(self) -> dict[str, Any] | None:
+        path = self.folder / "audit.json"
+        return dict(json.loads(path.read_text())) if path.exists() else None

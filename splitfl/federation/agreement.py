@@ -1,0 +1,83 @@
+"""What people agree to before anything computed from their data leaves: the terms, in words, and their hash.
+
+Both sides compute the hash from the settings and the model's manifest, so no server can show one text and mean
+another. Whatever changes what leaves, to whom, or for how long is part of it; how fast the optimizer steps is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from splitfl.config import LEVELS, Federation
+
+#: sections of the settings that are agreed to
+AGREED = {"name", "rounds", "batch", "model", "merge", "wire", "evaluation", "privacy", "agreement"}
+SHORT = 12  # hex digits that are enough to name an agreement by hand
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The terms of a federation on the model with this ``manifest`` (SHA-256 of the list of what clients fetch)."""
+
+    settings: Federation
+    manifest: str
+
+    @property
+    def sha256(self) -> str:
+        """The hash that is accepted, 64 hex digits."""
+        agreed = {"settings": self.settings.model_dump(mode="json", include=AGREED), "manifest": self.manifest}
+        return hashlib.sha256(json.dumps(agreed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def named_by(self, given: str) -> bool:
+        """Whether ``given`` is the hash, or enough of its beginning."""
+        return len(given) >= SHORT and self.sha256.startswith(given.lower())
+
+    def lines(self) -> list[str]:
+        """The terms for a person, a line each."""
+        settings, agreement, rounds = self.settings, self.settings.agreement, self.settings.rounds
+        keeps = f"{settings.model.n_bottom} + {settings.model.n_top} blocks, embedding and output head"
+        said = [
+            ("federation", settings.name),
+            ("owner", agreement.owner or "not stated"),
+            ("contact", agreement.contact or "not stated"),
+            ("purpose", agreement.purpose or "not stated"),
+            ("may export", ", ".join(agreement.exporters) or "nobody"),
+            ("takes", f"{rounds.count} rounds of {rounds.local_steps} steps, {settings.batch.records} records each"),
+            ("stays here", f"your file, the labels, losses; of the model {keeps}, unless you plan otherwise"),
+            ("privacy", privacy_line(settings)),
+            ("gradients", gradients_line(settings)),
+            ("weights", weights_line(settings)),
+            ("model", f"sha256 {self.manifest[:16]}..."),
+            ("agreement", self.sha256),
+        ]
+        return [f"{name:<11} {text}" for name, text in said]
+
+
+def privacy_line(settings: Federation) -> str:
+    """What the mode means, in one line."""
+    privacy = settings.privacy
+    if privacy.mode == "off":
+        return "off. The server can read the text."
+    if privacy.mode == "certified":
+        return f"certified: epsilon = {privacy.epsilon:g}, delta = {privacy.delta:g}, for each {privacy.unit}."
+    noise = LEVELS[privacy.level] if privacy.noise_multiplier is None else privacy.noise_multiplier
+    return f"measured: noise of {noise:g} clip norms on activations. No guarantee; an honest server is assumed."
+
+
+def gradients_line(settings: Federation) -> str:
+    """Whether gradients leave, in one line."""
+    if not settings.privacy.on:
+        return "sent as they are: labels can be recovered from them."
+    return (
+        "not sent; the trunk stays as published." if not settings.trains_trunk else "clipped for each record, noised."
+    )
+
+
+def weights_line(settings: Federation) -> str:
+    """Whether weights leave, in one line."""
+    if settings.merge.share == "none":
+        return "stay here."
+    how = "after DP-SGD" if settings.privacy.on and settings.privacy.dp_sgd else "without noise"
+    return f"those of the {'top' if settings.merge.share == 'top' else 'ends'} are sent after every round, {how}."

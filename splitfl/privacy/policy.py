@@ -1,0 +1,138 @@
+"""From the federation's settings to what is done to each kind of release: mechanisms, budgets, what is not sent.
+
+Everything here is fixed before the first release, from settings and from how many records there are, which is public;
+never from what the records say.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from splitfl.config import LEVELS, Federation
+from splitfl.errors import ConfigError
+from splitfl.privacy.accounting import mu_for, replace_one
+from splitfl.privacy.mechanism import Mechanism
+
+
+@dataclass(frozen=True)
+class DpSgd:
+    """DP-SGD of the client's own weights: per-record gradients clipped to L2 norm ``clip_norm``, their sum noised by
+    ``noise_multiplier`` times that."""
+
+    clip_norm: float
+    noise_multiplier: float
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the noise on the sum."""
+        return self.noise_multiplier * self.clip_norm
+
+    @property
+    def sensitivity(self) -> float:
+        """Of the sum, when one record is replaced by another."""
+        return replace_one(self.clip_norm)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What may leave one client, and how. None for a mechanism: sent as it is (mode off), or not at all."""
+
+    mode: str
+    unit: str
+    activations: Mechanism | None
+    gradients: Mechanism | None
+    dp_sgd: DpSgd | None
+    sends_gradients: bool
+    record_budget: float  # mu^2; infinite without a target
+    run_budget: float  # mu^2 of the client as a whole
+    delta: float
+
+    @property
+    def private(self) -> bool:
+        """Whether noise is added."""
+        return self.mode != "off"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How often a client's records take part. ``records`` to train on, ``held_out`` ones that are measured,
+    ``draws`` records that all steps take together, ``steps`` of all rounds; ``padded_length`` in tokens."""
+
+    records: int
+    held_out: int
+    draws: int
+    steps: int
+    padded_length: int
+
+    @property
+    def participations(self) -> int:
+        """Most steps that one record takes part in: it comes once in each epoch."""
+        return math.ceil(self.draws / self.records)
+
+
+def workload(settings: Federation, records: int, held_out: int) -> Workload:
+    """What the federation's rounds make of so many records, if this client takes part in all."""
+    steps = settings.rounds.count * settings.rounds.local_steps
+    length = settings.batch.padded_lengths[-1]
+    return Workload(records, held_out, steps * settings.batch.records, steps, length)
+
+
+def policy_of(settings: Federation, work: Workload) -> Policy:
+    """The policy of a client with that workload. Raises ConfigError for a target that no noise reaches."""
+    privacy = settings.privacy
+    if not privacy.on:
+        return Policy("off", privacy.unit, None, None, None, True, math.inf, math.inf, privacy.delta)
+    if privacy.clip_norm is None:
+        raise ConfigError("privacy.clip_norm is not settled", "The server measures it at its start; or set it.")
+    noise = certified_noise(settings, work) if privacy.mode == "certified" else measured_noise(settings)
+    trains = privacy.gradients != "none"
+    gradients = Mechanism("record", privacy.gradient_clip_norm, noise.gradients * privacy.gradient_clip_norm)
+    budget = mu_for(privacy.epsilon, privacy.delta) ** 2 if privacy.epsilon is not None else math.inf
+    return Policy(
+        mode=privacy.mode,
+        unit=privacy.unit,
+        activations=Mechanism(privacy.clip, privacy.clip_norm, noise.activations * privacy.clip_norm),
+        gradients=gradients if trains else None,
+        dp_sgd=DpSgd(privacy.dp_clip_norm, noise.dp_sgd) if privacy.dp_sgd else None,
+        sends_gradients=trains,
+        record_budget=budget,
+        run_budget=budget if privacy.unit == "client" else math.inf,
+        delta=privacy.delta,
+    )
+
+
+@dataclass(frozen=True)
+class NoiseMultipliers:
+    """sigma of each kind of release in its own clip norms."""
+
+    activations: float
+    gradients: float
+    dp_sgd: float
+
+
+def measured_noise(settings: Federation) -> NoiseMultipliers:
+    """Mode "measured": as the settings name it."""
+    privacy = settings.privacy
+    chosen = LEVELS[privacy.level] if privacy.noise_multiplier is None else privacy.noise_multiplier
+    return NoiseMultipliers(chosen, privacy.gradient_noise_multiplier, privacy.dp_noise_multiplier)
+
+
+def certified_noise(settings: Federation, work: Workload) -> NoiseMultipliers:
+    """Mode "certified": noise that keeps every unit within (epsilon, delta), each kind with an equal part of mu^2."""
+    privacy = settings.privacy
+    assert privacy.epsilon is not None
+    kinds = 1 + (privacy.gradients != "none") + privacy.dp_sgd
+    part = mu_for(privacy.epsilon, privacy.delta) ** 2 / kinds
+    whole_client = privacy.unit == "client"
+    rows = work.padded_length if privacy.clip == "token" else 1
+    once = work.records + work.held_out if whole_client else 1
+    again = work.draws if whole_client else work.participations
+    batch = settings.batch.records
+    joint = work.steps * batch**2 if whole_client else work.participations
+    # mu^2 = releases x (sensitivity / sigma)^2 = part, in units of the clip norm; sensitivity 2, or 2 sqrt(rows)
+    return NoiseMultipliers(
+        activations=2 * math.sqrt(rows * once / part),
+        gradients=2 * math.sqrt(again / part),
+        dp_sgd=2 * math.sqrt(joint / part),
+    )

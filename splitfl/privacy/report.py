@@ -1,0 +1,153 @@
+"""The privacy section of a client's report: what left, what that is worth, and to whom. It says only what is true.
+
+Everything is read from the ledger, never from what was planned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from splitfl.privacy.accounting import epsilon_of, guess_bound, mean_bits
+from splitfl.privacy.gate import ReleaseKind
+from splitfl.privacy.ledger import EVERYTHING, Ledger
+from splitfl.privacy.policy import Policy
+
+OFF = "No noise was added: the server can read the text, and labels can be recovered from gradients."
+NOT_AUDITED = "Not audited yet: `splitfl audit` attacks what left."
+NEIGHBOURS = "one record replaced by another of the same public padded length"
+ACTIVATIONS = (ReleaseKind.ACTIVATION.value, ReleaseKind.HELD_OUT_ACTIVATION.value)
+
+
+def privacy_report(
+    policy: Policy, ledger: Ledger, *, simulated: bool = False, audit: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What left by kind, its epsilons, and who is protected against whom. ``audit`` is an earlier audit's result."""
+    alone, whole = epsilons(policy, ledger, simulated=simulated)
+    mu = math.sqrt(most_spent(policy, ledger)) if whole is not None else math.inf
+    report: dict[str, Any] = {
+        "mode": policy.mode,
+        "statement": statement(policy, whole, alone, mu, audit, simulated=simulated),
+        "unit": policy.unit,
+        "neighbours": NEIGHBOURS,
+        "delta": policy.delta,
+        "epsilon_activations": alone,
+        "epsilon": whole,
+        "mean_bits": mean_bits(mu) if whole is not None else None,
+        "guess_bound": guess_bound(mu, 0.5) if whole is not None else None,
+        "stayed": stayed(policy),
+        "told": told(policy),
+        "left": {
+            kind: {"releases": ledger.releases[kind], "bytes": ledger.bytes[kind]} for kind in sorted(ledger.releases)
+        },
+        "parties": parties(policy, ledger),
+        "ledger": {"rows": ledger.count, "head": ledger.head.hex()},
+    }
+    if policy.private:
+        report["several_records"] = (
+            "somebody with k records: sqrt(k) mu for activations and gradients, up to k mu for weights after DP-SGD"
+        )
+    return report
+
+
+def epsilons(policy: Policy, ledger: Ledger, *, simulated: bool) -> tuple[float | None, float | None]:
+    """epsilon of the activations alone, and of the whole transcript, for the unit that spent most; None = no bound."""
+    if simulated or not policy.private:
+        return None, None
+    alone = bounded_epsilon(most_spent(policy, ledger, ACTIVATIONS), policy.delta)
+    whole = None if ledger.tainted else bounded_epsilon(most_spent(policy, ledger), policy.delta)
+    return alone, whole
+
+
+def bounded_epsilon(mu_squared: float, delta: float) -> float | None:
+    """None where nothing bounds it."""
+    return epsilon_of(math.sqrt(mu_squared), delta) if math.isfinite(mu_squared) else None
+
+
+def most_spent(policy: Policy, ledger: Ledger, kinds: tuple[str, ...] | None = None) -> float:
+    """mu^2 of the unit that spent most, over rows of these kinds (None: all)."""
+    spent: dict[bytes, float] = {}
+    for kind, by_record in ledger.spent_by_kind.items():
+        if kinds is None or kind in kinds:
+            for key, value in by_record.items():
+                spent[key] = spent.get(key, 0.0) + value
+    if policy.unit == "client":
+        return sum(spent.values())
+    shared = spent.pop(EVERYTHING, 0.0)
+    return shared + max(spent.values(), default=0.0)
+
+
+def statement(
+    policy: Policy,
+    whole: float | None,
+    alone: float | None,
+    mu: float,
+    audit: Mapping[str, Any] | None,
+    *,
+    simulated: bool,
+) -> str:
+    """The mode's sentence, with the figures that hold."""
+    if not policy.private:
+        return OFF
+    if simulated:
+        return "Simulated: the noise came from a seed, so it protects nothing, and no epsilon holds."
+    if policy.mode == "certified" and whole is not None:
+        return (
+            f"epsilon = {whole:.3g} at delta = {policy.delta:g} for each {policy.unit} ({NEIGHBOURS}), against whoever "
+            f"sees all that left. A record tells {mean_bits(mu):.2g} bits on average, at most."
+        )
+    figures = f"Activations alone: epsilon = {shown(alone)}; whole transcript: {shown(whole)}."
+    return f"No guarantee. {audited(audit)} {figures}"
+
+
+def audited(audit: Mapping[str, Any] | None) -> str:
+    """What the attacks got out of what left."""
+    if audit is None:
+        return NOT_AUDITED
+    low, high = audit["interval"]
+    return (
+        f"Our attacks recovered {audit['recovery']:.0%} [{low:.0%}, {high:.0%}] of tokens, assuming an honest server."
+    )
+
+
+def shown(epsilon: float | None) -> str:
+    return "none" if epsilon is None else f"{epsilon:.4g}"
+
+
+def stayed(policy: Policy) -> list[str]:
+    """What never leaves."""
+    lengths = ["true lengths of records"] if policy.private else []
+    return ["the data file", "label ids", "losses", "moments of the optimizer", *lengths]
+
+
+def told(policy: Policy) -> list[str]:
+    """What the server learns beside the releases."""
+    if not policy.private:
+        return ["this client's name", "number and lengths of records", "counts of label tokens", "when it works"]
+    return ["this client's name", "number, order, recurrence and padded lengths of records", "when it works"]
+
+
+def parties(policy: Policy, ledger: Ledger) -> list[dict[str, str]]:
+    """Who sees what, and what protects a record against them."""
+    bound = {"off": "nothing", "measured": "noise, without a guarantee"}.get(policy.mode, "epsilon as stated")
+    weights = ledger.releases[ReleaseKind.WEIGHTS.value] > 0
+    merged = "nothing but averaging with others" if policy.dp_sgd is None else "DP-SGD, as stated; no amplification"
+    return [
+        {"party": "server: trunk and merging", "sees": "all that left, by record", "protection": bound},
+        {
+            "party": "other clients",
+            "sees": "merged weights" if weights else "nothing of this client",
+            "protection": merged if weights else "nothing is sent",
+        },
+        {
+            "party": "whoever gets the exported model",
+            "sees": "its weights",
+            "protection": merged if weights else "this client's weights are not in it",
+        },
+        {
+            "party": "a thief of this client's state folder",
+            "sees": "trained weights; releases are encrypted, and their key lies elsewhere",
+            "protection": "the key file, while it is not stolen too",
+        },
+    ]
