@@ -106,7 +106,7 @@ class Welcome:
     n_top: Count
     settings: Annotated[str, Field(max_length=60_000)]
     manifest: Sha256
-    signer: Key
+    signer: Key = "0" * 64
     ledger_rows: Count = 0
     ledger_head: Key = "0" * 64
 
@@ -189,7 +189,7 @@ class Forward:
     train: bool
     label_tokens: Count
     lengths: tuple[Count, ...]
-    hidden: Tensor | None
+    hidden: Tensor | None = None
     records: tuple[RecordName, ...] = ()
 
 

@@ -14,7 +14,7 @@ import typer.main
 
 from splitfl.cli import app
 from splitfl.config import Federation, load_federation
-from splitfl.privacy.gate import STATEMENT
+from splitfl.privacy.report import OFF
 from splitfl.split.families import FAMILIES, small_config
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +127,7 @@ def test_federated_only_recipe_leaves_no_trunk() -> None:
 
 
 def test_readme_says_what_privacy_mode_off_means() -> None:
-    assert STATEMENT.partition(": ")[2].rstrip(".") in flat(README)
+    assert OFF.partition(": ")[2].rstrip(".") in flat(README)
     assert Federation().privacy.mode == "off"
 
 

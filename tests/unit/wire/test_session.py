@@ -284,7 +284,8 @@ def examples(classes: Iterable[type]) -> list[Message]:
     """One message of each class, whatever is in it."""
     blank = {"versions": (1,), "name": "a", "code": "internal", "reason": "failed", "train": True, "merged": True}
     blank |= dict.fromkeys(("session", "incarnation", "settings", "weights"), "")
-    blank |= dict.fromkeys(("sha256", "manifest"), HASH) | {"lengths": (), "resumed": False, "limit": 1}
+    blank |= dict.fromkeys(("sha256", "manifest", "signer", "head", "ledger_head"), HASH) | {"signature": 2 * HASH}
+    blank |= {"records": (), "held": ()} | {"lengths": (), "resumed": False, "limit": 1}
     tensor = TensorBytes("u8", (0,), b"")
     blank |= dict.fromkeys(("hidden", "gradient", "data"), tensor)
     return [
