@@ -56,14 +56,15 @@ def product_norms(left: Tensor, right: Tensor) -> Tensor:
     """
     time, product = left.shape[1], left.shape[2] * right.shape[2]
     if 2 * time * time >= product:
-        return (left.float().mT @ right.float()).flatten(1).norm(dim=1).double()
+        rows = (left.float().mT @ right.float()).norm(dim=-1)  # (B, P); not all at once: fp32 sums of many drift
+        return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
     left, right = left.double(), right.double()
     tables = (left @ left.mT) * (right @ right.mT)  # (B, T, T)
-    return tables.sum((1, 2)).clamp_min(0).sqrt()
+    return torch.sqrt(tables.sum((1, 2)).clamp_min(0))
 
 
-def linear_norms(layer: nn.Linear | Conv1D, activations: list[Tensor], backprops: Tensor) -> Norms:
-    """Inputs (B, T, I) and gradients at the outputs (B, T, O) -> norms for weight and bias."""
+def linear_norms(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> Norms:
+    """Inputs (B, T, I) and gradients at the outputs (B, T, O) -> norms for weight and bias; Conv1D the same."""
     norms: Norms = {}
     if layer.weight.requires_grad:
         norms[layer.weight] = product_norms(backprops, activations[0])
@@ -74,7 +75,7 @@ def linear_norms(layer: nn.Linear | Conv1D, activations: list[Tensor], backprops
 
 def embedding_norms(table: nn.Embedding, ids: Tensor, gradient: Tensor) -> Tensor:
     """Token ids (B, T) and gradients at the rows (B, T, D) -> norms (B,); rows may be scaled by ``embed_scale``."""
-    rows = gradient.float() * float(getattr(table, "embed_scale", 1.0))
+    rows = gradient.double() * float(getattr(table, "embed_scale", 1.0))
     if table.padding_idx is not None:
         rows = rows.masked_fill((ids == table.padding_idx)[..., None], 0.0)
     norms: Tensor = compute_embedding_norm_sample(table, [ids.contiguous()], rows)[table.weight]
@@ -137,7 +138,7 @@ class GhostNorms(GradSampleHooksFastGradientClipping):  # type: ignore[misc]
         """When the gradient at looked-up rows (B, T, D) comes, keep the norms of the table's."""
         if self.hooks_enabled and rows.requires_grad:
             ids = inputs[0]
-            rows.register_hook(
+            rows.register_hook(  # type: ignore[no-untyped-call]
                 lambda gradient: setattr(table.weight, "_norm_sample", embedding_norms(table, ids, gradient))
             )
 
