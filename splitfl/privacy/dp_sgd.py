@@ -11,7 +11,9 @@ long summed; a head tied to the embedding gets two clipped sums and two noises, 
 be in a step once: twice is twice the sensitivity. Nothing is said here of amplification by sampling.
 
 The loss that is clipped is a record's token losses over its *padded* length, both normalisers public: dividing by
-label tokens would tell their number, which is the record's own. It never leaves.
+label tokens would tell their number, which is the record's own. That loss stays here.
+
+All of this holds up to fp32's rounding of the sum, about 1e-6 of it, which is not in the ledger.
 
 What it is not: it protects what is computed from the weights (updates, the trained head's later gradients), not
 the activations and gradients at the cut, which have their own clip and noise in the gate.
@@ -103,7 +105,7 @@ class PrivatePart:
         """
         for weight in self.weights:
             total = self._sums.pop(weight, None)
-            total = torch.zeros_like(weight) if total is None else total
+            total = torch.zeros_like(weight) if total is None else total.contiguous()
             self._add_noise(total)
             weight.grad = total if weight.grad is None else weight.grad + total
 
@@ -119,8 +121,7 @@ class PrivatePart:
         self.one_by_one = True
 
     def _add_noise(self, total: Tensor) -> None:
-        flat = total.view(-1)
-        for block in torch.split(flat, NOISE_BLOCK):
+        for block in torch.split(total.view(-1), NOISE_BLOCK):
             drawn = self.noise.normal((len(block),)).to(block.device)
             block.copy_(block.double() + self.settings.sigma * drawn)
 
@@ -134,14 +135,12 @@ class PrivatePart:
         return (self.settings.max_grad_norm / norms.clamp_min(self.settings.max_grad_norm) / time).float()
 
     def _add(self, weights: Sequence[nn.Parameter], gradients: Sequence[Tensor | None], factor: float) -> None:
-        """Add one record's gradients, clipped; they may be overwritten."""
+        """Add one record's gradients, clipped."""
         for weight, gradient in zip(weights, gradients, strict=True):
-            if gradient is None:
-                continue
-            if weight in self._sums:
+            if gradient is not None:
+                if weight not in self._sums:
+                    self._sums[weight] = torch.zeros_like(weight)
                 self._sums[weight].add_(gradient, alpha=factor)
-            else:
-                self._sums[weight] = gradient.mul_(factor)
 
     @contextmanager
     def _summing(self) -> Iterator[None]:

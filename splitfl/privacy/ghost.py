@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from splitfl.split.families import FAMILIES
 from splitfl.split.segment import Segment
 
-Norms = dict[nn.Parameter, Tensor]  # weight -> its gradient's norm for each record, (B,)
+Norms = dict[Tensor, Tensor]  # weight -> its gradient's norm for each record, (B,)
 
 
 def suits(segment: Segment) -> bool:
@@ -57,7 +57,8 @@ def product_norms(left: Tensor, right: Tensor) -> Tensor:
     time, product = left.shape[1], left.shape[2] * right.shape[2]
     if 2 * time * time >= product:
         rows = (left.float().mT @ right.float()).norm(dim=-1)  # (B, P); not all at once: fp32 sums of many drift
-        return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
+        return norms
     left, right = left.double(), right.double()
     tables = (left @ left.mT) * (right @ right.mT)  # (B, T, T)
     return torch.sqrt(tables.sum((1, 2)).clamp_min(0))
