@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from splitfl.config import Federation
 from splitfl.cut import Cut
+from splitfl.privacy.noise import NormalSource
+from splitfl.privacy.policy import DpSgd
 from splitfl.split.checkpoint import TensorSource, load_segment
 from splitfl.split.loss import HeadLoss, head_loss
 from splitfl.split.modes import arithmetic, bottom_trains, optimizer_spec, training_policy, trunk_needs_backward
@@ -17,16 +21,30 @@ from splitfl.split.segment import Segment
 from splitfl.split.shares import choose_shared, ends_pieces
 from splitfl.split.training import set_up_training, stays_tied, tie_head
 
+if TYPE_CHECKING:
+    from splitfl.privacy.dp_sgd import PrivateBottom, PrivateTop
+
 
 class Ends:
     """Bottom and top of ``cut``, read slice-wise from ``source`` onto ``device``."""
 
-    def __init__(self, source: TensorSource, settings: Federation, cut: Cut, device: torch.device) -> None:
+    def __init__(
+        self,
+        source: TensorSource,
+        settings: Federation,
+        cut: Cut,
+        device: torch.device,
+        dp_sgd: DpSgd | None = None,
+        noise: NormalSource | None = None,
+    ) -> None:
         self.settings = settings
         self.cut = cut
         self.device = device
         self.layers: int = source.config.num_hidden_layers
         policy = training_policy(settings, self.layers, device)
+        spec = optimizer_spec(settings)
+        if dp_sgd is not None:  # per-record norms need fp32; clipping the noised sum would scale by its noise
+            policy, spec = replace(policy, mixed=False), replace(spec, max_grad_norm=0.0)
         self.bottom, self.top = (load_segment(source, piece) for piece in ends_pieces(cut, self.layers))
         for segment in (self.bottom, self.top):
             set_up_training(segment, policy)
@@ -36,16 +54,27 @@ class Ends:
         bottom, top = trainable(self.bottom), trainable(self.top)
         own = {id(weight) for weight in bottom.values()}
         top = {name: weight for name, weight in top.items() if id(weight) not in own}
-        self.bottom_optimizer = PartOptimizer(bottom, optimizer_spec(settings))
-        self.top_optimizer = PartOptimizer(top, optimizer_spec(settings))
+        self.bottom_optimizer = PartOptimizer(bottom, spec)
+        self.top_optimizer = PartOptimizer(top, spec)
         self.shared = list(choose_shared(settings, shapes(bottom), shapes(top)))
         self.bottom_trains = bottom_trains(settings, cut)
         self.trunk_is_empty = len(cut.trunk(self.layers)) == 0
         self.needs_backward = trunk_needs_backward(settings, cut, self.layers)
+        self.private_top: PrivateTop | None = None
+        self.private_bottom: PrivateBottom | None = None
+        if dp_sgd is not None and noise is not None:
+            from splitfl.privacy.dp_sgd import PrivateBottom, PrivateTop  # opacus takes seconds to import
+
+            self.private_top = PrivateTop(self.top, dp_sgd, noise)
+            self.private_bottom = PrivateBottom(self.bottom, dp_sgd, noise)
 
     def run_bottom(self, input_ids: Tensor, lengths: Tensor | None, *, train: bool) -> Tensor:
-        """Token ids (B, T) -> hidden states (B, T, D) at the trunk's input."""
-        with torch.set_grad_enabled(train and self.bottom_trains), arithmetic(self.settings, self.device):
+        """Token ids (B, T) -> hidden states (B, T, D) at the trunk's input.
+
+        Without a graph where DP-SGD trains the bottom: that runs the forward again.
+        """
+        keep_graph = train and self.bottom_trains and self.private_bottom is None
+        with torch.set_grad_enabled(keep_graph), arithmetic(self.settings, self.device):
             hidden: Tensor = self.bottom(self.bottom.embed(input_ids), lengths)
         return hidden.float()
 
@@ -54,20 +83,38 @@ class Ends:
 
         Gradients accumulate in the top's weights, and in ``hidden`` where it asks for one.
         """
+        if train and self.private_top is not None:
+            loss, gradient = self.private_top.backward(hidden, lengths, labels)
+            hidden.grad = gradient if hidden.requires_grad else None
+            return loss
         with torch.set_grad_enabled(train), arithmetic(self.settings, self.device):
             final = self.top(hidden, lengths)
             return head_loss(self.top, final, labels, train=train)
 
+    def backward_bottom(self, hidden: Tensor, gradient: Tensor, input_ids: Tensor, lengths: Tensor | None) -> None:
+        """Take the gradient (B, T, D) at the trunk's input into the bottom's weights."""
+        if self.private_bottom is not None:
+            self.private_bottom.backward(input_ids, lengths, gradient)
+        else:
+            hidden.backward(gradient)  # type: ignore[no-untyped-call]
+
     def step_top(self, learning_rate: float, tokens: int) -> float:
-        """Apply the top's gradients; returns their norm."""
+        """Apply the top's gradients; returns their norm. With DP-SGD ``tokens`` is the public number of records."""
+        if self.private_top is not None:
+            self.private_top.finish()
         return self.top_optimizer.step(learning_rate, lambda _: tokens)
 
     def step_bottom(self, learning_rate: float, tokens: int) -> float:
-        """Apply the bottom's gradients; returns their norm."""
+        """Apply the bottom's gradients; returns their norm. With DP-SGD ``tokens`` is the public number of records."""
+        if self.private_bottom is not None:
+            self.private_bottom.finish()
         return self.bottom_optimizer.step(learning_rate, lambda _: tokens)
 
     def clear_gradients(self) -> None:
         """Discard what a missed step left."""
+        for part in (self.private_top, self.private_bottom):
+            if part is not None:
+                part.discard()
         self.bottom_optimizer.clear()
         self.top_optimizer.clear()
 

@@ -240,7 +240,7 @@ class Participant:
         snapshot = paused if resumed else self.store.newest(welcome.round)
         if snapshot is not None and Cut(*snapshot.cut) != self.cut:
             snapshot = None
-        self.ends = Ends(self.source, self.settings, self.cut, self.device)
+        self.ends = Ends(self.source, self.settings, self.cut, self.device, self.gate.policy.dp_sgd, self.gate.noise)
         self.trainer = Trainer(self.ends, self.link, self.gate)
         assert self.guard is not None
         self.notary = Notary(self.link, self.guard.ledger, self.name, welcome.signer)

@@ -88,6 +88,8 @@ class ClientData:
         picked: list[int] = []
         for _ in range(self.settings.batch.records + len(self.train)):
             (number,) = map(int, order.take(1))
+            if number in picked:
+                continue  # an epoch ends within this step: twice in a step would be twice the sensitivity
             if spend(self.train_keys[number], self._padded(len(self.train[number])), True):
                 picked.append(number)
                 if len(picked) == self.settings.batch.records:

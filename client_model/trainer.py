@@ -85,7 +85,6 @@ class Trainer:
 
     def step(self, round_: int, step: int, micro_batches: Sequence[Batch]) -> HeadLoss:
         """One optimizer step over its micro-batches. Raises MissedStepError; then its gradients are gone."""
-        tokens = sum(batch.label_tokens for batch in micro_batches)
         rate = learning_rate(self.ends.settings, round_, step)
         done, norm = Sum(), 0.0
         crossings = (self._train(Place(round_, step, micro), b, done) for micro, b in enumerate(micro_batches))
@@ -93,7 +92,7 @@ class Trainer:
             top_moved = False
             for _ in in_turn(crossings, self.in_flight):
                 if done.tops == len(micro_batches) and self._top_may_run_ahead and not top_moved:
-                    norm = self.ends.step_top(rate, tokens)  # while the trunk computes its gradients
+                    norm = self._step_top(round_, micro_batches, rate)  # while the trunk computes its gradients
                     top_moved = True
         except NumericalError as error:
             self.link.request(SitOut(0, 0, round_, step)).result()
@@ -103,11 +102,25 @@ class Trainer:
             self.ends.clear_gradients()
             raise
         if not top_moved:
-            norm = self.ends.step_top(rate, tokens)
+            norm = self._step_top(round_, micro_batches, rate)
         self.gate.trained = True
-        if not math.isfinite(norm + self.ends.step_bottom(rate, tokens)):
+        if not math.isfinite(norm + self.ends.step_bottom(rate, self._divisor(micro_batches))):
             raise MissedStepError("the gradients' norm was not finite, so these weights stayed as they were")
-        return HeadLoss(done.loss, tokens)
+        return HeadLoss(done.loss, done.tokens)
+
+    def _step_top(self, round_: int, micro_batches: Sequence[Batch], rate: float) -> float:
+        """Apply the top's gradients; returns their norm. DP-SGD is paid for before its noise is drawn."""
+        ends = self.ends
+        if ends.private_top is not None:
+            parts = 1 + ends.bottom_trains
+            self.gate.charge_dp_sgd(round_, [record for batch in micro_batches for record in records_of(batch)], parts)
+        return ends.step_top(rate, self._divisor(micro_batches))
+
+    def _divisor(self, micro_batches: Sequence[Batch]) -> int:
+        """What the step's summed gradients are divided by: label tokens, or records, which are public."""
+        if self.ends.private_top is None:
+            return sum(batch.label_tokens for batch in micro_batches)
+        return self.ends.settings.batch.records
 
     def evaluate(self, round_: int, batches: Sequence[Batch]) -> HeadLoss:
         """Summed loss over held-out batches; their activations pass the gate like any others."""
@@ -123,7 +136,12 @@ class Trainer:
         input_ids, labels, lengths = on_device(batch, ends.device)
         run_bottom = cache(lambda: ends.run_bottom(input_ids, lengths, train=True))  # (B, T, D)
         if ends.trunk_is_empty:
-            done.add(ends.run_top(run_bottom(), lengths, labels, train=True))
+            hidden = run_bottom()
+            if ends.private_top is not None:
+                hidden.requires_grad_(ends.bottom_trains)
+            done.add(ends.run_top(hidden, lengths, labels, train=True))
+            if ends.private_top is not None and hidden.grad is not None:
+                ends.backward_bottom(hidden, hidden.grad, input_ids, lengths)
             return
         keep = ends.needs_backward
         answer = yield from self._cross(ReleaseKind.ACTIVATION, place, batch, run_bottom, keep_graph=keep)
@@ -139,7 +157,7 @@ class Trainer:
             raise ProtocolError(f"{type(answer).__name__} instead of a gradient")
         if ends.bottom_trains and answer.gradient is not None:
             gradient = decode_tensor(answer.gradient, ends.device, what="the gradient that the trunk returned")
-            run_bottom().backward(gradient)  # type: ignore[no-untyped-call]
+            ends.backward_bottom(run_bottom(), gradient, input_ids, lengths)
 
     def _judge(self, place: Place, batch: Batch, done: Sum) -> Crossing:
         """The hops of one held-out batch."""

@@ -196,8 +196,8 @@ class Privacy(Section):
         0.02, gt=0, description="measured: the gradients' noise in gradient_clip_norms"
     )
     dp_sgd: bool = Field(False, description="whether the client's own weights are trained with DP-SGD")
-    dp_clip_norm: float = Field(1.0, gt=0, description="DP-SGD: L2 norm to which a record's own gradient is clipped")
-    dp_noise_multiplier: float = Field(1.0, gt=0, description="measured: DP-SGD's noise in dp_clip_norms")
+    dp_max_grad_norm: float = Field(1.0, gt=0, description="DP-SGD: L2 norm of a record's own gradient, at most")
+    dp_noise_multiplier: float = Field(1.0, gt=0, description="measured: DP-SGD's noise in dp_max_grad_norms")
     audit_records: int = Field(
         24, ge=0, description="records of which a client keeps every release, encrypted, for `splitfl audit`"
     )

@@ -21,54 +21,23 @@ the activations and gradients at the cut, which have their own clip and noise in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from splitfl.errors import ConfigError, NumericalError
 from splitfl.privacy.ghost import GhostNorms, suits
+from splitfl.privacy.noise import NormalSource
+from splitfl.privacy.policy import DpSgd
 from splitfl.privacy.record_head import add_weighted_gradient, head_weights, run_record_head, squared_norm
 from splitfl.split.loss import IGNORE, HeadLoss
 from splitfl.split.segment import Segment
 
 Method = Literal["auto", "ghost", "record"]
 NOISE_BLOCK = 1 << 20  # numbers drawn at once: a head's noise in float64 would be twice the head
-
-
-class NormalSource(Protocol):
-    """A cryptographic stream of standard normal numbers."""
-
-    def normal(self, shape: tuple[int, ...]) -> Tensor:
-        """Fresh independent draws, float64."""
-        ...
-
-
-@dataclass(frozen=True)
-class DpSgd:
-    """Clip and noise of one part. Raises ConfigError for numbers that give no privacy or none that is known."""
-
-    max_grad_norm: float
-    noise_multiplier: float
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"DP-SGD's {name} is {value}", "Give a finite number above 0.")
-
-    @property
-    def sensitivity(self) -> float:
-        """By how much one record, replaced by another of its padded length, can move a step's sum (L2)."""
-        return 2 * self.max_grad_norm
-
-    @property
-    def sigma(self) -> float:
-        """Standard deviation of the noise on each coordinate of a step's sum."""
-        return self.noise_multiplier * self.max_grad_norm
 
 
 class PrivatePart:

@@ -182,8 +182,11 @@ class Gate:
             sent[number, : record.padded_length] = mechanism(own, self.noise)[0]
         return sent
 
-    def charge_dp_sgd(self, round_: int, records: Sequence[RecordRef]) -> None:
-        """Pay for a step of DP-SGD, before its noise is drawn. Raises PrivacyError, StorageError."""
+    def charge_dp_sgd(self, round_: int, records: Sequence[RecordRef], parts: int = 1) -> None:
+        """Pay for a step of DP-SGD, before its noise is drawn: each part (top, bottom) has noise of its own.
+
+        Raises PrivacyError, StorageError.
+        """
         dp_sgd = self.policy.dp_sgd
         assert dp_sgd is not None
         step = secrets.token_bytes(32)  # what leaves of it is the weights, later
@@ -192,7 +195,7 @@ class Gate:
             rows = [Row(EVERYTHING, kind, one * len(records), dp_sgd.sigma, round_, False, step, 0)]
         else:
             rows = [Row(record.key, kind, one, dp_sgd.sigma, round_, False, step, 0) for record in records]
-        self._charge(rows)
+        self._charge(rows * parts)
 
     def release_weights(self, round_: int, weights: Mapping[str, Tensor]) -> bytes:
         """Trained weights as a safetensors file. After DP-SGD they are post-processing of its steps; else nothing

@@ -17,21 +17,26 @@ from splitfl.privacy.mechanism import Mechanism
 
 @dataclass(frozen=True)
 class DpSgd:
-    """DP-SGD of the client's own weights: per-record gradients clipped to L2 norm ``clip_norm``, their sum noised by
-    ``noise_multiplier`` times that."""
+    """DP-SGD of one part of the client's weights: clip and noise. Raises ConfigError for numbers that give no privacy,
+    or none that is known."""
 
-    clip_norm: float
+    max_grad_norm: float
     noise_multiplier: float
 
-    @property
-    def sigma(self) -> float:
-        """Standard deviation of the noise on the sum."""
-        return self.noise_multiplier * self.clip_norm
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"DP-SGD's {name} is {value}", "Give a finite number above 0.")
 
     @property
     def sensitivity(self) -> float:
-        """Of the sum, when one record is replaced by another."""
-        return replace_one(self.clip_norm)
+        """By how much one record, replaced by another of its padded length, can move a step's sum (L2)."""
+        return replace_one(self.max_grad_norm)
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the noise on each coordinate of a step's sum."""
+        return self.noise_multiplier * self.max_grad_norm
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def policy_of(settings: Federation, work: Workload) -> Policy:
         unit=privacy.unit,
         activations=Mechanism(privacy.clip, privacy.clip_norm, noise.activations * privacy.clip_norm),
         gradients=gradients if trains else None,
-        dp_sgd=DpSgd(privacy.dp_clip_norm, noise.dp_sgd) if privacy.dp_sgd else None,
+        dp_sgd=DpSgd(privacy.dp_max_grad_norm, noise.dp_sgd) if privacy.dp_sgd else None,
         sends_gradients=trains,
         record_budget=budget,
         run_budget=budget if privacy.unit == "client" else math.inf,
