@@ -186,6 +186,9 @@ def export(
         Path | None, typer.Option(help="A client's state folder, for personal heads (merge.share = none).")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    exporter: Annotated[
+        str, typer.Option("--as", metavar="WHO", help="Who exports; the agreement says who may.")
+    ] = "operator",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
 ) -> None:
@@ -193,5 +196,5 @@ def export(
     with command(verbose=verbose):
         from server_model.exporting import export_state
 
-        facts = export_state(state, out, client=client, dtype=dtype)
+        facts = export_state(state, out, client=client, dtype=dtype, exporter=exporter)
         print_json(facts) if as_json else note(f"wrote {out}: {facts['tensors_trained']} trained tensors")

@@ -38,6 +38,7 @@ from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError, NumericalError, ProtocolError, RefusedError, SplitFLError, StorageError
 from splitfl.federation.agreement import Terms
+from splitfl.files import write_file
 from splitfl.privacy.witness import Mark
 from splitfl.split.checkpoint import CheckpointFolder, is_tied
 from splitfl.split.export import COPIED_FILES
@@ -114,6 +115,7 @@ class Coordinator:
         self.terms = Terms(settings, self.manifest)
         store = Store(state)
         store.begin(model, settings, self.manifest, resume=resume)
+        write_file(state / "agreement.txt", "".join(f"{line}\n" for line in self.terms.lines()).encode())
         self.witness = Witness(state / "ledgers")
         self.releases = Releases(state / "releases", int(settings.trunk.cache_gib * 2**30))
         if not resume:

@@ -11,7 +11,8 @@ from torch import Tensor
 from server_model.store import RoundState, Store
 from splitfl.config import Federation
 from splitfl.cut import Cut
-from splitfl.errors import ConfigError
+from splitfl.errors import ConfigError, PrivacyError
+from splitfl.federation.agreement import privacy_line, weights_line
 from splitfl.split.checkpoint import CheckpointFolder
 from splitfl.split.export import TrainedWeights, export_checkpoint
 from splitfl.split.modes import bottom_trains
@@ -20,12 +21,21 @@ from splitfl.split.training import initial_a
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export_state(state: Path, out: Path, *, client: Path | None, dtype: str) -> dict[str, object]:
-    """Export the newest durable round of ``state``. Raises ConfigError, StorageError."""
+def export_state(
+    state: Path, out: Path, *, client: Path | None, dtype: str, exporter: str = "operator"
+) -> dict[str, object]:
+    """Export the newest durable round of ``state``. Raises ConfigError, StorageError, and PrivacyError for an
+    ``exporter`` that the agreement does not name."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown", f"Choose one of {', '.join(DTYPES)}.")
     store = Store(state)
     model, settings = store.federation()
+    allowed = settings.agreement.exporters
+    if exporter not in allowed:
+        raise PrivacyError(
+            f"the agreement lets {', '.join(allowed) or 'nobody'} export this model, not {exporter!r}",
+            "If you are one of them, say who with --as; else ask the federation's owner.",
+        )
     rounds = store.durable_rounds()
     if not rounds:
         raise ConfigError(f"{state} holds no finished round yet", "Export after the first round has been merged.")
@@ -102,8 +112,15 @@ def model_card(settings: Federation, state: RoundState, model: Path) -> str:
             f"frozen below block {settings.freeze_below}",
             f"- optimizer: {settings.optimizer.name}, peak learning rate {settings.optimizer.learning_rate}",
             f"- seed: {settings.seed}",
-            f"- privacy mode: {settings.privacy.mode}. The trunk's operator could read the text, and the weights are",
-            "  not differentially private: treat them as derived from the clients' text.",
+            f"- privacy {privacy_line(settings)}",
+            f"- weights of the clients: {weights_line(settings)} {weights_warning(settings)}",
             "",
         ]
     )
+
+
+def weights_warning(settings: Federation) -> str:
+    """What the weights may tell."""
+    if settings.privacy.on and settings.privacy.dp_sgd:
+        return "Each client's report says what that is worth."
+    return "They are not differentially private: treat them as derived from the clients' text."

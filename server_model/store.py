@@ -3,6 +3,9 @@
 federation.json             settings, model folder
 rounds/round-000004/        trunk.safetensors  optimizer.safetensors  merged.safetensors  state.json
 uploads/                    clients' weights on their way in
+agreement.txt               the terms that clients accept, and their hash
+ledgers/                    what was countersigned of each client's ledger, and the key that signs
+releases/                   released activations, so that clients send them once
 """
 
 from __future__ import annotations
