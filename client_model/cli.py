@@ -319,7 +319,7 @@ def print_report(report: dict[str, Any]) -> None:
         lines.append(f"  counted over {report['starts']} starts of this client")
     if report["uncounted_starts"]:
         lines.append(
-            f"  NOT counted: what {report['uncounted_starts']} of them, cut short, sent after the last saved round"
+            f"  NOT counted on the link: traffic of {report['uncounted_starts']} of them after the last saved round"
         )
     lines += [f"  {line}" for line in privacy_lines(report["privacy"])]
     lines.append(f"  trained ends: {report['weights']}")

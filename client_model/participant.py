@@ -104,7 +104,7 @@ class Participant:
     guard: Guard | None = None
     losses: list[dict[str, Any]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
-    in_step: bool = False  # a step is under way: Ctrl-C waits for its end
+    in_step: bool = False  # steps are under way: Ctrl-C waits for the end of the one that is
     tally: Tally | None = None
     agreed: tuple[object, ...] = ()  # what of Welcome everything here was prepared for
 
@@ -279,26 +279,32 @@ class Participant:
 
     def _train_round(self, round_: int, first_step: int, tokens: int) -> None:
         """The local steps of a round, a snapshot, the update, and the wait until the merge is durable."""
-        assert self.guard is not None
         self.round = round_
+        self.in_step = True
+        try:
+            tokens = self._train_steps(round_, first_step, tokens)
+        finally:
+            self.in_step = False
+        self._send_update(round_, tokens)
+
+    def _train_steps(self, round_: int, first_step: int, tokens: int) -> int:
+        """The local steps from ``first_step`` on; returns the tokens of the whole round. Raises PausedError."""
+        assert self.guard is not None
         seen, began = 0, time.monotonic()
         for step in range(first_step, self.settings.rounds.local_steps):
             self._stop_if_asked(step, tokens)
             batches = self.data.step(self.order, self.guard.spend(self.gate))
             try:
-                self.in_step = True
                 loss = self.trainer.step(round_, step, batches)
             except MissedStepError as missed:
                 self._say("step_missed", round=round_, step=step, reason=missed.reason)
                 continue
-            finally:
-                self.in_step = False
             self.notary.mark()
             tokens, seen = tokens + sum(batch.told_tokens for batch in batches), seen + loss.tokens
             rate = seen / max(1e-9, time.monotonic() - began)
             self._say("step", round=round_, step=step, loss=mean(loss), tokens_per_s=rate, **self._traffic())
         self._stop_if_asked(self.settings.rounds.local_steps, tokens)  # else it would wait for everybody first
-        self._send_update(round_, tokens)
+        return tokens
 
     def _send_update(self, round_: int, tokens: int) -> None:
         self.store.save(self._snapshot(round_, self.settings.rounds.local_steps, tokens))

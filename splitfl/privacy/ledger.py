@@ -206,7 +206,7 @@ def ledger_errors(path: Path) -> Iterator[None]:
         yield
     except (sqlite3.OperationalError, OSError) as error:
         raise StorageError(
-            f"the ledger {path} cannot be written: {error}",
+            f"cannot write the ledger {path}: {error}",
             "Free some space, let go of other programs that use it, or make it writable; nothing has left.",
         ) from error
     except sqlite3.DatabaseError as error:

@@ -272,7 +272,7 @@ def test_report_says_what_left_and_what_stayed(
     out = capsys.readouterr().out
     assert "ward in wards: part in 2 of 3 rounds" in out
     assert "counted over 4 starts" in out
-    assert "NOT counted: what 1 of them" in out
+    assert "NOT counted on the link: traffic of 1 of them" in out
     assert "stayed here: the data file" in out
     assert "left: 1 x weights" in out
     assert ("held-out loss" in out) == bool(losses)
