@@ -8,7 +8,8 @@
     ├── ProtocolError         6   bytes that break the protocol: wrong version, over a limit, a shape that lies
     ├── RefusedError          7   the other side understood and said no (name taken, unknown round, ...)
     ├── NumericalError        8   NaN or infinity where there must be none
-    └── StorageError          9   the disk: full, read-only, a damaged state folder
+    ├── StorageError          9   the disk: full, read-only, a damaged state folder
+    └── TrustError           10   TLS: the other side is not who it should be, or does not know us
 
 130 is Ctrl-C (state saved). The table is a contract: docs/errors.md repeats it and tests pin it.
 """
@@ -84,6 +85,12 @@ class StorageError(SplitFLError):
     """The state folder cannot be written or read back whole."""
 
     exit_code = 9
+
+
+class TrustError(SplitFLError):
+    """TLS failed for want of trust: a wrong fingerprint, a certificate of another authority, or one out of date."""
+
+    exit_code = 10
 
 
 INTERRUPTED_EXIT_CODE = 130
