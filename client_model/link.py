@@ -279,7 +279,7 @@ class Link:
 
 def dial(url: str, tls: ssl.SSLContext | None) -> connect:
     """A websocket to ``url``, which is wss:// with ``tls`` and ws:// without. Raises ConfigError."""
-    secured = {} if tls is None else {"ssl": tls, "server_hostname": SERVER_NAME}
+    secured: dict[str, Any] = {} if tls is None else {"ssl": tls, "server_hostname": SERVER_NAME}
     try:
         return connect(
             url,
