@@ -128,13 +128,12 @@ def has_port(parts: SplitResult) -> bool:
 
 def check_name(name: str) -> None:
     """Raise ConfigError for a name that the protocol does not carry; it is part of file names on both sides."""
-    if not name:
-        raise ConfigError("this client has no name", "Give --name NAME, or a join string.")
     try:
         TypeAdapter(Name).validate_python(name)
     except ValidationError:
         raise ConfigError(
-            f"{name!r} is no client name", "Use letters, digits, dots, dashes and underscores, 64 at most."
+            f"{name!r} is no client name",
+            "Give --name NAME: letters, digits, dots, dashes and underscores, 64 at most.",
         ) from None
 
 
