@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 
 from splitfl.channel.certificates import fingerprint, key_pem, new_key, read_key, signing_request
 from splitfl.channel.joining import JoinString
@@ -55,9 +56,7 @@ class Identity:
     def context(self) -> ssl.SSLContext:
         """``trust``, and the client's own certificate. Raises TrustError, StorageError."""
         context = self.trust()
-        end = x509.load_pem_x509_certificate(self._read("certificate.pem").encode()).not_valid_after_utc
-        if end < datetime.now(UTC):
-            raise TrustError(f"the certificate of {self.join.name!r} ended on {end:%F}", NEW_INVITATION)
+        check_certificate(self._read("certificate.pem"), self._read("ca.pem"), self.join.name)
         with storage_errors(self.folder):
             context.load_cert_chain(self.folder / "certificate.pem", self.folder / "key.pem")
         return context
@@ -144,6 +143,20 @@ def check_fingerprint(pem: str, join: JoinString) -> None:
             f"{found[:16]}..., expected {join.authority[:16]}...",
             "Nothing was sent. Check the address; ask the operator, by another way, whether the fingerprint is right.",
         )
+
+
+def check_certificate(pem: str, authority: str, name: str) -> None:
+    """Raise TrustError unless the server will take this certificate: it would hang up without a reason."""
+    certificate = x509.load_pem_x509_certificate(pem.encode())
+    try:
+        certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(authority.encode()))
+    except (ValueError, TypeError, InvalidSignature):
+        raise TrustError(
+            f"the certificate of {name!r} is of another authority than the join string's", NEW_INVITATION
+        ) from None
+    end = certificate.not_valid_after_utc
+    if end < datetime.now(UTC):
+        raise TrustError(f"the certificate of {name!r} ended on {end:%F}", NEW_INVITATION)
 
 
 def tls_error(error: BaseException | None, url: str) -> TrustError | None:

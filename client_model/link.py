@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage, InvalidURI
 
 from client_model.identity import tls_error
 from client_model.patience import Patience
@@ -300,6 +300,8 @@ def why_not(error: BaseException, url: str) -> str:
     """Why there is no connection, in a few words. Raises TrustError for what waiting does not mend."""
     if (distrust := tls_error(error, url)) is not None:
         raise distrust from error
+    if isinstance(error, InvalidMessage) and url.startswith("wss:"):  # asyncio closes without the alert that says why
+        return "it hung up after the TLS handshake: busy, or it does not take this client's certificate"
     return one_line(error)
 
 

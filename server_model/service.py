@@ -192,22 +192,26 @@ class Service:
             raise ProtocolError("the first message must be hello", field="t")
         if self.admission is not None:
             await self.admission.admit(peer, message)
+            await self._shut_out(self.admission)  # one that this client replaces has its name no longer
         return message
 
     async def _watch_revocations(self, admission: Admission) -> None:
-        """Close the connections of clients whose certificates end while they are there."""
+        """Shut out clients whose certificates end while they are there."""
         while True:
             await asyncio.sleep(REVOCATION_CHECK_S)
             try:
-                ended = await admission.ended()
+                await self._shut_out(admission)
             except StorageError as error:
                 log.error("%s", error)
-                continue
-            for member in self.coordinator.members:
-                line = self.lines.get(member.token)
-                if line is not None and line.peer.serial in ended:
-                    self.coordinator.members.forget(member)
-                    spawn(refuse(line.connection, refusal("revoked", ended[line.peer.serial])))
+
+    async def _shut_out(self, admission: Admission) -> None:
+        """Close the connections that were made with certificates that are no longer good."""
+        ended = await admission.ended()
+        for member in self.coordinator.members:
+            line = self.lines.get(member.token)
+            if line is not None and line.peer.serial in ended:
+                self.coordinator.members.forget(member)
+                spawn(refuse(line.connection, refusal("revoked", ended[line.peer.serial])))
 
     def _receive(self, member: Member, line: Line, data: Any) -> None:
         if isinstance(data, str):
