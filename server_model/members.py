@@ -14,6 +14,8 @@ from splitfl.split.shares import Shapes
 from splitfl.wire.messages import Hello
 from splitfl.wire.session import ServerSession
 
+MAX_SESSIONS = 1024  # more clients than one trunk serves; a stranger on a plain socket must not fill the memory
+
 
 @dataclass
 class Member:
@@ -78,6 +80,10 @@ class Members:
                     code="name_taken",
                 )
             self.forget(other)
+        if len(self) >= MAX_SESSIONS:
+            raise RefusedError(
+                f"{MAX_SESSIONS} clients are here already", "Try again later, or tell the operator.", code="over_limit"
+            )
         cut = self._cut_of(hello)
         member = Member(hello.name, secrets.token_urlsafe(24), cut, self._shapes_of(cut))
         self._by_token[member.token] = member

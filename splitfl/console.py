@@ -66,6 +66,6 @@ def require_loopback(host: str, *, insecure: bool) -> None:
     if not insecure:
         raise ConfigError(
             f"{host} is not this machine, and this link is not encrypted",
-            "Use 127.0.0.1, or a tunnel to it; --insecure sends everything in the clear.",
+            "Join with a join string (splitfl invite), which encrypts; --insecure sends everything in the clear.",
         )
     note(f"WARNING: the link to {host} is NOT encrypted: anyone on the way can read what crosses it.")
