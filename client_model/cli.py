@@ -79,11 +79,10 @@ def join(
         cut = parse_plan(plan)
         folder = state if state is not None else default_state(url, name)
         with claimed(folder):
-            tls = enrolled(invited, folder, patience) if invited else None
             participant = prepare(name, data, folder, cache, device, threads)
             participant.skip_bad, participant.local_model, participant.plan = skip_bad, model, parse_plan(plan)
             participant.report = EventPrinter(as_json=as_json)
-            run(participant, url, cut, patience, as_json=as_json, tls=tls)
+            run(participant, url, cut, patience, as_json=as_json, invited=invited)
 
 
 def read_join_string(address: str, name: str) -> JoinString | None:
@@ -160,13 +159,14 @@ def prepare(name: str, data: Path, state: Path, cache: Path, device: str, thread
 
 
 def run(
-    participant: Participant, url: str, cut: Cut | None, patience: float, *, as_json: bool, tls: SSLContext | None
+    participant: Participant, url: str, cut: Cut | None, patience: float, *, as_json: bool, invited: JoinString | None
 ) -> None:
     """Connect, take part, and end well however it ends."""
     from client_model.link import Link
     from client_model.participant import PausedError
 
     hello, next_seq = first_words(participant.name, participant.store, cut)
+    tls = enrolled(invited, participant.store.folder, patience) if invited else None
     link = Link(url, hello, next_seq=next_seq, patience_s=patience, say=note, tls=tls)
     stop = StopSignal(participant)
     participant.stop = stop.asked

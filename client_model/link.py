@@ -33,6 +33,7 @@ log = logging.getLogger("splitfl.client.link")
 
 CLOSE_TIMEOUT_S = 2.0  # for the server's part in an orderly end; nothing is lost without it
 LONG_WAIT_S = 30.0  # after which a person wants to know why nothing happens
+ANSWER_S, ANSWER_BYTES = 60.0, 64 << 10  # most that one question may take; whoever answers may be a stranger
 TOO_BIG = 1009  # websocket close code: a message over the receiver's limit
 
 
@@ -277,7 +278,7 @@ class Link:
         return bool(futures)
 
 
-def dial(url: str, tls: ssl.SSLContext | None) -> connect:
+def dial(url: str, tls: ssl.SSLContext | None, max_bytes: int = MAX_FRAME_BYTES) -> connect:
     """A websocket to ``url``, which is wss:// with ``tls`` and ws:// without. Raises ConfigError."""
     secured: dict[str, Any] = {} if tls is None else {"ssl": tls, "server_hostname": SERVER_NAME}
     try:
@@ -286,7 +287,7 @@ def dial(url: str, tls: ssl.SSLContext | None) -> connect:
             compression=None,
             ping_interval=None,
             close_timeout=CLOSE_TIMEOUT_S,
-            max_size=MAX_FRAME_BYTES,
+            max_size=max_bytes,
             proxy=None,
             create_connection=CountingConnection,
             user_agent_header=None,
@@ -315,7 +316,7 @@ def ask_once(
 async def _ask_patiently(url: str, message: Message, tls: ssl.SSLContext, patience: Patience) -> Message:
     while True:
         try:
-            async with dial(url, tls) as connection:
+            async with asyncio.timeout(ANSWER_S), dial(url, tls, ANSWER_BYTES) as connection:
                 await send_frame(as_any(connection), encode(message))
                 answer = decode(await connection.recv(decode=False))
             if isinstance(answer, Refused):

@@ -74,7 +74,9 @@ class Door:
         """The transport to speak over: TLS if the peer begins it. Raises OSError (of which TLS errors are a kind)."""
         async with asyncio.timeout(FIRST_BYTE_S):
             first = await first_byte(transport)
-        if first == TLS_RECORD and self.context is not None:
+        if first == TLS_RECORD:
+            if self.context is None:
+                return None
             return await asyncio.get_running_loop().start_tls(
                 transport,
                 visitor,  # type: ignore[arg-type]

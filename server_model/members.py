@@ -27,6 +27,7 @@ class Member:
     shared: Shapes  # the weights that it sends for merging
     wire: ServerSession = field(default_factory=ServerSession)
     connected: bool = True
+    certificate: str = ""  # serial number of the one that it came with last; "" on a plain socket
     expiry: asyncio.TimerHandle | None = None
     bytes_in: int = 0
     bytes_out: int = 0

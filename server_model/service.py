@@ -77,7 +77,6 @@ class Line:
     """One client's current connection with its outgoing queue."""
 
     connection: ServerConnection
-    peer: Peer
     outgoing: asyncio.Queue[Parts] = field(default_factory=asyncio.Queue)
 
 
@@ -174,7 +173,8 @@ class Service:
         if not peer.encrypted and self.admission is not None:
             with contextlib.suppress(OSError):  # as the coordinator says things
                 self.coordinator.report(Progress("unencrypted", {"client": member.name}))
-        line = Line(connection, peer)
+        member.certificate = peer.serial
+        line = Line(connection)
         older = self.lines.get(member.token)
         self.lines[member.token] = line
         if older is not None:
@@ -205,13 +205,13 @@ class Service:
                 log.error("%s", error)
 
     async def _shut_out(self, admission: Admission) -> None:
-        """Close the connections that were made with certificates that are no longer good."""
+        """End the sessions of certificates that are no longer good, and their connections."""
         ended = await admission.ended()
         for member in self.coordinator.members:
-            line = self.lines.get(member.token)
-            if line is not None and line.peer.serial in ended:
+            if member.certificate in ended:
                 self.coordinator.members.forget(member)
-                spawn(refuse(line.connection, refusal("revoked", ended[line.peer.serial])))
+                if (line := self.lines.get(member.token)) is not None:
+                    spawn(refuse(line.connection, refusal("revoked", ended[member.certificate])))
 
     def _receive(self, member: Member, line: Line, data: Any) -> None:
         if isinstance(data, str):

@@ -24,7 +24,8 @@ def command(*, verbose: bool = False) -> Iterator[None]:
     except SplitFLError as error:
         if verbose:
             logging.exception("the error came from here")
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        line = " ".join(str(error).split())
+        sys.stderr.write(f"error: {''.join(filter(str.isprintable, line))}\n")  # some of it may be the other side's
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; what was saved stays saved\n")
