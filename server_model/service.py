@@ -78,6 +78,7 @@ class Line:
 
     connection: ServerConnection
     outgoing: asyncio.Queue[Parts] = field(default_factory=asyncio.Queue)
+    turned_out: Refused | None = None  # why its session was ended; a frame that is on its way hears the same
 
 
 class Service:
@@ -140,7 +141,7 @@ class Service:
             async for data in connection:
                 self._receive(member, line, data)
         except ProtocolError as error:
-            await refuse(connection, refusal("bad_message", error))
+            await refuse(connection, line.turned_out or refusal("bad_message", error))
         except ConnectionClosed as closed:
             log.info("%s: connection ended: %s", member.name, closed)
         finally:
@@ -211,7 +212,8 @@ class Service:
             if member.certificate in ended:
                 self.coordinator.members.forget(member)
                 if (line := self.lines.get(member.token)) is not None:
-                    spawn(refuse(line.connection, refusal("revoked", ended[member.certificate])))
+                    line.turned_out = refusal("revoked", ended[member.certificate])
+                    spawn(refuse(line.connection, line.turned_out))
 
     def _receive(self, member: Member, line: Line, data: Any) -> None:
         if isinstance(data, str):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +24,7 @@ from server_model.authority import open_authority
 from server_model.invitations import invite
 from splitfl.channel.certificates import certificate_pem, key_pem, new_key
 from splitfl.channel.joining import JoinString
-from splitfl.errors import ConfigError, RefusedError, SplitFLError, TrustError
+from splitfl.errors import ConfigError, DataError, RefusedError, SplitFLError, TrustError
 from splitfl.wire.messages import Refused, Welcome
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -421,3 +423,24 @@ def test_welcome_goes_to_certified_clients(hall: Server, wards: dict[str, Path])
     with RawClient(f"wss://127.0.0.1:{hall.port}", "guest", tls=certified(hall, "guest"), fresh=True) as raw:
         assert isinstance(raw.greeting, Welcome | Refused)  # refused only while the dead one counts as connected
         assert not isinstance(raw.greeting, Refused) or raw.greeting.code == "name_taken"
+
+
+def test_books_that_break_while_it_runs_let_nobody_in_and_tell_strangers_no_path(
+    place: Place, wards: dict[str, Path]
+) -> None:
+    server = place.serve(GATHERING)
+    line = invited(server, "ward-a")
+    (place.folder / "server" / "tls" / "clients.sqlite").write_bytes(b"no database, " * 1000)
+    command = joining(place, line, wards["a"], state="a")
+    assert_ends(command, RefusedError, "cannot use its books", "operator")
+    assert str(place.folder / "server") not in command.stderr
+    server.command.wait_for_stderr("clients.sqlite")
+
+
+def test_line_is_read_from_stdin(hall: Server) -> None:
+    line = invited(hall, "quiet")
+    command = [sys.executable, "-m", "splitfl.cli", "join", "-", "--data", "nowhere.jsonl"]
+    done = subprocess.run(command, input=f"{line}\n", capture_output=True, text=True, check=False)
+    assert done.returncode == DataError.exit_code, done.stderr
+    assert "there is no nowhere.jsonl" in done.stderr
+    assert table(hall)["quiet"]["status"] == "invited"  # what is wrong here is said before the token is used
