@@ -15,13 +15,16 @@ from urllib.parse import SplitResult, urlsplit
 import typer
 from pydantic import TypeAdapter, ValidationError
 
-from splitfl.console import command, note, print_json, require_loopback
+from splitfl.channel.joining import JoinString
+from splitfl.console import command, is_loopback, note, print_json, require_loopback
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError, SplitFLError
 from splitfl.files import claimed
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Bye, Hello, Name
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     from client_model.link import Link
     from client_model.participant import Event, Participant
     from client_model.store import ClientStore
@@ -32,9 +35,15 @@ DEFAULT_CACHE = Path("~/.cache/splitfl/blobs")
 
 
 def join(
-    address: Annotated[str, typer.Argument(metavar="JOIN", help="The server's address, ws://HOST:PORT.")],
+    address: Annotated[
+        str,
+        typer.Argument(
+            metavar="JOIN",
+            help="The line that `splitfl invite` printed, - to read it from stdin; on loopback also ws://HOST:PORT.",
+        ),
+    ],
     data: Annotated[Path, typer.Option(help="Your text: .jsonl, .csv, .txt, .parquet, or a folder of them.")],
-    name: Annotated[str, typer.Option(help="This client's name in the federation.")],
+    name: Annotated[str, typer.Option(help="This client's name; a join string holds it already.")] = "",
     state: Annotated[
         Path | None, typer.Option(help="Folder for this client's state; the default is under ~/.local/state.")
     ] = None,
@@ -70,7 +79,9 @@ def join(
     What the server can make of them depends on the federation's privacy mode, which its terms state.
     """
     with command(verbose=verbose):
-        url = check_address(address, insecure=insecure)
+        invited = read_join_string(address, name)
+        url = invited.url if invited else check_address(address, insecure=insecure)
+        name = invited.name if invited else name
         check_name(name)
         if not data.exists():
             from splitfl.errors import DataError
@@ -84,15 +95,38 @@ def join(
             participant.accept, participant.key_file = Consent(accept, as_json=as_json), key
             participant.floor = parse_floor(privacy)
             participant.report = EventPrinter(as_json=as_json)
-            run(participant, url, cut, patience, as_json=as_json)
+            run(participant, url, cut, patience, as_json=as_json, invited=invited)
+
+
+def read_join_string(address: str, name: str) -> JoinString | None:
+    """The join string, if it is one and no other address. Raises ConfigError."""
+    if address != "-" and not address.startswith("splitfl:"):
+        return None
+    join = JoinString.parse(sys.stdin.readline() if address == "-" else address)
+    if name and name != join.name:
+        raise ConfigError(f"this join string is {join.name!r}'s, not {name!r}'s", "Leave --name out.")
+    return join
+
+
+def enrolled(join: JoinString, state: Path, patience: float) -> SSLContext:
+    """The TLS settings to join with. Raises SplitFLError."""
+    from functools import partial
+
+    from client_model.identity import obtain
+    from client_model.link import ask_once
+
+    return obtain(join, state, partial(ask_once, patience_s=patience, say=note))
 
 
 def check_address(address: str, *, insecure: bool) -> str:
     """The websocket address to join. Raises ConfigError."""
     parts = urlsplit(address)
     if parts.scheme != "ws" or not parts.hostname or not has_port(parts):
-        raise ConfigError(f"{address!r} is no address to join", "Write it as ws://HOST:PORT, as `splitfl serve` says.")
+        shown = address.rpartition("@")[2]  # before it may stand a token
+        raise ConfigError(f"{shown!r} is no address to join", "Write it as ws://HOST:PORT, as `splitfl serve` says.")
     require_loopback(parts.hostname, insecure=insecure)
+    if is_loopback(parts.hostname):
+        note("the link is NOT encrypted; it stays on this machine (a join string of `splitfl invite` encrypts)")
     return address
 
 
@@ -110,7 +144,8 @@ def check_name(name: str) -> None:
         TypeAdapter(Name).validate_python(name)
     except ValidationError:
         raise ConfigError(
-            f"{name!r} is no client name", "Use letters, digits, dots, dashes and underscores, 64 at most."
+            f"{name!r} is no client name",
+            "Give --name NAME: letters, digits, dots, dashes and underscores, 64 at most.",
         ) from None
 
 
@@ -160,13 +195,16 @@ def prepare(name: str, data: Path, state: Path, cache: Path, device: str, thread
     return Participant(name, data, ClientStore(state), cache.expanduser(), choose_device(device))
 
 
-def run(participant: Participant, url: str, cut: Cut | None, patience: float, *, as_json: bool) -> None:
+def run(
+    participant: Participant, url: str, cut: Cut | None, patience: float, *, as_json: bool, invited: JoinString | None
+) -> None:
     """Connect, take part, and end well however it ends."""
     from client_model.link import Link
     from client_model.participant import PausedError
 
     hello, next_seq = first_words(participant.name, participant.store, cut)
-    link = Link(url, hello, next_seq=next_seq, patience_s=patience, say=note)
+    tls = enrolled(invited, participant.store.folder, patience) if invited else None
+    link = Link(url, hello, next_seq=next_seq, patience_s=patience, say=note, tls=tls)
     stop = StopSignal(participant)
     participant.stop = stop.asked
     try:

@@ -10,29 +10,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
+import ssl
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage, InvalidURI
 
+from client_model.identity import tls_error
+from client_model.patience import Patience
+from splitfl.channel.certificates import SERVER_NAME
 from splitfl.errors import ConfigError, LinkError, ProtocolError, RefusedError, SplitFLError
 from splitfl.pipe import send_frame, watch
-from splitfl.wire.frames import MAX_FRAME_BYTES, Parts, frame_bytes
-from splitfl.wire.messages import Answer, Backward, Failed, Forward, Hello, Refused, Request, Welcome
+from splitfl.wire.frames import MAX_FRAME_BYTES, Parts, decode, encode, frame_bytes
+from splitfl.wire.messages import Answer, Backward, Failed, Forward, Hello, Message, Refused, Request, Welcome
 from splitfl.wire.session import Answered, ClientSession, Connected, Rejected
 
 log = logging.getLogger("splitfl.client.link")
 
-FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 30.0
 CLOSE_TIMEOUT_S = 2.0  # for the server's part in an orderly end; nothing is lost without it
 LONG_WAIT_S = 30.0  # after which a person wants to know why nothing happens
+ANSWER_S, ANSWER_BYTES = 60.0, 64 << 10  # most that one question may take; whoever answers may be a stranger
 TOO_BIG = 1009  # websocket close code: a message over the receiver's limit
 
 
@@ -48,22 +49,44 @@ class CountingConnection(ClientConnection):
     """A connection that counts what comes off its socket: bytes that move are a sign of life."""
 
     bytes_received = 0
+    lost_by: Exception | None = None
 
     def data_received(self, data: bytes) -> None:
         self.bytes_received += len(data)
         super().data_received(data)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost_by = exc
+        super().connection_lost(exc)
+
+    async def handshake(self, *arguments: Any, **options: Any) -> None:
+        """The websocket's; a TLS alert in the middle of it (our certificate is not taken) is raised as what it is."""
+        try:
+            await super().handshake(*arguments, **options)
+        except Exception as error:
+            if isinstance(self.lost_by, ssl.SSLError):
+                raise self.lost_by from error
+            raise
+
 
 class Link:
     """One client's link to ``url``. ``say`` receives one line whenever the link waits for something.
 
-    ``patience_s`` is how long the server may be away before the link gives up.
+    ``patience_s`` is how long the server may be away before the link gives up; ``tls`` how to encrypt, None not at all.
     """
 
     def __init__(
-        self, url: str, hello: Hello, *, next_seq: int = 0, patience_s: float = 600.0, say: Callable[[str], None]
+        self,
+        url: str,
+        hello: Hello,
+        *,
+        next_seq: int = 0,
+        patience_s: float = 600.0,
+        say: Callable[[str], None],
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.url = url
+        self.tls = tls
         self.patience_s = patience_s
         self.say = say
         self.bytes_sent = 0
@@ -133,24 +156,13 @@ class Link:
         await asyncio.Event().wait()  # whoever asks from now on is told why it gave up, until close()
 
     async def _connect_forever(self) -> None:
-        pause, away_since = FIRST_PAUSE_S, time.monotonic()
+        patience = Patience(self.url, self.patience_s, self.say)
         while True:
             try:
-                async with connect(
-                    self.url,
-                    compression=None,
-                    ping_interval=None,
-                    close_timeout=CLOSE_TIMEOUT_S,
-                    max_size=MAX_FRAME_BYTES,
-                    proxy=None,
-                    create_connection=CountingConnection,
-                    user_agent_header=None,
-                ) as connection:
+                async with dial(self.url, self.tls) as connection:
                     if await self._converse(as_any(connection)):
-                        pause, away_since = FIRST_PAUSE_S, time.monotonic()
+                        patience.renew()
                     reason = "the connection ended"
-            except InvalidURI as error:
-                raise ConfigError(f"{self.url!r} is no websocket address", "Write it as ws://HOST:PORT.") from error
             except ConnectionClosed as closed:
                 reason = str(closed)
                 if closed.rcvd is not None and closed.rcvd.code == TOO_BIG:
@@ -158,16 +170,8 @@ class Link:
                         "a frame was over the server's limit", "Lower batch.records or batch.max_length."
                     ) from closed
             except (OSError, InvalidHandshake, TimeoutError) as error:
-                reason = one_line(error)
-            away = time.monotonic() - away_since
-            if away > self.patience_s:
-                raise LinkError(
-                    f"the server at {self.url} has been away for {away:.0f} s ({reason})",
-                    "Check the address and that `splitfl serve` runs, then join again: the client goes on.",
-                )
-            self.say(f"waiting for the server at {self.url} ({reason}); next try in {pause:.0f} s")
-            await asyncio.sleep(pause * random.uniform(0.8, 1.2))
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+                reason = why_not(error, self.url)
+            await patience.wait(reason)
 
     async def _converse(self, connection: CountingConnection) -> bool:
         """Hello, then frames until the connection ends; whether the server welcomed us."""
@@ -272,6 +276,55 @@ class Link:
         for future in futures:
             future.set_exception(error)
         return bool(futures)
+
+
+def dial(url: str, tls: ssl.SSLContext | None, max_bytes: int = MAX_FRAME_BYTES) -> connect:
+    """A websocket to ``url``, which is wss:// with ``tls`` and ws:// without. Raises ConfigError."""
+    secured: dict[str, Any] = {} if tls is None else {"ssl": tls, "server_hostname": SERVER_NAME}
+    try:
+        return connect(
+            url,
+            compression=None,
+            ping_interval=None,
+            close_timeout=CLOSE_TIMEOUT_S,
+            max_size=max_bytes,
+            proxy=None,
+            create_connection=CountingConnection,
+            user_agent_header=None,
+            **secured,
+        )
+    except InvalidURI as error:
+        raise ConfigError(f"{url!r} is no websocket address", "Write it as ws://HOST:PORT.") from error
+
+
+def why_not(error: BaseException, url: str) -> str:
+    """Why there is no connection, in a few words. Raises TrustError for what waiting does not mend."""
+    if (distrust := tls_error(error, url)) is not None:
+        raise distrust from error
+    if isinstance(error, InvalidMessage) and url.startswith("wss:"):  # asyncio closes without the alert that says why
+        return "it hung up after the TLS handshake: busy, or it does not take this client's certificate"
+    return one_line(error)
+
+
+def ask_once(
+    url: str, message: Message, tls: ssl.SSLContext, *, patience_s: float, say: Callable[[str], None]
+) -> Message:
+    """Ask one thing on a connection of its own. Raises LinkError, RefusedError, ProtocolError, TrustError."""
+    return asyncio.run(_ask_patiently(url, message, tls, Patience(url, patience_s, say)))
+
+
+async def _ask_patiently(url: str, message: Message, tls: ssl.SSLContext, patience: Patience) -> Message:
+    while True:
+        try:
+            async with asyncio.timeout(ANSWER_S), dial(url, tls, ANSWER_BYTES) as connection:
+                await send_frame(as_any(connection), encode(message))
+                answer = decode(await connection.recv(decode=False))
+            if isinstance(answer, Refused):
+                raise refusal_error(answer)
+            return answer
+        except (OSError, InvalidHandshake, TimeoutError, ConnectionClosed) as error:
+            reason = why_not(error, url)
+        await patience.wait(reason)
 
 
 def settle(future: Future[Answer], answer: Answer) -> None:

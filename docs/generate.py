@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer.main
 from annotated_types import Ge, Gt, Le, Lt
@@ -86,11 +86,24 @@ def values(field: FieldInfo) -> str:
     annotation: Any = field.annotation
     if get_origin(annotation) is Literal:
         return ", ".join(f'`"{choice}"`' for choice in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"list of {listed(get_args(annotation)[0])}"
+    annotation = plain(annotation)
     kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not type(None)]
     words = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}
     bounds = [f"{BOUNDS[type(m)]} {getattr(m, type(m).__name__.lower())}" for m in field.metadata if type(m) in BOUNDS]
     patterns = [f"`{m.pattern}`" for m in field.metadata if getattr(m, "pattern", None)]
     return ", ".join([words[kinds[0]], *bounds, *patterns])
+
+
+def plain(annotation: Any) -> Any:
+    """A type without its bounds."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def listed(annotation: Any) -> str:
+    """What the items of a list are."""
+    return {int: "whole numbers", str: "texts"}[plain(annotation)]
 
 
 def default(field: FieldInfo) -> str:
@@ -100,6 +113,8 @@ def default(field: FieldInfo) -> str:
 
 
 def toml(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"`{json.dumps(value)}`"
     return f'`"{value}"`' if isinstance(value, str) else f"`{value}`"
 
 

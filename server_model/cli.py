@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from splitfl.allocator import keep_freed_memory
-from splitfl.console import command, note, parse_address, print_json, require_loopback
+from splitfl.console import command, is_loopback, note, parse_address, print_json
 from splitfl.errors import INTERRUPTED_EXIT_CODE, SplitFLError
 from splitfl.files import claimed
 
 if TYPE_CHECKING:
+    from server_model.admission import Admission
     from server_model.coordinator import Coordinator, Progress
 
 LEAVING_S = 60.0  # how long a finished service waits for clients that are still there
@@ -33,7 +34,7 @@ def serve(
         bool, typer.Option("--skip-check", help="Do not check that an unlisted model family splits exactly.")
     ] = False,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Allow an unencrypted link beyond this machine.")
+        bool, typer.Option("--insecure", help="Take unencrypted clients too, from beyond this machine.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line for each event.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
@@ -41,14 +42,16 @@ def serve(
     """Host the trunk of MODEL_DIR: batch the clients' steps, merge their heads, keep it all durable."""
     with command(verbose=verbose):
         host, port = parse_address(listen)
-        require_loopback(host, insecure=insecure)
+        plain = is_loopback(host) or insecure
         report = report_json if as_json else report_text
         keep_freed_memory()
+        from server_model.admission import Admission
+
         with claimed(state):
             coordinator = prepare(
                 model, federation, state, device, threads, report, resume=resume, check=not skip_check
             )
-            asyncio.run(run(coordinator, host, port, report))
+            asyncio.run(run(coordinator, Admission.open(state, plain=plain), host, port, report))
 
 
 def prepare(
@@ -80,9 +83,10 @@ def prepare(
     return Coordinator(model, settings, state, device=choose_device(device), resume=resume, report=report)  # type: ignore[arg-type]
 
 
-async def run(coordinator: Coordinator, host: str, port: int, report: object) -> None:
+async def run(coordinator: Coordinator, admission: Admission, host: str, port: int, report: object) -> None:
     """Listen until the federation has ended and its clients have left, or a signal comes."""
     from server_model.coordinator import Progress
+    from server_model.invitations import remember_address
     from server_model.service import Service
     from server_model.tasks import BACKGROUND_FAILURE
     from splitfl.federation.agreement import privacy_line
@@ -100,12 +104,12 @@ async def run(coordinator: Coordinator, host: str, port: int, report: object) ->
             stopped.set()
 
     loop.set_exception_handler(background_failure)
-    service = Service(coordinator)
+    service = Service(coordinator, admission)
     try:
         bound = await service.start(host, port)
-        facts = {"url": f"ws://{host}:{bound}", "durable_round": coordinator.rounds.durable}
-        privacy = privacy_line(coordinator.settings)
-        facts |= {"agreement": coordinator.terms.sha256, "privacy": privacy}
+        remember_address(admission.authority.folder.parent, host, bound)
+        facts = listening(admission, host, bound, coordinator.rounds.durable)
+        facts |= {"agreement": coordinator.terms.sha256, "privacy": privacy_line(coordinator.settings)}
         report(Progress("listening", facts))  # type: ignore[operator]
         ended = asyncio.create_task(until_everybody_left(coordinator))
         signalled = asyncio.create_task(stopped.wait())
@@ -120,6 +124,13 @@ async def run(coordinator: Coordinator, host: str, port: int, report: object) ->
     if stopped.is_set():
         note(f"stopped; rounds up to {coordinator.rounds.durable + 1} are durable. Start again with --resume.")
         raise KeyboardInterrupt
+
+
+def listening(admission: Admission, host: str, port: int, durable: int) -> dict[str, object]:
+    """What an operator, or a program, wants to know of a service that is ready."""
+    url = f"{'ws' if admission.plain else 'wss'}://{f'[{host}]' if ':' in host else host}:{port}"
+    facts = {"url": url, "plain": admission.plain, "loopback": is_loopback(host)}
+    return {**facts, "authority": admission.authority.fingerprint, "durable_round": durable}
 
 
 def stop(stopped: asyncio.Event) -> None:
@@ -153,7 +164,7 @@ def report_text(progress: Progress) -> None:
     facts = progress.facts
     match progress.event:
         case "listening":
-            note(f"listening on {facts['url']}; clients join with: splitfl join {facts['url']} --name NAME --data PATH")
+            say_where(str(facts["url"]), plain=bool(facts["plain"]), loopback=bool(facts["loopback"]))
             note(f"privacy {facts['privacy']}")
             note(f"agreement {facts['agreement']}: clients are shown its terms, and accept them before they take part")
         case "round_open":
@@ -165,10 +176,21 @@ def report_text(progress: Progress) -> None:
             note(f"{place} goes on without {facts['client']}: {facts['reason']}")
         case "storage_error":
             note(f"round {as_number(facts['round'])} cannot be written, trying again: {facts['error']}")
+        case "unencrypted":
+            note(f"WARNING: the link to {facts['client']} is NOT encrypted, and nobody proved to be {facts['client']}")
         case "finished":
             note("the federation has ended; export its model with: splitfl export --state STATE OUT")
         case other:
             note(f"{facts.get('client', '')} {other.replace('_', ' ')}".strip())
+
+
+def say_where(url: str, *, plain: bool, loopback: bool) -> None:
+    """How clients come in, and loudly what is not encrypted."""
+    note(f"listening on {url.partition('://')[2]}, TLS 1.3; let a client in with: splitfl invite NAME --state STATE")
+    if plain and loopback:
+        note(f"on this machine, also without encryption or login: splitfl join {url} --name NAME --data PATH")
+    elif plain:
+        note("WARNING: --insecure: clients may come WITHOUT encryption or login; anyone on the way can read those.")
 
 
 def as_number(value: object) -> int:

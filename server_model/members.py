@@ -15,6 +15,8 @@ from splitfl.split.shares import Shapes
 from splitfl.wire.messages import Hello, TensorBytes
 from splitfl.wire.session import ServerSession
 
+MAX_SESSIONS = 1024  # more clients than one trunk serves; a stranger on a plain socket must not fill the memory
+
 
 @dataclass
 class Member:
@@ -26,6 +28,7 @@ class Member:
     shared: Shapes  # the weights that it sends for merging
     wire: ServerSession = field(default_factory=ServerSession)
     connected: bool = True
+    certificate: str = ""  # serial number of the one that it came with last; "" on a plain socket
     expiry: asyncio.TimerHandle | None = None
     bytes_in: int = 0
     bytes_out: int = 0
@@ -81,6 +84,10 @@ class Members:
                     code="name_taken",
                 )
             self.forget(other)
+        if len(self) >= MAX_SESSIONS:
+            raise RefusedError(
+                f"{MAX_SESSIONS} clients are here already", "Try again later, or tell the operator.", code="over_limit"
+            )
         cut = self._cut_of(hello)
         member = Member(hello.name, secrets.token_urlsafe(24), cut, self._shapes_of(cut))
         self._by_token[member.token] = member

@@ -1,4 +1,7 @@
-"""The websocket shell of the trunk service: feeds frames in, sends frames out, decides nothing."""
+"""The websocket shell of the trunk service: feeds frames in, sends frames out, decides nothing.
+
+TLS and plain sockets share its port (``server_model/door.py``); who may speak is for ``server_model/admission.py``.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +9,67 @@ import asyncio
 import contextlib
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
-from server_model.coordinator import Coordinator
+from server_model.admission import Admission, Peer
+from server_model.coordinator import Coordinator, Progress
+from server_model.door import Door
 from server_model.members import Member
 from server_model.tasks import spawn
 from splitfl.config import Federation
-from splitfl.errors import ConfigError, ProtocolError, RefusedError, SplitFLError
+from splitfl.errors import ConfigError, ProtocolError, RefusedError, SplitFLError, StorageError
 from splitfl.pipe import send_frame, watch
 from splitfl.wire.frames import Parts, decode, encode, frame_bytes
-from splitfl.wire.messages import Hello, Refused, Request
+from splitfl.wire.messages import AskAuthority, Enrol, Hello, Message, Refused, Request
 
 log = logging.getLogger("splitfl.server.service")
 
 HELLO_S = 30.0  # seconds that an unknown client may take to say who it is
 HELLO_BYTES = 64 << 10  # most that an unknown client may send
+REVOCATION_CHECK_S = 1.0  # until an open connection of a revoked client is closed
 FRAME_SLACK = 17 << 20  # beside the activations: a piece of an upload, and headers
 
 
 class CountingConnection(ServerConnection):
-    """A connection that counts what comes off its socket: bytes that move are a sign of life."""
+    """A connection that begins behind the door, and counts what comes off its socket: a sign of life."""
 
     bytes_received = 0
 
+    def __init__(self, door: Door, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._door = door
+        self._begun = False
+        self._early = b""  # what came after the TLS handshake and before ``begin``
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._door.knock(self, transport)  # type: ignore[arg-type]
+
+    def begin(self, transport: asyncio.Transport) -> None:
+        """The websocket starts, over TLS or the bare socket."""
+        self._begun = True
+        super().connection_made(transport)
+        if self._early:
+            self.data_received(self._early)
+
     def data_received(self, data: bytes) -> None:
+        if not self._begun:
+            self._early += data
+            return
         self.bytes_received += len(data)
         super().data_received(data)
+
+    def eof_received(self) -> None:
+        if self._begun:
+            super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._door.known(self)
+        if self._begun:
+            super().connection_lost(exc)
 
 
 @dataclass
@@ -43,16 +78,23 @@ class Line:
 
     connection: ServerConnection
     outgoing: asyncio.Queue[Parts] = field(default_factory=asyncio.Queue)
+    turned_out: Refused | None = None  # why its session was ended; a frame that is on its way hears the same
 
 
 class Service:
-    """Listens on ``host:port`` (port 0: any free one) and serves one coordinator."""
+    """Listens on ``host:port`` (port 0: any free one) and serves one coordinator.
 
-    def __init__(self, coordinator: Coordinator) -> None:
+    Without ``admission`` there is no TLS, and everybody may come: for a federation inside one process.
+    """
+
+    def __init__(self, coordinator: Coordinator, admission: Admission | None = None) -> None:
         self.coordinator = coordinator
+        self.admission = admission
+        self.door = Door(admission.authority.server_context() if admission else None)
         self.lines: dict[str, Line] = {}  # by session token
         self.frame_limit = frame_limit(coordinator.settings, coordinator.source.config.hidden_size)
         self._server: Server | None = None
+        self._revocations: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> int:
         """Begin to listen; returns the port. Raises ConfigError when it cannot be had."""
@@ -64,7 +106,7 @@ class Service:
                 compression=None,
                 ping_interval=None,
                 max_size=HELLO_BYTES,
-                create_connection=CountingConnection,
+                create_connection=partial(CountingConnection, self.door),  # type: ignore[arg-type]
                 origins=[None],  # no web page in some browser on this machine may speak to it
                 server_header=None,
             )
@@ -73,11 +115,16 @@ class Service:
                 f"cannot listen on {host}:{port}: {error.strerror or error}",
                 "Choose another --listen HOST:PORT, or port 0 for any free one.",
             ) from error
+        if self.admission is not None:
+            self._revocations = asyncio.create_task(self._watch_revocations(self.admission))
         port_: int = next(iter(self._server.sockets)).getsockname()[1]
         return port_
 
     async def stop(self) -> None:
         """Close all connections and stop listening."""
+        if self._revocations is not None:
+            self._revocations.cancel()
+        self.door.close()
         if self._server is not None:
             self._server.close(close_connections=True)
             await self._server.wait_closed()
@@ -94,7 +141,7 @@ class Service:
             async for data in connection:
                 self._receive(member, line, data)
         except ProtocolError as error:
-            await refuse(connection, refusal("bad_message", error))
+            await refuse(connection, line.turned_out or refusal("bad_message", error))
         except ConnectionClosed as closed:
             log.info("%s: connection ended: %s", member.name, closed)
         finally:
@@ -105,23 +152,29 @@ class Service:
                 self.coordinator.disconnected(member)
 
     async def _open(self, connection: ServerConnection) -> tuple[Member, Line] | None:
-        """Read Hello and answer it; None when the client is refused or gone."""
+        """Read the first message and answer it; None when the client is refused, enrolled or gone."""
+        peer = Peer.of(connection.transport)
         try:
             async with asyncio.timeout(HELLO_S):
                 data = await connection.recv(decode=False)
-            hello = decode(data, max_bytes=HELLO_BYTES)
-            if not isinstance(hello, Hello):
-                raise ProtocolError("the first message must be hello", field="t")
+            hello = await self._first_words(connection, peer, decode(data, max_bytes=HELLO_BYTES))
+            if hello is None:
+                return None
             member, welcome = self.coordinator.hello(hello)
         except (ConnectionClosed, TimeoutError):
             return None
-        except ProtocolError as error:
-            code = "version" if error.field == "versions" else "bad_message"
-            await refuse(connection, refusal(code, error))
+        except StorageError as error:  # its path is not for strangers
+            log.error("%s", error)
+            await refuse(connection, Refused("storage", "the server cannot use its books", "Tell its operator."))
             return None
-        except RefusedError as error:
-            await refuse(connection, refusal(error.code, error))
+        except (ProtocolError, RefusedError) as error:
+            await refuse(connection, refusal(refusal_code(error), error))
             return None
+        self.door.known(connection)  # type: ignore[arg-type]
+        if not peer.encrypted and self.admission is not None:
+            with contextlib.suppress(OSError):  # as the coordinator says things
+                self.coordinator.report(Progress("unencrypted", {"client": member.name}))
+        member.certificate = peer.serial
         line = Line(connection)
         older = self.lines.get(member.token)
         self.lines[member.token] = line
@@ -129,6 +182,38 @@ class Service:
             spawn(older.connection.close(1001, "resumed elsewhere"))
         line.outgoing.put_nowait(encode(welcome))
         return member, line
+
+    async def _first_words(self, connection: ServerConnection, peer: Peer, message: Message) -> Hello | None:
+        """Hello of a client that may come in; None when it wanted something else and has it."""
+        if self.admission is not None and isinstance(message, AskAuthority | Enrol):
+            answer = await self.admission.answer(peer, message)
+            await send_frame(as_any(connection), encode(answer))
+            return None
+        if not isinstance(message, Hello):
+            raise ProtocolError("the first message must be hello", field="t")
+        if self.admission is not None:
+            await self.admission.admit(peer, message)
+            await self._shut_out(self.admission)  # one that this client replaces has its name no longer
+        return message
+
+    async def _watch_revocations(self, admission: Admission) -> None:
+        """Shut out clients whose certificates end while they are there."""
+        while True:
+            await asyncio.sleep(REVOCATION_CHECK_S)
+            try:
+                await self._shut_out(admission)
+            except StorageError as error:
+                log.error("%s", error)
+
+    async def _shut_out(self, admission: Admission) -> None:
+        """End the sessions of certificates that are no longer good, and their connections."""
+        ended = await admission.ended()
+        for member in self.coordinator.members:
+            if member.certificate in ended:
+                self.coordinator.members.forget(member)
+                if (line := self.lines.get(member.token)) is not None:
+                    line.turned_out = refusal("revoked", ended[member.certificate])
+                    spawn(refuse(line.connection, line.turned_out))
 
     def _receive(self, member: Member, line: Line, data: Any) -> None:
         if isinstance(data, str):
@@ -169,6 +254,13 @@ async def refuse(connection: ServerConnection, refusal: Refused) -> None:
 def refusal(code: str, error: SplitFLError) -> Refused:
     """An error as the peer may hear it, within the message's bounds."""
     return Refused(code, error.message[:2000], error.remedy[:2000])  # type: ignore[arg-type]
+
+
+def refusal_code(error: ProtocolError | RefusedError) -> str:
+    """The wire's name for what is wrong with a first message."""
+    if isinstance(error, RefusedError):
+        return error.code
+    return "version" if error.field == "versions" else "bad_message"
 
 
 def as_any(connection: ServerConnection) -> Any:

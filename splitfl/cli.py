@@ -15,6 +15,7 @@ import typer
 
 from client_model.cli import join
 from server_model.cli import export, serve
+from server_model.clients_cli import clients, invite, revoke
 from splitfl.lab.bench.cli import bench
 from splitfl.lab.cli import evaluate, init
 from splitfl.lab.demo.cli import demo
@@ -29,6 +30,9 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(init)
 app.command()(serve)
+app.command()(invite)
+app.command()(clients)
+app.command()(revoke)
 app.command()(join)
 app.command("eval")(evaluate)
 app.command()(export)

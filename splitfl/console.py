@@ -24,7 +24,8 @@ def command(*, verbose: bool = False) -> Iterator[None]:
     except SplitFLError as error:
         if verbose:
             logging.exception("the error came from here")
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        line = " ".join(str(error).split())
+        sys.stderr.write(f"error: {''.join(filter(str.isprintable, line))}\n")  # some of it may be the other side's
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; what was saved stays saved\n")
@@ -66,6 +67,6 @@ def require_loopback(host: str, *, insecure: bool) -> None:
     if not insecure:
         raise ConfigError(
             f"{host} is not this machine, and this link is not encrypted",
-            "Use 127.0.0.1, or a tunnel to it; --insecure sends everything in the clear.",
+            "Join with a join string (splitfl invite), which encrypts; --insecure sends everything in the clear.",
         )
     note(f"WARNING: the link to {host} is NOT encrypted: anyone on the way can read what crosses it.")

@@ -9,7 +9,8 @@
     ├── RefusedError          7   the other side understood and said no (name taken, unknown round, ...)
     ├── NumericalError        8   NaN or infinity where there must be none
     ├── StorageError          9   the disk: full, read-only, a damaged state folder
-    └── PrivacyError         10   nothing may leave: terms not accepted, a budget spent, a ledger that went back
+    ├── PrivacyError         10   nothing may leave: terms not accepted, a budget spent, a ledger that went back
+    └── TrustError           11   TLS: the other side is not who it should be, or does not know us
 
 130 is Ctrl-C (state saved). The table is a contract: docs/errors.md repeats it and tests pin it.
 """
@@ -91,6 +92,12 @@ class PrivacyError(SplitFLError):
     """Nothing may leave: terms are not accepted, a budget is spent, or the ledger went back."""
 
     exit_code = 10
+
+
+class TrustError(SplitFLError):
+    """TLS failed for want of trust: a wrong fingerprint, a certificate of another authority, or one out of date."""
+
+    exit_code = 11
 
 
 INTERRUPTED_EXIT_CODE = 130

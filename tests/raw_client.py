@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ssl
 from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
@@ -13,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 from websockets.sync.client import ClientConnection, connect
 
+from splitfl.channel.certificates import SERVER_NAME
 from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.split.shares import shared_shapes
@@ -38,8 +40,9 @@ WAIT_S = 60.0
 class RawClient:
     """One connection; ``greeting`` is what the server said to Hello."""
 
-    def __init__(self, url: str, name: str, **hello: Any) -> None:
-        self._connecting = connect(url, compression=None, max_size=None, proxy=None)
+    def __init__(self, url: str, name: str, tls: ssl.SSLContext | None = None, **hello: Any) -> None:
+        secured: dict[str, Any] = {} if tls is None else {"ssl": tls, "server_hostname": SERVER_NAME}
+        self._connecting = connect(url, compression=None, max_size=None, proxy=None, **secured)
         self.connection: ClientConnection = self._connecting.__enter__()
         self.name = name
         self.seq = 0

@@ -31,6 +31,8 @@ Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 Token = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,128}$")]
 Text = Annotated[str, Field(max_length=2000)]
+PEM_TEXT = r"^-----BEGIN [A-Z ]+-----\n[A-Za-z0-9+/=\n]+-----END [A-Z ]+-----\n$"
+Pem = Annotated[str, Field(max_length=8000, pattern=PEM_TEXT)]
 
 ErrorCode = Literal[
     "version",  # no protocol version in common
@@ -44,6 +46,15 @@ ErrorCode = Literal[
     "storage",  # the server's disk
     "ledger",  # a ledger that went back, or is another one
     "internal",  # a fault of the server's own
+    "unencrypted",  # a plain socket where only TLS is taken
+    "certificate_missing",  # TLS without a client certificate
+    "certificate_unknown",  # of this server's authority, but not in its books
+    "revoked",  # the certificate was revoked, or replaced by a newer one
+    "name_mismatch",  # Hello names another client than the certificate
+    "token_unknown",  # no open invitation of this name has this token
+    "token_used",  # another key has been enrolled with it
+    "token_expired",  # the invitation is over
+    "bad_request",  # a signing request that cannot be granted
 ]
 ERROR_CODES: tuple[str, ...] = get_args(ErrorCode)
 
@@ -118,6 +129,38 @@ class Refused:
     code: ErrorCode
     reason: Text
     remedy: Text = ""
+
+
+@dataclass(frozen=True)
+class AskAuthority:
+    """Instead of Hello: "whose certificates are yours?" Answered by Authority; then the connection closes."""
+
+
+@dataclass(frozen=True)
+class Authority:
+    """The server's certificate authority, as PEM. Who was invited knows its fingerprint and compares."""
+
+    certificate: Pem
+
+
+@dataclass(frozen=True)
+class Enrol:
+    """Instead of Hello, on TLS that the authority vouches for: trade an invitation's ``token`` for a certificate.
+
+    ``request`` is a PKCS#10 signing request in PEM; the key behind it never leaves the client. Answered by Enrolled
+    or Refused; then the connection closes. The same token with the same key gets the same certificate again.
+    """
+
+    name: Name
+    token: Token
+    request: Pem
+
+
+@dataclass(frozen=True)
+class Enrolled:
+    """The client's ``certificate``, as PEM, to be shown on every connection from now on."""
+
+    certificate: Pem
 
 
 @dataclass(frozen=True)
@@ -396,7 +439,8 @@ Answer = (
     | Farewell
     | Failed
 )
-Message = Hello | Welcome | Refused | Request | Answer
+Enrolment = AskAuthority | Authority | Enrol | Enrolled
+Message = Hello | Welcome | Refused | Enrolment | Request | Answer
 
 REQUESTS: tuple[type, ...] = get_args(Request)
 ANSWERS: tuple[type, ...] = get_args(Answer)
@@ -406,6 +450,10 @@ MESSAGE_TYPES: dict[str, type] = {
     "hello": Hello,
     "welcome": Welcome,
     "refused": Refused,
+    "ask_authority": AskAuthority,
+    "authority": Authority,
+    "enrol": Enrol,
+    "enrolled": Enrolled,
     "fetch": Fetch,
     "next_round": NextRound,
     "ask_held": AskHeld,

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from server_model.invitations import invite
 from splitfl.data.notes import write_notes
 from splitfl.errors import ConfigError, StorageError
 from splitfl.lab.demo.children import Children, Event
@@ -21,6 +22,7 @@ from splitfl.lab.demo.results import DemoResult, Measured
 from splitfl.lab.demo.scale import CLIENTS, PUBLIC, DemoFolder, DemoScale
 from splitfl.lab.demo.views import FederationView, Screen, TrainingView, View
 
+INVITATION_S = 3600.0
 COMMAND, WORKER = "splitfl.cli", "splitfl.lab.demo.worker"
 TRUNK = "trunk"
 
@@ -56,7 +58,7 @@ class Demo:
             self._write_notes()
         with self._stage("base model", f"Training the base model on {self.scale.public_notes:,} public, general notes"):
             self._train_base()
-        with self._stage("federation", "Federation: a trunk service and three clients, four processes, websockets"):
+        with self._stage("federation", "Federation: a trunk service and three clients, four processes, TLS"):
             self._federate()
         with self._stage("baselines", "Baselines: each client alone, and all notes in one place; then measuring"):
             self._train_baselines()
@@ -101,7 +103,7 @@ class Demo:
             self._follow(children, TrainingView({"base": "base model"}, self.scale.base_steps, lines=5))
 
     def _federate(self) -> None:
-        """``splitfl serve``, and once it listens ``splitfl join`` for each client."""
+        """``splitfl serve``, and once it listens an invitation and ``splitfl join`` for each client."""
         folder = self.folder
         with self._children() as children:
             serving = ("--state", folder.trunk, "--federation", folder.federation, "--listen", "127.0.0.1:0")
@@ -113,14 +115,15 @@ class Demo:
         losses = {name: report["held_out_losses"] for name, report in self.reports.items()}
         self.curves["federated"] = {name: [point["loss"] for point in losses[name]] for name in CLIENTS}
 
-    def _join(self, children: Children, url: str, agreement: str) -> None:
+    def _join(self, children: Children, agreement: str) -> None:
         threads = max(1, self.cores // len(CLIENTS))
         for name in CLIENTS:
             home = self.folder.client(name)
             places = ("--data", self.folder.notes(name), "--state", home / "state", "--cache", home / "cache")
             computing = ("--device", self.device, "--threads", threads)
             consent = ("--accept", agreement, "--key", home / "key")
-            children.start(name, COMMAND, "join", url, "--name", name, *places, *consent, *computing, "--json")
+            invitation = invite(self.folder.trunk, name, valid_s=INVITATION_S)
+            children.start(name, COMMAND, "join", invitation, *places, *consent, *computing, "--json")
 
     def _train_baselines(self) -> None:
         labels = {name: f"{name} alone" for name in CLIENTS} | {"centralised": "all notes in one place"}
@@ -142,7 +145,7 @@ class Demo:
         """Keep what an event says, and start the clients when the trunk listens."""
         match event.get("event"):
             case "listening":
-                self._join(children, event["url"], event["agreement"])
+                self._join(children, event["agreement"])
             case "storage_error":  # the trunk would wait for room; a demo need not
                 raise StorageError(
                     f"the trunk cannot write its state: {event['error']}", "Start again elsewhere: --out."

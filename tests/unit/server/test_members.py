@@ -208,3 +208,17 @@ def test_closing_stops_the_timers() -> None:
 
     in_loop(body)
     assert gone == []
+
+
+# -- room ------------------------------------------------------------------------------------------------------
+
+
+def test_sessions_have_a_limit_and_those_that_are_there_may_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server_model.members.MAX_SESSIONS", 2)
+    members, _ = make()
+    first, _ = members.welcome(hello("ward-a"))
+    members.welcome(hello("ward-b"))
+    with pytest.raises(RefusedError) as caught:
+        members.welcome(hello("ward-c"))
+    assert caught.value.code == "over_limit"
+    assert members.welcome(hello("ward-a", resume=first.token)) == (first, True)

@@ -21,12 +21,16 @@ from splitfl.wire.frames import (
 )
 from splitfl.wire.messages import (
     MESSAGE_TYPES,
+    AskAuthority,
     AskHeld,
+    Authority,
     Backward,
     Bye,
     Chunk,
     Countersign,
     Countersigned,
+    Enrol,
+    Enrolled,
     Failed,
     Farewell,
     Fetch,
@@ -58,6 +62,8 @@ SIGNATURE = "ef" * 64
 # the same as 2 + 64 bytes of msgpack: a string of up to 255 bytes, and 64 of them
 HASH_HEX = "d940" + "6162" * 32
 ABC = TensorBytes("u8", (3,), b"abc")
+PEM = "-----BEGIN X-----\nYWJj\n-----END X-----\n"
+PEM_HEX = "d927" + PEM.encode().hex()
 FLOATS = TensorBytes("f32", (1, 1, 2), bytes.fromhex("0000803f 000000c0"))  # 1.0, -2.0
 
 GOLDEN: list[tuple[Message, str]] = [
@@ -83,6 +89,13 @@ GOLDEN: list[tuple[Message, str]] = [
         "31000000 84 a174a772656675736564 a4636f6465a776657273696f6e a6726561736f6ea36f6c64"
         "a672656d656479a6757064617465",
     ),
+    (AskAuthority(), "11000000 81 a174ad61736b5f617574686f72697479"),
+    (Authority(PEM), "42000000 82 a174a9617574686f72697479 ab6365727469666963617465" + PEM_HEX),
+    (
+        Enrol("ward-a", "t1", PEM),
+        "4f000000 84 a174a5656e726f6c a46e616d65a6776172642d61 a5746f6b656ea27431 a772657175657374" + PEM_HEX,
+    ),
+    (Enrolled(PEM), "41000000 82 a174a8656e726f6c6c6564 ab6365727469666963617465" + PEM_HEX),
     (
         Fetch(0, 0, HASH, 0, 1024),
         "6d000000 86 a174a56665746368 a373657100 a361636b00 a6736861323536"
