@@ -16,7 +16,7 @@ import typer
 from client_model.cli import join
 from server_model.cli import export, serve
 from splitfl.lab.bench.cli import bench
-from splitfl.lab.cli import evaluate, init
+from splitfl.lab.cli import adapt, evaluate, init
 from splitfl.lab.demo.cli import demo
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command()(init)
 app.command()(serve)
 app.command()(join)
 app.command("eval")(evaluate)
+app.command()(adapt)
 app.command()(export)
 app.command()(bench)
 
