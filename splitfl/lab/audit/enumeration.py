@@ -26,6 +26,7 @@ from splitfl.lab.audit.model import Prefixes
 from splitfl.lab.audit.public import CHUNK, Knowledge
 
 GROUP = 8  # records decoded together
+LAG = 4  # tokens read on before one is decided
 TOLERANCE = 3e-3  # of a state's size: rounding and the clip's factor account for less
 DEVIATIONS = 6  # of the noise's chi-square beyond which a candidate does not explain an observation
 
@@ -34,7 +35,7 @@ DEVIATIONS = 6  # of the noise's chi-square beyond which a candidate does not ex
 class Search:
     """``width``: prefixes kept for each record. ``shortlist``: tokens tried at each position."""
 
-    width: int = 4
+    width: int = 8
     shortlist: int = 48
 
 
@@ -131,6 +132,13 @@ class Walk:
         self.scores = best.values.flatten()
         self.follow(parents.flatten(), candidates.view(self.records, -1).gather(1, best.indices).flatten())
 
+    def vote(self, position: int) -> Tensor:
+        """The token at ``position`` that the beam of each record favours, (B,)."""
+        tokens = self.tokens[:, position].view(self.records, -1)  # (B, K)
+        weights = self.scores.view(self.records, -1).softmax(-1)
+        favour = ((tokens[:, :, None] == tokens[:, None]) * weights[:, None]).sum(-1)
+        return tokens.gather(1, favour.argmax(-1, keepdim=True)).squeeze(1)
+
     def follow(self, parents: Tensor, tokens: Tensor) -> None:
         """Go on with sequences ``parents`` (M,), each one token (M,) longer."""
         for prefixes in (self.bottom, self.language):
@@ -143,29 +151,50 @@ class Walk:
 
 
 def fit_search(knowledge: Knowledge, mechanism: Mechanism, target: Target, ids: Tensor, mask: Tensor) -> Tensor:
-    """Weights of the evidence, from public records (B, T) whose right prefixes are known."""
-    walk = Walk(knowledge, mechanism, target, Search().shortlist)
-    features, answers = [], []
-    for position, tokens in enumerate(ids.T):
-        candidates, found = walk.features(position, tokens)
-        real = mask[:, position]
-        features.append(found[real])
-        answers.append((candidates == tokens[:, None]).int().argmax(-1)[real])
-        walk.follow(torch.arange(len(ids)), tokens)
-    return fit_weights(torch.cat(features), torch.cat(answers))
+    """Weights (F,) of the evidence, from public records (B, T).
+
+    Fitted first behind the right prefixes, then behind those that a search with these weights finds: a prior that
+    relies on a prefix deserves less weight where half of it is wrong.
+    """
+    weights = None
+    for _ in range(2):
+        walk = Walk(knowledge, mechanism, target, Search().shortlist)
+        features, answers = [], []
+        for position, tokens in enumerate(ids.T):
+            candidates, found = walk.features(position, tokens)
+            real = mask[:, position]
+            features.append(found[real])
+            answers.append((candidates == tokens[:, None]).int().argmax(-1)[real])
+            if weights is None:
+                walk.follow(torch.arange(len(ids)), tokens)
+            else:
+                walk.advance(candidates, found, weights, 1)
+        weights = fit_weights(torch.cat(features), torch.cat(answers))
+    return torch.ones(0) if weights is None else weights
 
 
 def enumerate_tokens(
     knowledge: Knowledge, mechanism: Mechanism, target: Target, weights: Tensor, search: Search, deadline: float
-) -> tuple[Tensor, int]:
-    """Decode records: token ids (B, T), and how many records there was time for (``time.monotonic()``)."""
+) -> Tensor:
+    """Decode as many records as there is time for (``time.monotonic()``), at least a few: token ids (B, T)."""
     guesses = []
     for start in range(0, len(target.released), GROUP):
         if guesses and clock.monotonic() > deadline:
             break
         walk = Walk(knowledge, mechanism, target[start : start + GROUP], search.shortlist)
-        for position in range(target.released.shape[1]):
-            walk.advance(*walk.features(position), weights, search.width)
-        guesses.append(walk.tokens[:: walk.width])  # topk puts the best first
-    decoded = torch.cat(guesses)
-    return decoded, len(decoded)
+        guesses.append(decode(walk, weights, search.width))
+    return torch.cat(guesses)
+
+
+def decode(walk: Walk, weights: Tensor, width: int) -> Tensor:
+    """Walk to the end, (B, T). Each token is the one that most of the beam, by weight, held ``LAG`` tokens later.
+
+    The likeliest token is wanted at each place, not the likeliest text; what follows a token also speaks of it.
+    """
+    time = walk.target.released.shape[1]
+    decided = []
+    for position in range(time):
+        walk.advance(*walk.features(position), weights, width)
+        if position >= LAG:
+            decided.append(walk.vote(position - LAG))
+    return torch.stack(decided + [walk.vote(position) for position in range(len(decided), time)], dim=1)

@@ -19,6 +19,7 @@ import time as clock
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,8 @@ from torch.nn import functional as F
 from splitfl.lab.audit.mechanism import Mechanism
 from splitfl.lab.audit.public import Knowledge, Texts
 
-RATE, LOWEST_RATE = 2e-3, 1e-4
-PATIENCE = 2  # looks at held-out text without gain before the step size falls
+RATE, LOWEST_RATE, WARMUP = 1e-3, 1e-4, 50  # step sizes; steps until the first is reached
+PATIENCE = 4  # looks at held-out text without gain before the step size falls
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Training:
 
     steps: int = 2000
     deadline: float = float("inf")
-    tokens: int = 2048
+    tokens: int = 1024
     look_every: int = 20
 
 
@@ -51,6 +52,7 @@ class Inverter(nn.Module):
     bias: Tensor
     offsets: Tensor
     spread: Tensor
+    bank: Tensor
 
     def __init__(self, knowledge: Knowledge, sigma: float, width: int = 256, layers: int = 2) -> None:
         super().__init__()
@@ -60,7 +62,8 @@ class Inverter(nn.Module):
         self.register_buffer("bias", bias)  # (V,)
         self.register_buffer("offsets", knowledge.offsets)  # (T, R)
         self.register_buffer("spread", (knowledge.states.square().mean() + sigma**2).sqrt())
-        self.body = nn.Sequential(nn.Linear(rank, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.GELU())
+        self.register_buffer("bank", knowledge.bank)  # (V, R)
+        self.body = nn.Sequential(nn.Linear(2 * rank, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.GELU())
         self.head = nn.Linear(width, len(weight))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -71,10 +74,12 @@ class Inverter(nn.Module):
     def forward(self, released: Tensor, mask: Tensor) -> Tensor:
         """``mask`` (B, T): real tokens."""
         centred = released - self.offsets[: released.shape[1]]  # (B, T, R)
-        features = self.body(centred / self.spread)  # (B, T, W)
+        linear = centred @ self.weight.T + self.bias  # (B, T, V)
+        expected = linear.softmax(-1) @ self.bank  # (B, T, R): the state without noise, as far as one token tells
+        features = self.body(torch.cat([centred, expected], dim=-1) / self.spread)  # (B, T, W)
         if self.reads_context:
             features = self._with_context(features, mask)
-        logits: Tensor = self.head(features) + centred @ self.weight.T + self.bias
+        logits: Tensor = self.head(features) + linear
         return logits
 
     def _with_context(self, features: Tensor, mask: Tensor) -> Tensor:
@@ -105,37 +110,70 @@ def linear_discriminant(knowledge: Knowledge, sigma: float) -> tuple[Tensor, Ten
 
 
 def train_inverter(
-    knowledge: Knowledge,
-    mechanism: Mechanism,
     inverter: Inverter,
+    knowledge: Knowledge,
+    probe: HeldOut,
     training: Training,
     generator: torch.Generator,
 ) -> float:
-    """Train in place and leave the weights that read held-out public text best; their loss in nats per token.
-
-    ``mechanism`` is the one whose noise remains after averaging.
-    """
-    probe = HeldOut(knowledge, mechanism, generator)
+    """Train in place and leave the weights that read held-out public text best; their loss in nats per token."""
     best, kept = probe.loss(inverter), state_of(inverter)
     optimizer = torch.optim.AdamW(inverter.parameters(), lr=RATE, weight_decay=0.01)
-    waited = 0
+    pace = Pace(optimizer)
     for step, (clean, texts) in enumerate(draws(knowledge, training, generator), start=1):
-        loss = loss_of(inverter, mechanism.blur(clean, generator), texts)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_faster()):
+            loss = loss_of(inverter, probe.mechanism.blur(clean, generator), texts)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(inverter.parameters(), 1.0)
+        pace.warm(step)
         optimizer.step()
         if step % training.look_every:
             continue
         now = probe.loss(inverter)
-        waited = 0 if now < best else waited + 1
-        if now < best:
+        if now < best - 1e-4:
             best, kept = now, state_of(inverter)
-        if waited >= PATIENCE and not slow_down(optimizer):
+            pace.waited = 0
+        elif not pace.goes_on():
             break
-        waited %= PATIENCE
     inverter.load_state_dict(kept)
     return best
+
+
+@cache
+def bf16_is_faster() -> bool:
+    """Whether this processor multiplies matrices faster in bf16 (ten times where it has AMX; others emulate it)."""
+    return spent_on_products(torch.bfloat16) < spent_on_products(torch.float32)
+
+
+def spent_on_products(dtype: torch.dtype) -> float:
+    """Seconds of the fastest of several products of (512, 512) matrices."""
+    matrix = torch.ones(512, 512, dtype=dtype)
+    spent = []
+    for _ in range(8):
+        started = clock.perf_counter()
+        torch.mm(matrix, matrix)
+        spent.append(clock.perf_counter() - started)
+    return min(spent)
+
+
+class Pace:
+    """The step size: up during the first steps, down to a third whenever held-out text has not gained for a while."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.rate, self.waited = optimizer, RATE, 0
+
+    def warm(self, step: int) -> None:
+        """Set the step size of ``step``, from 1."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * min(1.0, step / WARMUP)
+
+    def goes_on(self) -> bool:
+        """After a look without gain: False when even the smallest steps bring none."""
+        self.waited += 1
+        if self.waited >= PATIENCE:
+            self.waited, self.rate = 0, self.rate / 3
+        return self.rate >= LOWEST_RATE
 
 
 def draws(knowledge: Knowledge, training: Training, generator: torch.Generator) -> Iterator[tuple[Tensor, Texts]]:
@@ -148,24 +186,18 @@ def draws(knowledge: Knowledge, training: Training, generator: torch.Generator) 
         yield knowledge.states[rows], Texts(knowledge.train.ids[rows], knowledge.train.lengths[rows])
 
 
-def slow_down(optimizer: torch.optim.Optimizer) -> bool:
-    """Cut the step size to a third; False when it would be too small to matter."""
-    for group in optimizer.param_groups:
-        group["lr"] /= 3
-        if group["lr"] < LOWEST_RATE:
-            return False
-    return True
-
-
 def state_of(inverter: Inverter) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in inverter.state_dict().items()}
 
 
 class HeldOut:
-    """Held-out public records with noise drawn once, so that looks at them can be compared."""
+    """Held-out public records with noise drawn once, so that looks at them can be compared.
+
+    ``mechanism`` is the one whose noise remains after averaging.
+    """
 
     def __init__(self, knowledge: Knowledge, mechanism: Mechanism, generator: torch.Generator) -> None:
-        self.texts = knowledge.held_out
+        self.texts, self.mechanism = knowledge.held_out, mechanism
         self.released = mechanism.apply(knowledge.model.hidden(self.texts.ids), generator)
 
     @torch.no_grad()
@@ -176,7 +208,7 @@ class HeldOut:
 def loss_of(inverter: Inverter, released: Tensor, texts: Texts) -> Tensor:
     """Cross-entropy in nats per real token."""
     mask = texts.mask
-    return F.cross_entropy(inverter(released, mask)[mask], texts.ids[mask])
+    return F.cross_entropy(inverter(released, mask)[mask].float(), texts.ids[mask])
 
 
 @torch.no_grad()
@@ -204,8 +236,9 @@ def two_stages(
     """The same network after each stage: ``"mlp"``, then ``"transformer"``. Use each before asking for the next."""
     with seeded(generator):
         inverter = Inverter(knowledge, mechanism.sigma)
+    probe = HeldOut(knowledge, mechanism, generator)
     for name, budget in zip(("mlp", "transformer"), budgets, strict=True):
         inverter.reads_context = name == "transformer"
-        loss = train_inverter(knowledge, mechanism, inverter, budget, generator)
+        loss = train_inverter(inverter, knowledge, probe, budget, generator)
         say(f"{name}: {loss:.3f} nats per token of held-out public text")
         yield name, inverter

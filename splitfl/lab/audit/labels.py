@@ -18,7 +18,8 @@ from splitfl.lab.audit.model import PublicModel
 from splitfl.split.loss import IGNORE
 from splitfl.split.segment import Segment
 
-CHUNK = 16  # positions whose candidates are compared at once
+GROUP = 2  # records whose Jacobians are held at once
+SHORTLIST = 128  # labels at each position, by each of two measures, whose gradient is computed in full
 ITERATIONS = 40  # of conjugate gradients
 FAINT = 1e-4  # of a record's largest gradient: below it a position had no label
 
@@ -30,7 +31,12 @@ def label_scores(model: PublicModel, mechanism: Mechanism, hidden: Tensor, gradi
     and the second uses that. The noise is taken to be at least what the best labels leave unexplained, so that a head
     that has moved away from the public one weakens the evidence instead of falsifying it.
     """
-    gradient = gradient.float()
+    pieces = zip(hidden.float().split(GROUP), gradient.float().split(GROUP), strict=True)
+    return torch.cat([scores_of_few(model, mechanism, *piece) for piece in pieces])
+
+
+def scores_of_few(model: PublicModel, mechanism: Mechanism, hidden: Tensor, gradient: Tensor) -> Tensor:
+    """:func:`label_scores` of records whose Jacobians fit in memory together."""
     local, final = without_blocks(model, mechanism, hidden, gradient)
     candidates = HeadGradients(model.head, final)
     first = candidates.scores(local, None, mechanism.sigma)
@@ -92,36 +98,65 @@ class HeadGradients:
 
     def __init__(self, head: Segment, final: Tensor) -> None:
         self.shape = final.shape
+        self.rows = head_rows(head, final.shape[-1])  # (V, D)
         with torch.no_grad():
-            normed = head(final).flatten(0, 1)  # (P, D), P = B T
-            width = normed.shape[-1]
-            self.softmax = torch.cat([head.logits(piece).float().softmax(-1) for piece in normed.split(512)])  # (P, V)
-            slope = head.logits(torch.cat([torch.eye(width), torch.zeros(1, width)])).float()
-            self.rows = (slope[:-1] - slope[-1]).T.contiguous()  # (V, D): the head's weight, logit scaling included
+            softmax = head.logits(head(final).flatten(0, 1)).float().softmax(-1)  # (P, V), P = B T
         self.norms = norm_jacobians(head, final)  # (P, D, D)
+        self.mean = torch.einsum("pi,pij->pj", softmax @ self.rows, self.norms)  # (P, D): without the label's part
 
     def scores(self, gradient: Tensor, scale: Tensor | None, sigma: float) -> Tensor:
         """Log-likelihood (B, T, V) of labels; ``scale`` (B, T, 1) is the clip's factor, None leaves it free."""
         flat = gradient.flatten(0, 1)  # (P, D)
-        factor = None if scale is None else scale.flatten(0, 1)
-        misfit = torch.empty_like(self.softmax)  # (P, V)
-        for start in range(0, len(flat), CHUNK):
-            piece = slice(start, start + CHUNK)
-            misfit[piece] = self._misfit(flat[piece], piece, None if factor is None else factor[piece])
+        misfit = self._misfit(flat, None if scale is None else scale.flatten(0, 1))  # (P, V)
         unexplained = misfit.amin(-1).mean() / flat.shape[-1]
         variance = max(sigma**2, float(unexplained), 1e-10 * float(flat.square().mean()))
         return (-misfit / (2 * variance)).unflatten(0, self.shape[:2])
 
-    def _misfit(self, gradient: Tensor, piece: slice, scale: Tensor | None) -> Tensor:
-        """Squared distance between gradients (C, D) and what each label would have given: (C, V)."""
-        slopes = self.rows @ self.norms[piece]  # (C, V, D): of each logit with respect to the state
-        mean = (self.softmax[piece, None] @ slopes).squeeze(1)  # (C, D)
-        along = (gradient * mean).sum(-1, keepdim=True) - (slopes @ gradient[..., None]).squeeze(-1)  # (C, V)
-        size = (mean[:, None] - slopes).square().sum(-1).clamp_min(1e-20)  # (C, V)
-        total = gradient.square().sum(-1, keepdim=True)
-        if scale is None:
-            return (total - along.clamp_min(0.0).square() / size).clamp_min(0.0)
-        return (total - 2 * scale * along + scale.square() * size).clamp_min(0.0)
+    def _misfit(self, gradient: Tensor, scale: Tensor | None) -> Tensor:
+        """Squared distances between gradients (P, D) and what each label would have given, (P, V).
+
+        A label's gradient is mean - rows[label] @ norm. Its length, V D D operations a position, is computed for a
+        shortlist alone; for the others it is estimated, and none of them may beat the shortlist by that.
+        """
+        along = self._along(gradient)
+        misfit = distance(gradient, along, self._sizes_estimated(), scale)
+        count = min(SHORTLIST, len(self.rows))
+        near = torch.cat([misfit.topk(count, largest=False).indices, along.topk(count).indices], dim=1)  # (P, C)
+        exact = distance(gradient, along.gather(1, near), self._sizes(near), scale)
+        return misfit.maximum(exact.amax(-1, keepdim=True)).scatter(1, near, exact)
+
+    def _along(self, gradient: Tensor) -> Tensor:
+        """Inner products of gradients (P, D) with each label's, (P, V)."""
+        through = torch.einsum("pij,pj->pi", self.norms, gradient)
+        return (gradient * self.mean).sum(-1, keepdim=True) - through @ self.rows.T
+
+    def _sizes(self, labels: Tensor) -> Tensor:
+        """Squared lengths of the gradients of labels (P, C)."""
+        slopes = self.rows[labels] @ self.norms  # (P, C, D)
+        return (self.mean[:, None] - slopes).square().sum(-1)
+
+    def _sizes_estimated(self) -> Tensor:
+        """The same for every label (P, V), as if norms differed between positions by a factor alone."""
+        products = self.norms @ self.norms.mT  # (P, D, D)
+        common = products.mean(0)
+        factor = torch.diagonal(products, dim1=1, dim2=2).sum(-1, keepdim=True) / common.trace()  # (P, 1)
+        own = (self.rows @ common * self.rows).sum(-1)  # (V,)
+        return self._along(self.mean) * 2 - self.mean.square().sum(-1, keepdim=True) + factor * own
+
+
+def distance(gradient: Tensor, along: Tensor, sizes: Tensor, scale: Tensor | None) -> Tensor:
+    """|gradient - scale candidate|^2 from inner products and squared lengths (P, C), for the best scale where None."""
+    total = gradient.square().sum(-1, keepdim=True)
+    if scale is None:
+        return (total - along.clamp_min(0.0).square() / sizes.clamp_min(1e-20)).clamp_min(0.0)
+    return (total - 2 * scale * along + scale.square() * sizes).clamp_min(0.0)
+
+
+def head_rows(head: Segment, width: int) -> Tensor:
+    """The head as one matrix (V, D), logit scaling included: its answers to unit vectors."""
+    with torch.no_grad():
+        answers = head.logits(torch.cat([torch.eye(width), torch.zeros(1, width)])).float()
+    return (answers[:-1] - answers[-1]).T.contiguous()
 
 
 def norm_jacobians(head: Segment, final: Tensor) -> Tensor:

@@ -64,13 +64,11 @@ class Audit:
     def row(self, name: str, guesses: Tensor, simpler: tuple[str, ...] = (), note: str = "") -> Row:
         """Score guesses (B, T) and take the time since the row before."""
         spent, self.lap = clock.monotonic() - self.lap, clock.monotonic()
-        pairs = [(guess[: len(true)], true) for guess, true in zip(guesses, self.truths, strict=True)]
-        kept = [(guess[guess != NO_GUESS], true[guess != NO_GUESS]) for guess, true in pairs]
-        mine, right = [guess for guess, _ in kept], [true for _, true in kept]
+        mine = [guess[: len(true)] for guess, true in zip(guesses, self.truths, strict=True)]
         row = Row(
             name,
-            token_recovery(mine, right, self.generator),
-            rouge_recovery(mine, right, self.generator),
+            token_recovery(mine, self.truths, self.generator),
+            rouge_recovery(mine, self.truths, self.generator),
             spent,
             simpler,
             note,
@@ -103,7 +101,7 @@ class Audit:
         guesses = evidence.inverter.argmax(-1)
         simpler: tuple[str, ...] = (NEAREST, MLP, TRANSFORMER)
         if evidence.labels is not None:
-            yield self.row(LABELS, from_labels(evidence.labels), note="of tokens that are labels")
+            yield self.row(LABELS, from_labels(evidence.labels), note="never the first token")
             kinds = torch.stack([kind[mask] for kind in rehearsed.kinds()], dim=-1)  # (P, V, 2)
             guesses = (torch.stack(evidence.kinds(), dim=-1) @ fit_weights(kinds, ids[mask])).argmax(-1)
             yield self.row(JOINT, guesses, simpler)
@@ -111,7 +109,8 @@ class Audit:
         knowledge, mechanism = self.knowledge, self.mechanism
         weights = fit_search(knowledge, mechanism, make_target(knowledge, mechanism, rehearsal, mask, rehearsed), ids, mask)
         target = make_target(knowledge, mechanism, self.sample.released, self.sample.mask, evidence)
-        decoded, count = enumerate_tokens(knowledge, mechanism, target, weights, self.plan.search, self.deadline(1.0))
+        decoded = enumerate_tokens(knowledge, mechanism, target, weights, self.plan.search, self.deadline(1.0))
+        count = len(decoded)
         note = "" if count == len(guesses) else f"time for {count} of {len(guesses)} records; the rest as the row before"
         yield self.row(SEARCH, torch.cat([decoded, guesses[count:]]), simpler, note)
 
