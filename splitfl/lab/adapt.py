@@ -119,7 +119,13 @@ class NarrowModel:
     def run_top(self, own: Tensor, from_trunk: Tensor, lengths: Tensor | None, labels: Tensor) -> HeadLoss:
         """Both states (B, T, D) -> summed loss; backward too where gradients are on."""
         with arithmetic(self.settings, self.device):
-            final = self.top(self.narrow.skip(own, from_trunk).float(), lengths)
+            mixed = self.narrow.skip(own, from_trunk).float()
+        return self.top_loss(mixed, lengths, labels)
+
+    def top_loss(self, hidden: Tensor, lengths: Tensor | None, labels: Tensor) -> HeadLoss:
+        """What enters the top (B, T, D) -> summed loss; backward too where gradients are on."""
+        with arithmetic(self.settings, self.device):
+            final = self.top(hidden, lengths)
             return head_loss(self.top, final, labels, train=torch.is_grad_enabled())
 
     def loss(self, batch: Batch, release: Release) -> HeadLoss:
@@ -136,12 +142,18 @@ class NarrowModel:
         save_release(out, self.narrow)
 
 
+def clip_tokens(encoded: Tensor, clip_norm: float) -> Tensor:
+    """Scale each vector (..., r) down to ``clip_norm`` where it is longer."""
+    norm = torch.linalg.vector_norm(encoded, dim=-1, keepdim=True).clamp_min(1e-12)  # (..., 1)
+    clipped: Tensor = encoded * (clip_norm / norm).clamp_max(1.0)
+    return clipped
+
+
 def public_release(spec: NarrowSpec, generator: torch.Generator) -> Release:
     """Clip per token and noise, as the gate does, from a seeded generator: for public text alone."""
 
     def release(encoded: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(encoded, dim=-1, keepdim=True).clamp_min(1e-12)  # (B, T, 1)
-        clipped = encoded * (spec.clip_norm / norm).clamp_max(1.0)
+        clipped = clip_tokens(encoded, spec.clip_norm)
         noise = torch.randn(clipped.shape, generator=generator, dtype=torch.float32)
         noised: Tensor = clipped + spec.sigma * noise.to(clipped.device)
         return noised

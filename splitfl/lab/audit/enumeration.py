@@ -51,7 +51,9 @@ class Target:
         return Target(self.released[rows], self.evidence[rows], None if self.scale is None else self.scale[rows])
 
 
-def make_target(knowledge: Knowledge, mechanism: Mechanism, released: Tensor, mask: Tensor, evidence: Evidence) -> Target:
+def make_target(
+    knowledge: Knowledge, mechanism: Mechanism, released: Tensor, mask: Tensor, evidence: Evidence
+) -> Target:
     """Estimate how far each record was clipped from a first reading of it: its norm hardly needs the right tokens."""
     if mechanism.clip == "token":
         return Target(released, evidence, None)

@@ -47,9 +47,7 @@ def scores_of_few(model: PublicModel, mechanism: Mechanism, hidden: Tensor, grad
     return scores.masked_fill(faint[..., None], 0.0).log_softmax(-1)
 
 
-def without_blocks(
-    model: PublicModel, mechanism: Mechanism, hidden: Tensor, gradient: Tensor
-) -> tuple[Tensor, Tensor]:
+def without_blocks(model: PublicModel, mechanism: Mechanism, hidden: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient at the input of the final norm, and the states there; both (B, T, D)."""
     if model.cut.n_top == 0:
         return gradient, hidden

@@ -55,7 +55,9 @@ class PublicModel:
         hidden = hidden.detach().requires_grad_(True)
         final = self.head(self.top_blocks(hidden))
         wanted = labels != IGNORE
-        loss = torch.nn.functional.cross_entropy(self.head.logits(final[wanted]).float(), labels[wanted], reduction="sum")
+        loss = torch.nn.functional.cross_entropy(
+            self.head.logits(final[wanted]).float(), labels[wanted], reduction="sum"
+        )
         (gradient,) = torch.autograd.grad(loss, hidden)
         return gradient
 

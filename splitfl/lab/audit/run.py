@@ -107,11 +107,15 @@ class Audit:
             yield self.row(JOINT, guesses, simpler)
             simpler = (*simpler, JOINT)
         knowledge, mechanism = self.knowledge, self.mechanism
-        weights = fit_search(knowledge, mechanism, make_target(knowledge, mechanism, rehearsal, mask, rehearsed), ids, mask)
+        weights = fit_search(
+            knowledge, mechanism, make_target(knowledge, mechanism, rehearsal, mask, rehearsed), ids, mask
+        )
         target = make_target(knowledge, mechanism, self.sample.released, self.sample.mask, evidence)
         decoded = enumerate_tokens(knowledge, mechanism, target, weights, self.plan.search, self.deadline(1.0))
         count = len(decoded)
-        note = "" if count == len(guesses) else f"time for {count} of {len(guesses)} records; the rest as the row before"
+        note = (
+            "" if count == len(guesses) else f"time for {count} of {len(guesses)} records; the rest as the row before"
+        )
         yield self.row(SEARCH, torch.cat([decoded, guesses[count:]]), simpler, note)
 
     def rehearsal(self, inverter: Inverter) -> tuple[Tensor, Evidence, Tensor, Tensor]:
