@@ -1,16 +1,20 @@
 """What the publisher of a narrow release does: learn encoder, decoder, trunk, mixing and top on public text, noise on.
 
-The bottom stays as it is. Everything behind the release learns to work from noised vectors, so that clients start from
-a model that expects them. No private text is involved, so nothing here is a release and the noise may come from an
-ordinary generator. The result is a checkpoint that opens anywhere, with ``release.safetensors`` beside it; without the
-release it is no better a language model than before, rather a worse one: its trunk has learned to read noise.
+Two stages. The ends alone first: a small model that releases nothing, quick to train, and the best that a client has
+without a server. Then the bottom is frozen and the trunk joins through the noise, from a mixing weight of zero: what it
+adds is gain over the ends. Clients start from a model that expects noised vectors.
+
+No private text is involved, so nothing here is a release and the noise may come from an ordinary generator. The result
+is a checkpoint that opens anywhere, with ``release.safetensors`` beside it; without the release it is a worse language
+model than before: its trunk has learned to read noise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -42,17 +46,23 @@ from splitfl.split.training import set_up_training
 CARD = """Adapted by `splitfl adapt` to a narrow, noised release: the blocks of the trunk have learned to read what
 `release.safetensors` encodes and decodes. Without it this checkpoint is not a good language model.
 """
+SAMPLE = 64  # public records from which encoder and decoder start
 Records = Sequence[Record]
+Report = Callable[[int, float], None]  # step, and its loss in nats per token
 Release = Callable[[Tensor], Tensor]  # encoded vectors (B, T, r) -> what the server sees of them, (B, T, r)
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How a publisher adapts. ``records`` of ``max_length`` tokens make a step; ``learning_rate`` is AdamW's peak."""
+    """How a publisher adapts. ``records`` of ``max_length`` tokens make a step; ``learning_rate`` is AdamW's peak.
+
+    ``ends_steps`` come before ``steps``, and cost a good deal less: the trunk does not run.
+    """
 
     cut: Cut
     rank: int = 16
     noise_multiplier: float = 0.5
+    ends_steps: int = 1000
     steps: int = 1000
     records: int = 16
     max_length: int = 128
@@ -87,20 +97,32 @@ class NarrowModel:
         bottom, top = ends_pieces(settings.cut, layers)
         pieces = (bottom, Piece(trunk.start, trunk.stop), top)
         self.bottom, self.trunk, self.top = segments = [load_segment(source, piece) for piece in pieces]
-        policy = training_policy(settings, layers, device)
+        policy = replace(training_policy(settings, layers, device), freeze_below=0)
         for segment in segments:
             set_up_training(segment, policy)
             segment.to(device)
-        self.bottom.requires_grad_(False)
         self.narrow = narrow.to(device).requires_grad_(True)
 
-    def parts(self) -> list[dict[str, nn.Parameter]]:
-        """Trainable weights by name: server's and client's blocks, and the modules of the release."""
+    def segments(self) -> dict[str, nn.Parameter]:
+        """All weights of the three segments by global name."""
+        return {**trainable(self.bottom), **trainable(self.trunk), **trainable(self.top)}
+
+    @property
+    def bottom_parts(self) -> list[dict[str, nn.Parameter]]:
+        """What the ends alone train."""
+        return [trainable(self.bottom), trainable(self.top), dict(self.narrow.skip.own.named_parameters())]
+
+    @property
+    def joint_parts(self) -> list[dict[str, nn.Parameter]]:
+        """What trains once the bottom is frozen: server's and client's blocks, and the modules of the release."""
         return [trainable(self.trunk), trainable(self.top), dict(self.narrow.named_parameters())]
 
     @torch.no_grad()
     def run_bottom(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
-        """Token ids (B, T) -> clean hidden states (B, T, D)."""
+        """Token ids (B, T) -> clean hidden states (B, T, D); nothing flows back."""
+        return self._run_bottom(input_ids, lengths)
+
+    def _run_bottom(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
         with arithmetic(self.settings, self.device):
             hidden: Tensor = self.bottom(self.bottom.embed(input_ids), lengths)
         return hidden.float()
@@ -134,10 +156,15 @@ class NarrowModel:
         own = self.run_bottom(input_ids, lengths)
         return self.run_top(own, self.run_trunk(release(self.encode(own)), lengths), lengths, labels)
 
+    def ends_loss(self, batch: Batch) -> HeadLoss:
+        """Summed loss of the ends alone, the trunk silent: nothing is released."""
+        input_ids, labels, lengths = on_device(batch, self.device)
+        own = self._run_bottom(input_ids, lengths)
+        return self.run_top(own, torch.zeros_like(own), lengths, labels)
+
     def save(self, out: Path, card: str = "") -> None:
         """Write the checkpoint with its release. Raises ConfigError, StorageError."""
-        named = {**trainable(self.trunk), **trainable(self.top)}
-        weights = {name: weight.detach().cpu() for name, weight in named.items()}
+        weights = {name: weight.detach().cpu() for name, weight in self.segments().items()}
         export_checkpoint(self.folder, TrainedWeights(weights), out, card=card)
         save_release(out, self.narrow)
 
@@ -161,18 +188,12 @@ def public_release(spec: NarrowSpec, generator: torch.Generator) -> Release:
     return release
 
 
-def start_model(folder: Path, adaptation: Adaptation, records: Records, device: torch.device, pad: int) -> NarrowModel:
-    """A model whose release begins at random directions of public states. Raises ConfigError, CheckpointError."""
-    settings = adaptation.settings()
+def narrow_model(folder: Path, adaptation: Adaptation, device: torch.device) -> NarrowModel:
+    """The checkpoint with a release that has not learned anything yet. Raises ConfigError, CheckpointError."""
     hidden = int(CheckpointFolder(folder).config.hidden_size)
     cut = adaptation.cut
     spec = NarrowSpec(cut.n_bottom, cut.n_top, hidden, adaptation.rank, adaptation.noise_multiplier)
-    model = NarrowModel(folder, settings, NarrowRelease(spec), device)
-    batch = drawn(records, DataOrder(len(records), adaptation.seed), 16, pad)
-    input_ids, _, lengths = on_device(batch, device)
-    states = model.run_bottom(input_ids, lengths)[input_ids != pad].cpu()  # (N, D)
-    model.narrow.start_from(states, torch.Generator().manual_seed(adaptation.seed))
-    return model
+    return NarrowModel(folder, adaptation.settings(), NarrowRelease(spec), device)
 
 
 def adapt(
@@ -180,24 +201,67 @@ def adapt(
     adaptation: Adaptation,
     records: Records,
     pad: int,
-    report: Callable[[int, float], None] = lambda *_: None,
+    report: Report = lambda *_: None,
 ) -> None:
-    """Train trunk, top and release on public ``records``; ``report`` hears of step and loss in nats per token.
+    """Train the ends, then trunk, top and release on public ``records``; short ones are filled with ``pad``.
 
     Raises NumericalError when the loss is no longer a number; the model is then worthless.
     """
     generator = torch.Generator().manual_seed(adaptation.seed + 1)
-    release = public_release(model.narrow.spec, generator)
-    parts = [PartOptimizer(part, optimizer_spec(model.settings)) for part in model.parts()]
+    sample = collate([records[index] for index in range(min(SAMPLE, len(records)))], None, pad)
+    wanted = public_states(model, sample)
+    with torch.no_grad():
+        model.narrow.skip.own.weight.copy_(torch.eye(model.narrow.spec.hidden))
     order = DataOrder(len(records), adaptation.seed)
-    for step in range(adaptation.steps):
-        loss = model.loss(drawn(records, order, adaptation.records, pad), release)
+
+    def batches_of(steps: int) -> Iterator[Batch]:
+        return (drawn(records, order, adaptation.records, pad) for _ in range(steps))
+
+    settings = with_steps(model.settings, adaptation.ends_steps)
+    train(model.ends_loss, model.bottom_parts, settings, batches_of(adaptation.ends_steps), report)
+    skip = model.narrow.skip.own.weight.detach().clone()
+    model.narrow.cpu().start_from(public_states(model, sample), wanted, generator)
+    model.narrow.to(model.device).skip.own.weight.data.copy_(skip)
+    release = public_release(model.narrow.spec, generator)
+    noised = partial(model.loss, release=release)
+    train(noised, model.joint_parts, model.settings, batches_of(adaptation.steps), report)
+
+
+def with_steps(settings: Federation, steps: int) -> Federation:
+    """The same schedule over another number of steps."""
+    return settings.model_copy(update={"rounds": settings.rounds.model_copy(update={"local_steps": max(1, steps)})})
+
+
+def public_states(model: NarrowModel, batch: Batch) -> Tensor:
+    """The bottom's output at the real tokens of a public batch: (N, D), on the CPU."""
+    input_ids, _, lengths = on_device(batch, model.device)
+    rows = model.run_bottom(input_ids, lengths)
+    real = torch.arange(input_ids.shape[1]) < torch.from_numpy(batch.lengths)[:, None]
+    return rows.cpu()[real]
+
+
+def train(
+    loss_of: Callable[[Batch], HeadLoss],
+    parts: Sequence[Mapping[str, nn.Parameter]],
+    settings: Federation,
+    batches_: Iterable[Batch],
+    report: Report,
+) -> None:
+    """One optimizer step a batch on ``parts``, each clipped by its own norm, on the schedule of ``settings``."""
+    optimizers = [PartOptimizer(part, optimizer_spec(settings)) for part in parts]
+    for step, batch in enumerate(batches_):
+        loss = loss_of(batch)
         mean = loss.total / max(1, loss.tokens)
         if not math.isfinite(mean):
             raise NumericalError(f"the loss is not a number at step {step}", "Lower --learning-rate.")
-        for part in parts:
-            part.step(learning_rate(model.settings, 0, step), lambda _, tokens=loss.tokens: tokens)  # type: ignore[misc]
+        for optimizer in optimizers:
+            optimizer.step(learning_rate(settings, 0, step), constantly(loss.tokens))
         report(step, mean)
+
+
+def constantly(tokens: int) -> Callable[[str], int]:
+    """Every weight was crossed by so many tokens."""
+    return lambda _: tokens
 
 
 @torch.no_grad()
@@ -234,13 +298,16 @@ def publish(
     tokenizer = open_tokenizer(folder)
     records = open_public(public, tokenizer, adaptation.max_length, skip_bad=skip_bad)
     pad = pad_token(tokenizer)
-    model = start_model(folder, adaptation, records, device, pad)
+    model = narrow_model(folder, adaptation, device)
     losses: list[float] = []
 
     def report(step: int, loss: float) -> None:
         losses.append(loss)
-        if (step + 1) % 50 == 0 or step + 1 == adaptation.steps:
-            say(f"step {step + 1} of {adaptation.steps}: {fmean(losses[-50:]):.4f} nats per token")
+        stage, count = (
+            ("trunk", adaptation.steps) if len(losses) > adaptation.ends_steps else ("ends", adaptation.ends_steps)
+        )
+        if (step + 1) % 50 == 0 or step + 1 == count:
+            say(f"{stage}, step {step + 1} of {count}: {fmean(losses[-50:]):.4f} nats per token")
 
     adapt(model, adaptation, records, pad, report)
     model.save(out, CARD)

@@ -74,7 +74,8 @@ def adapt(
     cut: Annotated[str, typer.Option(help="BOTTOM,TOP: blocks that clients keep.")] = "1,1",
     rank: Annotated[int, typer.Option(help="Numbers released for each token.")] = 16,
     sigma: Annotated[float, typer.Option(help="Noise in each of them, in units of the clip norm.")] = 0.5,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
+    ends_steps: Annotated[int, typer.Option(help="Optimizer steps of the ends alone, first.")] = 1000,
+    steps: Annotated[int, typer.Option(help="Optimizer steps with the trunk, noise on.")] = 1000,
     records: Annotated[int, typer.Option(help="Records in a step.")] = 16,
     max_length: Annotated[int, typer.Option(help="Tokens in a record.")] = 128,
     learning_rate: Annotated[float, typer.Option(help="AdamW's peak step size.")] = 1e-3,
@@ -91,7 +92,9 @@ def adapt(
         from splitfl.lab.adapt import Adaptation, publish
         from splitfl.split.modes import choose_device
 
-        adaptation = Adaptation(Cut.parse(cut), rank, sigma, steps, records, max_length, learning_rate, compute, seed)
+        adaptation = Adaptation(
+            Cut.parse(cut), rank, sigma, ends_steps, steps, records, max_length, learning_rate, compute, seed
+        )
         facts = publish(model, out, public, adaptation, choose_device(device), skip_bad=skip_bad, say=note)
         if as_json:
             print_json(facts)

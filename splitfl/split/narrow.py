@@ -119,20 +119,42 @@ class NarrowRelease(nn.Module):
         self.skip = LocalSkip(spec)
 
     @torch.no_grad()
-    def start_from(self, hidden_states: Tensor, generator: torch.Generator) -> None:
-        """Set weights to begin adapting from: random directions, clipped at every one of these public states (N, D).
+    def start_from(self, own: Tensor, wanted: Tensor, generator: torch.Generator) -> None:
+        """Set weights to begin adapting from, by linear algebra on public states (N, D).
 
-        The skip begins with the client's own states and a third of the trunk's.
+        ``own``: what the client's bottom gives; ``wanted``: what the trunk is used to read at the same tokens. The
+        encoder takes the strongest directions, each scaled to the same power and nearly all tokens to the clip; the
+        decoder is the ridge regression from noised codes. The skip hands on the client's own states and none of the
+        trunk's, so that adapting starts from the ends alone and the trunk joins as far as it helps.
         """
-        spec, width = self.spec, self.spec.hidden
-        directions = torch.linalg.qr(torch.randn(width, spec.rank, generator=generator)).Q  # (D, r), orthonormal
-        typical = (hidden_states.float() @ directions).norm(dim=-1)
-        reach = float(typical.quantile(0.01).clamp_min(1e-6))
-        self.encoder.linear.weight.copy_(directions.T * (4 * spec.clip_norm / reach))
-        self.decoder.linear.weight.copy_(directions * (float(typical.mean()) / spec.clip_norm))
-        self.decoder.linear.bias.zero_()
-        self.skip.own.weight.copy_(torch.eye(width))
-        self.skip.trunk.weight.copy_(torch.eye(width) / 3)
+        spec = self.spec
+        directions = whitening(own.float(), spec.rank)  # (r, D)
+        reach = (own.float() @ directions.T).norm(dim=-1).quantile(0.05).clamp_min(1e-6)
+        self.encoder.linear.weight.copy_(directions * (2 * spec.clip_norm / reach))
+        codes = self.encoder(own.float())
+        codes = codes * (spec.clip_norm / codes.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0)
+        noised = codes + spec.sigma * torch.randn(codes.shape, generator=generator)
+        weight, bias = ridge(noised, wanted.float())
+        self.decoder.linear.weight.copy_(weight)
+        self.decoder.linear.bias.copy_(bias)
+        self.skip.own.weight.copy_(torch.eye(spec.hidden))
+        self.skip.trunk.weight.zero_()
+
+
+def whitening(states: Tensor, rank: int) -> Tensor:
+    """The ``rank`` strongest directions of states (N, D), scaled so that each has unit power: (rank, D)."""
+    values, vectors = torch.linalg.eigh(states.T @ states / len(states))  # smallest first
+    strongest = values[-rank:].clamp_min(1e-12)
+    directions: Tensor = (vectors[:, -rank:] / strongest.sqrt()).T
+    return directions
+
+
+def ridge(inputs: Tensor, outputs: Tensor, strength: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """Linear regression (N, r) -> (N, D) with a little damping: weight (D, r) and bias (D,)."""
+    extended = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1)  # (N, r + 1)
+    damping = strength * len(inputs) * torch.eye(extended.shape[1])
+    solution = torch.linalg.solve(extended.T @ extended + damping, extended.T @ outputs)  # (r + 1, D)
+    return solution[:-1].T, solution[-1]
 
 
 def save_release(folder: Path, release: NarrowRelease) -> None:

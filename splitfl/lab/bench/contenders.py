@@ -25,7 +25,7 @@ from splitfl.cut import Cut
 from splitfl.data.packing import Batch, DataOrder, collate
 from splitfl.data.records import Record
 from splitfl.federation.schedule import learning_rate
-from splitfl.lab.adapt import Adaptation, NarrowModel, Release, adapt, clip_tokens, public_release, start_model
+from splitfl.lab.adapt import Adaptation, NarrowModel, Release, adapt, clip_tokens, narrow_model, public_release
 from splitfl.lab.bench.texts import Texts
 from splitfl.lab.whole import WholeModel
 from splitfl.split.checkpoint import CheckpointFolder
@@ -70,6 +70,7 @@ class Effort:
             cut,
             rank,
             noise_multiplier,
+            self.public_steps,
             self.public_steps,
             self.records,
             self.length,
@@ -180,12 +181,12 @@ def plain_model(folder: Path, texts: Texts, effort: Effort, cut: Cut, noise_mult
     return model
 
 
-def narrow_model(
+def adapted_model(
     folder: Path, texts: Texts, effort: Effort, cut: Cut, rank: int, noise_multiplier: float, seed: int
 ) -> NarrowModel:
     """A narrow release, adapted on the public text."""
     adaptation = effort.adaptation(cut, rank, noise_multiplier, seed)
-    model = start_model(folder, adaptation, texts.public, CPU, -1)
+    model = narrow_model(folder, adaptation, CPU)
     adapt(model, adaptation, texts.public, 0)
     return model
 

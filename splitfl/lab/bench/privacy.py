@@ -33,7 +33,7 @@ from splitfl.lab.audit.run import Plan, run_audit
 from splitfl.lab.bench.contenders import (
     Effort,
     TopTuning,
-    narrow_model,
+    adapted_model,
     plain_model,
     train_publicly,
     tuned,
@@ -141,7 +141,7 @@ class Frontier:
         return plain_model(self.base, self.texts, self.effort, self.scope.cut, level)
 
     def narrow(self, level: float, seed: int) -> NarrowModel:
-        return narrow_model(self.base, self.texts, self.effort, self.scope.cut, self.scope.rank, level, seed)
+        return adapted_model(self.base, self.texts, self.effort, self.scope.cut, self.scope.rank, level, seed)
 
     def measure(self, name: str, level: float, make: Callable[[float, int], NarrowModel]) -> dict[str, Any]:
         """One mechanism at one level, over the seeds: each adapts, tunes and is attacked on its own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,23 @@ from splitfl.cli import app
 from splitfl.cut import Cut
 from splitfl.data.notes import write_notes
 from splitfl.errors import ConfigError
-from splitfl.lab.adapt import Adaptation, NarrowModel, adapt, evaluate, open_public, public_release, start_model
+from splitfl.lab.adapt import (
+    Adaptation,
+    NarrowModel,
+    Records,
+    adapt,
+    evaluate,
+    narrow_model,
+    open_public,
+    public_release,
+)
 from splitfl.split.checkpoint import CheckpointFolder
 from splitfl.split.narrow import NarrowSpec, load_release
 
 CPU = torch.device("cpu")
-QUICK = Adaptation(Cut(1, 1), rank=4, noise_multiplier=0.3, steps=25, records=4, max_length=48, learning_rate=3e-3)
+QUICK = Adaptation(
+    Cut(1, 1), rank=4, noise_multiplier=0.3, ends_steps=15, steps=15, records=4, max_length=48, learning_rate=3e-3
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,29 +49,42 @@ def test_public_release_clips_each_token_and_adds_the_noise_it_names() -> None:
     assert float(seen.std(dim=(0, 1)).mean()) == pytest.approx(0.5, rel=0.02)
 
 
-def test_adapting_learns_under_noise_and_leaves_the_bottom_alone(small_model: Path, public: Path) -> None:
+def losses(model: NarrowModel, records: Records, pad: int) -> float:
+    held = [records[index] for index in range(8)]
+    return evaluate(model, held, pad, public_release(model.narrow.spec, torch.Generator().manual_seed(9)))
+
+
+def test_adapting_learns_in_both_stages(small_model: Path, public: Path) -> None:
     tokenizer = open_tokenizer(small_model)
     pad = pad_token(tokenizer)
     records = open_public([public], tokenizer, QUICK.max_length)
-    model = start_model(small_model, QUICK, records, CPU, pad)
-    held = [records[index] for index in range(8)]
-    bottom = [weight.clone() for weight in model.bottom.parameters()]
+    before = losses(narrow_model(small_model, QUICK, CPU), records, pad)
+    reached = {}
+    for steps in (0, QUICK.steps):
+        model = narrow_model(small_model, QUICK, CPU)
+        adapt(model, replace(QUICK, steps=steps), records, pad)
+        reached[steps] = losses(model, records, pad)
+    assert reached[QUICK.steps] < reached[0] < before
 
-    def noise() -> torch.Generator:
-        return torch.Generator().manual_seed(9)
 
-    before = evaluate(model, held, pad, public_release(model.narrow.spec, noise()))
-    adapt(model, QUICK, records, pad)
-    after = evaluate(model, held, pad, public_release(model.narrow.spec, noise()))
-    assert after < 0.9 * before
-    assert all(torch.equal(old, new) for old, new in zip(bottom, model.bottom.parameters(), strict=True))
+def test_bottom_stays_as_it_is_once_the_trunk_has_joined(small_model: Path, public: Path) -> None:
+    tokenizer = open_tokenizer(small_model)
+    records = open_public([public], tokenizer, QUICK.max_length)
+    model = narrow_model(small_model, QUICK, CPU)
+    before = {part: [weight.clone() for weight in part.parameters()] for part in (model.bottom, model.trunk, model.top)}
+    adapt(model, replace(QUICK, ends_steps=0, steps=2), records, pad_token(tokenizer))
+    moved = {
+        part: any(not torch.equal(old, new) for old, new in zip(weights, part.parameters(), strict=True))
+        for part, weights in before.items()
+    }
+    assert moved == {model.bottom: False, model.trunk: True, model.top: True}
 
 
 def test_adapt_writes_a_checkpoint_whose_release_gives_the_same_loss(
     small_model: Path, public: Path, tmp_path: Path
 ) -> None:
     command = ["adapt", str(small_model), f"{tmp_path}/out", "--public", str(public), "--rank", "4", "--sigma", "0.3"]
-    command += ["--steps", "5", "--records", "4", "--max-length", "48", "--json"]
+    command += ["--ends-steps", "0", "--steps", "5", "--records", "4", "--max-length", "48", "--json"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
@@ -80,11 +105,9 @@ def test_adapt_writes_a_checkpoint_whose_release_gives_the_same_loss(
     assert loss == pytest.approx(told["loss"], rel=0.2)
 
 
-def test_adapt_refuses_a_cut_without_a_trunk(small_model: Path, public: Path) -> None:
-    tokenizer = open_tokenizer(small_model)
-    records = open_public([public], tokenizer, 48)
+def test_adapt_refuses_a_cut_without_a_trunk(small_model: Path) -> None:
     with pytest.raises(ConfigError, match="no trunk"):
-        start_model(small_model, Adaptation(Cut(1, 2), rank=4), records, CPU, pad_token(tokenizer))
+        narrow_model(small_model, Adaptation(Cut(1, 2), rank=4), CPU)
 
 
 def test_adapt_refuses_a_folder_in_use_before_it_starts(small_model: Path, public: Path) -> None:

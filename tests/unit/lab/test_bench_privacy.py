@@ -15,7 +15,7 @@ from splitfl.lab.adapt import public_release
 from splitfl.lab.bench.contenders import (
     Effort,
     TopTuning,
-    narrow_model,
+    adapted_model,
     plain_model,
     release_once,
     tuned,
@@ -90,7 +90,7 @@ def release_unrounded(tuning: TopTuning, records: object) -> list:  # type: igno
 
 
 def test_top_tuning_learns_from_one_release_and_puts_the_model_back(small_model: Path, texts: Texts) -> None:
-    model = narrow_model(small_model, texts, QUICK, Cut(1, 1), 4, 0.5, 0)
+    model = adapted_model(small_model, texts, QUICK, Cut(1, 1), 4, 0.5, 0)
     weights = [weight.clone() for weight in (*model.top.parameters(), *model.narrow.parameters())]
     tuning = TopTuning(model, texts, QUICK, 0)
     assert tuning.train[0].sent.shape == (32, 4)
@@ -101,7 +101,7 @@ def test_top_tuning_learns_from_one_release_and_puts_the_model_back(small_model:
 
 
 def test_release_is_noised_by_as_much_as_the_level_says(small_model: Path, texts: Texts) -> None:
-    model = narrow_model(small_model, texts, QUICK, Cut(1, 1), 4, 0.5, 0)
+    model = adapted_model(small_model, texts, QUICK, Cut(1, 1), 4, 0.5, 0)
     noise = public_release(model.narrow.spec, torch.Generator().manual_seed(1))
     noised, clean = (release_once(model, texts.train, how) for how in (noise, without_noise(model)))
     away = torch.stack([a.sent - b.sent for a, b in zip(noised, clean, strict=True)])
