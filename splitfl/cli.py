@@ -17,7 +17,7 @@ from client_model.cli import join
 from server_model.cli import export, serve
 from server_model.clients_cli import clients, invite, revoke
 from splitfl.lab.bench.cli import bench
-from splitfl.lab.cli import evaluate, init
+from splitfl.lab.cli import adapt, evaluate, init
 from splitfl.lab.demo.cli import demo
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ app.command()(clients)
 app.command()(revoke)
 app.command()(join)
 app.command("eval")(evaluate)
+app.command()(adapt)
 app.command()(export)
 app.command()(bench)
 

@@ -56,10 +56,7 @@ def export_checkpoint(
     CheckpointError when ``trained`` belongs to another model, StorageError when ``out`` cannot be written; a
     half-written folder never stays behind under that name.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file", "Name a new folder to export to.")
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty", "Name a new folder to export to.")
+    check_free(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as work:
@@ -73,6 +70,14 @@ def export_checkpoint(
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StorageError(f"cannot write {out}: {reason}", "Free some space, export again.") from error
+
+
+def check_free(out: Path) -> None:
+    """Raise ConfigError when a new folder ``out`` cannot be made because something is there."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file", "Name a new folder to export to.")
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty", "Name a new folder to export to.")
 
 
 def write_model(source: CheckpointFolder, trained: TrainedWeights, folder: Path, dtype: torch.dtype) -> None:

@@ -14,13 +14,17 @@ from splitfl.errors import ConfigError
 if TYPE_CHECKING:
     from splitfl.lab.bench.harness import Result
 
-NAMES = ("memory", "overhead", "startup")
+NAMES = ("memory", "overhead", "privacy", "startup")
 
 
 def bench(
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(NAMES)}.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the result as JSON.")] = None,
-    steps: Annotated[int, typer.Option(help="Timed steps, where the benchmark takes steps.")] = 20,
+    steps: Annotated[
+        int | None, typer.Option(help="Timed steps (overhead; 20), or public steps of every contender (privacy; 1000).")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Checkpoint to measure on (privacy); none: one is made.")] = None,
+    seeds: Annotated[int, typer.Option(help="How often everything is repeated (privacy).")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
 ) -> None:
@@ -28,11 +32,12 @@ def bench(
     with command(verbose=verbose):
         if name not in NAMES:
             raise ConfigError(f"there is no benchmark {name!r}", f"Choose one of {', '.join(NAMES)}.")
-        result = run_named(name, steps)
+        result = run_named(name, steps, model, seeds)
         value = result.as_json()
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             (out / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
+            draw(result, out)
         if as_json:
             print_json(value)
             return
@@ -43,17 +48,29 @@ def bench(
             print(f"{'holds' if bar.holds else 'FAILS'}: {bar.name} {bar.value:.3f} {sign} {bar.bar:g}")
 
 
-def run_named(name: str, steps: int) -> Result:
+def run_named(name: str, steps: int | None, model: Path | None, seeds: int) -> Result:
     """Run one benchmark."""
-    from splitfl.lab.bench import memory, overhead, startup
+    from splitfl.lab.bench import memory, overhead, privacy, startup
+    from splitfl.lab.bench.contenders import Effort
 
     match name:
         case "memory":
             return memory.run(say=note)
         case "startup":
             return startup.run(say=note)
+        case "privacy":
+            scope, effort = privacy.Scope(seeds=seeds), Effort(public_steps=steps or Effort.public_steps)
+            return privacy.run(model=model, scope=scope, effort=effort, say=note)
         case _:
-            return overhead.run(steps=steps, say=note)
+            return overhead.run(steps=steps or 20, say=note)
+
+
+def draw(result: Result, out: Path) -> None:
+    """The picture that belongs to a benchmark, if it has one."""
+    if result.bench == "privacy":
+        from splitfl.lab.bench.plots import draw_frontier
+
+        draw_frontier(result, out / "privacy.png")
 
 
 def shown(value: object) -> str:

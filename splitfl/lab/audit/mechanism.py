@@ -1,0 +1,57 @@
+"""The mechanism as the attacker knows it: what becomes of a hidden state before the server sees it.
+
+Attacks run public text through it, and compare what they observed with what a guess would have given without noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from splitfl.codec.tensors import CODECS, CodecName
+
+
+@dataclass(frozen=True, eq=False)
+class Mechanism:
+    """Encode (narrow releases alone), clip, add Gaussian noise, cast.
+
+    ``clip_norm`` bounds the Frobenius norm of a record or the norm of each token; infinity clips nothing. ``sigma`` is
+    the noise's standard deviation in each coordinate, in units of the activations. ``encoder`` (R, D) comes first.
+    """
+
+    clip: Literal["record", "token"]
+    clip_norm: float
+    sigma: float = 0.0
+    codec: CodecName = "fp32"
+    encoder: Tensor | None = None
+
+    def encode(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., R); as it is where there is no encoder."""
+        return hidden if self.encoder is None else hidden @ self.encoder.T
+
+    def scale(self, encoded: Tensor) -> Tensor:
+        """The factors that clip ``encoded`` (B, T, R): (B, 1, 1) for records, (B, T, 1) for tokens."""
+        dims = (-2, -1) if self.clip == "record" else (-1,)
+        norm = torch.linalg.vector_norm(encoded, dim=dims, keepdim=True)
+        return (self.clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0)
+
+    def clean(self, hidden: Tensor) -> Tensor:
+        """What would be released of (B, T, D) without noise: (B, T, R)."""
+        encoded = self.encode(hidden)
+        return encoded * self.scale(encoded)
+
+    def apply(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        """What the server sees of (B, T, D): (B, T, R)."""
+        return self.blur(self.clean(hidden), generator)
+
+    def blur(self, clean: Tensor, generator: torch.Generator) -> Tensor:
+        """Noise and cast of clipped states, of any shape."""
+        noised = clean + self.sigma * torch.randn(clean.shape, generator=generator) if self.sigma else clean
+        return noised.to(CODECS[self.codec][0]).float()
+
+    def averaged(self, releases: float) -> Mechanism:
+        """The mechanism whose noise is that of the mean of so many releases."""
+        return replace(self, sigma=self.sigma / releases**0.5)

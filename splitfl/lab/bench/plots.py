@@ -1,0 +1,57 @@
+"""Pictures of benchmarks. Colours as in the demo's; markers and labels say the same once more."""
+
+from __future__ import annotations
+
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from splitfl.errors import StorageError
+from splitfl.lab.bench.harness import Result
+from splitfl.lab.demo.plots import BLUE, GREEN, GREY, ORANGE, UNITS, tidy
+
+BASELINES = {"ends-only": ("--", ORANGE), "top-only": ("-.", GREEN), "noise-free split": ("-", GREY)}
+
+
+def draw_frontier(result: Result, path: Path) -> None:
+    """Loss against recovery, a curve a mechanism; baselines as lines. Raises StorageError."""
+    figure = Figure(figsize=(8, 5.5), layout="constrained", facecolor="white")
+    panel = figure.subplots()
+    styles = cycle([("s", ORANGE), ("o", BLUE), ("^", GREEN)])
+    for (name, rows), (marker, colour) in zip(by_mechanism(result.rows).items(), styles, strict=False):
+        recovery = [row["recovery"]["median"] for row in rows]
+        losses = [row["loss_noisy"]["median"] for row in rows]
+        panel.errorbar(recovery, losses, yerr=errors(rows), marker=marker, color=colour, capsize=3, label=name)
+        for x, y, row in zip(recovery, losses, rows, strict=True):
+            panel.annotate(f"{row['level']:g}", (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    for row in result.rows:
+        if row["mechanism"] in BASELINES:
+            line, colour = BASELINES[row["mechanism"]]
+            panel.axhline(row["loss_noisy"]["median"], linestyle=line, color=colour, label=row["mechanism"])
+    panel.axvline(0.25, color="#BBBBBB", linewidth=0.8)
+    panel.set_xlim(0, 1)
+    panel.set_xlabel("tokens that the strongest of our attacks recovered (a lower bound); labels: noise / clip norm")
+    panel.set_ylabel(UNITS)
+    panel.legend(frameon=False)
+    tidy(panel, grid="y")
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}", "Check the disk's free space.") from error
+
+
+def by_mechanism(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each mechanism that was attacked, by recovery."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if "recovery" in row:
+            found.setdefault(row["mechanism"], []).append(row)
+    return {name: sorted(part, key=lambda row: float(row["recovery"]["median"])) for name, part in found.items()}
+
+
+def errors(rows: list[dict[str, Any]]) -> list[list[float]]:
+    """Distance from the median down to the least and up to the greatest."""
+    losses = [row["loss_noisy"] for row in rows]
+    return [[loss["median"] - loss["min"] for loss in losses], [loss["max"] - loss["median"] for loss in losses]]

@@ -1,0 +1,147 @@
+"""The privacy benchmark: its texts share nothing, its baselines are what they say, its epsilon is the pinned one."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from client_model.records import open_tokenizer
+from splitfl.cut import Cut
+from splitfl.lab.adapt import public_release
+from splitfl.lab.bench.contenders import (
+    Effort,
+    TopTuning,
+    adapted_model,
+    plain_model,
+    release_once,
+    tuned,
+    untouched,
+    without_noise,
+    write_ends,
+)
+from splitfl.lab.bench.harness import Result
+from splitfl.lab.bench.plots import draw_frontier
+from splitfl.lab.bench.privacy import bars, record_epsilon
+from splitfl.lab.bench.texts import RUN, Texts, docstrings, python_texts, runs
+
+QUICK = Effort(public_steps=4, private_steps=6, records=4, length=32, rates=(3e-3,), compute="fp32")
+
+
+@pytest.fixture(scope="module")
+def texts(small_model: Path) -> Texts:
+    whole = python_texts(open_tokenizer(small_model), length=32, public_records=40)
+    return Texts(whole.public, whole.train[:24], whole.held_out[:8])
+
+
+def test_private_public_and_held_out_text_share_no_run_of_tokens(small_model: Path) -> None:
+    texts = python_texts(open_tokenizer(small_model), length=48, public_records=60)
+    held_out, train, public = runs(texts.held_out), runs(texts.train), runs(texts.public)
+    assert len(texts.public) == 60
+    assert len(texts.train) > 4 * len(texts.held_out) > 100
+    assert not held_out & train
+    assert not public & (held_out | train)
+    assert {len(piece) for piece in public} == {4 * RUN}
+
+
+def test_docstrings_never_include_the_private_text() -> None:
+    from pydoc_data.topics import topics
+
+    some = next(docstrings(0))
+    assert len(some) > 1000
+    assert not any(text in some for text in topics.values())
+
+
+def test_ends_are_the_base_without_its_trunk(small_model: Path, tmp_path: Path) -> None:
+    write_ends(small_model, tmp_path / "ends", Cut(1, 1))
+    base = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+    ends = AutoModelForCausalLM.from_pretrained(tmp_path / "ends", dtype=torch.float32)
+    base.model.layers = torch.nn.ModuleList([base.model.layers[0], base.model.layers[2]])
+    base.model.layers[1].self_attn.layer_idx = 1
+    ids = torch.arange(20).unsqueeze(0)
+    assert torch.equal(base(ids, use_cache=False).logits, ends(ids, use_cache=False).logits)
+
+
+def test_tuning_lowers_the_loss_and_more_of_the_model_lowers_it_further(small_model: Path, texts: Texts) -> None:
+    before = untouched(small_model, texts, QUICK)
+    whole = tuned(small_model, texts, QUICK, 0)
+    top_only = tuned(small_model, texts, QUICK, 0, n_top=1)
+    assert whole < top_only < before
+
+
+def test_plain_release_without_noise_is_top_only(small_model: Path, texts: Texts) -> None:
+    """The two ways to tune a top give the same loss where nothing is clipped or noised."""
+    model = plain_model(small_model, texts, QUICK, Cut(1, 1), 1e-9)
+    model.narrow.spec = type(model.narrow.spec)(1, 1, 64, 64, 1e-9, 1e6)
+    tuning = TopTuning(model, texts, QUICK, 0)
+    tuning.train = release_unrounded(tuning, texts.train)
+    tuning.held_out = tuning.held_out_clean = release_unrounded(tuning, texts.held_out)
+    assert tuning.run().noisy == pytest.approx(tuned(small_model, texts, QUICK, 0, n_top=1), rel=1e-4)
+
+
+def release_unrounded(tuning: TopTuning, records: object) -> list:  # type: ignore[type-arg]
+    """As ``release_once``, but what was sent is not rounded to bf16."""
+    found = release_once(tuning.model, records, without_noise(tuning.model))  # type: ignore[arg-type]
+    with torch.no_grad():
+        return [type(item)(item.own, item.own, tuning.model.run_trunk(item.own[None], None)[0]) for item in found]
+
+
+def test_top_tuning_learns_from_one_release_and_puts_the_model_back(small_model: Path, texts: Texts) -> None:
+    model = adapted_model(small_model, texts, QUICK, Cut(1, 1), 4, 0.5, 0)
+    weights = [weight.clone() for weight in (*model.top.parameters(), *model.narrow.parameters())]
+    tuning = TopTuning(model, texts, QUICK, 0)
+    assert tuning.train[0].sent.shape == (32, 4)
+    before = tuning._loss(tuning.held_out)
+    assert tuning.run().noisy < before
+    after = (*model.top.parameters(), *model.narrow.parameters())
+    assert all(torch.equal(old, new) for old, new in zip(weights, after, strict=True))
+
+
+def test_release_is_noised_by_as_much_as_the_level_says(small_model: Path, texts: Texts) -> None:
+    model = adapted_model(small_model, texts, QUICK, Cut(1, 1), 4, 0.5, 0)
+    noise = public_release(model.narrow.spec, torch.Generator().manual_seed(1))
+    noised, clean = (release_once(model, texts.train, how) for how in (noise, without_noise(model)))
+    away = torch.stack([a.sent - b.sent for a, b in zip(noised, clean, strict=True)])
+    assert float(away.std()) == pytest.approx(0.5, rel=0.05)
+    assert max(float(item.sent.norm(dim=-1).max()) for item in clean) < 1.01
+
+
+@pytest.mark.parametrize(
+    ("mu_squared", "epsilon"), [(0.37, 2.4829), (1975.31, 1176.25), (0.25, 1.9931), (1.0, 4.3772), (9.0, 16.6755)]
+)
+def test_epsilon_is_the_pinned_one(mu_squared: float, epsilon: float) -> None:
+    assert record_epsilon(math.sqrt(mu_squared)) == pytest.approx(epsilon, abs=0.01 if epsilon > 100 else 1e-4)
+
+
+def row(mechanism: str, loss: float, recovery: float | None = None, level: float = 0.0) -> dict[str, object]:
+    one = {"mechanism": mechanism, "level": level, "loss_noisy": {"min": loss, "median": loss, "max": loss}}
+    return one if recovery is None else {**one, "recovery": {"median": recovery}}
+
+
+ROWS = [
+    row("ends-only", 3.0),
+    row("top-only", 2.6),
+    row("noise-free split", 2.5),
+    row("plain Gaussian", 2.7, 0.8, 0.1),
+    row("narrow, rank 4", 2.55, 0.4, 0.3),
+    row("narrow, rank 4", 2.65, 0.2, 0.6),
+]
+
+
+def test_bars_judge_the_best_level_that_is_safe_enough() -> None:
+    by_name = {bar.name: bar for bar in bars(ROWS)}
+    assert by_name["narrow: worst recovery"].value == 0.2
+    assert by_name["narrow: loss / noise-free split"].value == pytest.approx(2.65 / 2.5)
+    assert [bar.holds for bar in bars(ROWS)] == [True, True, False, True, False]
+
+
+def test_bars_judge_the_least_leaky_level_where_none_is_safe_enough() -> None:
+    assert next(bar for bar in bars(ROWS[:-1]) if "recovery" in bar.name).value == 0.4
+
+
+def test_picture_is_drawn(tmp_path: Path) -> None:
+    draw_frontier(Result("privacy", {}, rows=ROWS), tmp_path / "privacy.png")
+    assert (tmp_path / "privacy.png").read_bytes().startswith(b"\x89PNG")
