@@ -27,6 +27,7 @@ _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["splitfl.cli", "client_model.participant", "server_model.service", "splitfl.lab.whole"])
 
 Settings = Mapping[str, Mapping[str, Any]]
+agreements: dict[str, str] = {}  # by address: what the servers that tests started want accepted
 
 
 class Command:
@@ -207,7 +208,8 @@ class Place:
         """Start a client with a state folder of its own; the cache of fetched tensors is shared."""
         folder = self.folder / (state or f"client-{name}")
         arguments = [url, "--name", name, "--data", data, "--state", folder, "--cache", self.folder / "cache"]
-        consent = ["--accept", self.agreement] if self.agreement and "--accept" not in flags else []
+        terms = agreements.get(url, self.agreement)
+        consent = ["--accept", terms] if terms and "--accept" not in flags else []
         return self.run("join", "join", *arguments, *consent, "--threads", 1, "--json", *flags, **options)
 
     def stop(self) -> None:
@@ -226,6 +228,7 @@ class Server:
         if url is None:
             listening = command.wait_for("listening")
             self.url, place.agreement = listening["url"], listening["agreement"]
+            agreements[self.url] = place.agreement
 
     @property
     def port(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import Place, Settings, place, with_settings
+from processes import Place, Settings, agreements, place, with_settings
 
 SETTINGS: Settings = {
     "rounds": {"count": 1, "local_steps": 2},
@@ -28,6 +28,7 @@ def here(tmp_path: Path, small_model: Path) -> Iterator[Place]:
 def test_nothing_leaves_before_the_terms_are_accepted(here: Place, wards: dict[str, Path]) -> None:
     server = here.serve(SETTINGS)
     agreement, here.agreement = here.agreement, ""
+    agreements.clear()
     client = here.join(server.url, "a", wards["a"])
     assert client.wait() == REFUSED
     assert "owner       Ward A" in client.stderr

@@ -315,6 +315,7 @@ def test_join_gives_up_on_an_unreachable_server_when_its_patience_ends(place: Pl
 
 def test_join_waits_for_a_server_that_comes_late(place: Place, wards: dict[str, Path]) -> None:
     port = free_port()
+    place.serve(SETTINGS, state="earlier").command.kill()  # to know the terms
     client = place.join(f"ws://127.0.0.1:{port}", "ward", wards["a"])
     client.wait_for_stderr("waiting for the server")
     server = place.serve(SETTINGS, port=port)

@@ -55,7 +55,8 @@ def invited(server: Server, name: str, *flags: object, state: str = "server") ->
 def joining(here: Place, line: str, data: Path, *flags: object, state: str) -> Command:
     """A client with a join string, and no name."""
     places = ("--state", here.folder / state, "--cache", here.folder / "cache")
-    return here.run("join", "join", line, "--data", data, *places, "--threads", 1, "--json", *flags)
+    consent = ("--accept", here.agreement) if here.agreement else ()
+    return here.run("join", "join", line, "--data", data, *places, *consent, "--threads", 1, "--json", *flags)
 
 
 def assert_ends(command: Command, kind: type[SplitFLError], *parts: str) -> None:
@@ -335,6 +336,7 @@ def test_insecure_server_takes_both_and_says_so(place: Place, wards: dict[str, P
     command.wait_for_stderr("WARNING: --insecure")
     port = int(command.stderr.partition("listening on 0.0.0.0:")[2].partition(",")[0])
     server = Server(place, command, url=f"ws://127.0.0.1:{port}")
+    place.agreement = (place.folder / "server" / "agreement.txt").read_text().split()[-1]
     place.join(server.url, "plain", wards["a"]).wait_for("waiting")
     line = invited(server, "ward-b", "--address", f"127.0.0.1:{port}")
     joining(place, line, wards["b"], state="b").wait_for("waiting")
