@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from splitfl.privacy.policy import DpSgd
 from splitfl.split.checkpoint import TensorSource, load_segment
 from splitfl.split.loss import HeadLoss, head_loss
 from splitfl.split.modes import arithmetic, bottom_trains, optimizer_spec, training_policy, trunk_needs_backward
+from splitfl.split.narrow import NarrowRelease
 from splitfl.split.optimizer import PartOptimizer
 from splitfl.split.segment import Segment
 from splitfl.split.shares import choose_shared, ends_pieces
@@ -36,6 +37,7 @@ class Ends:
         device: torch.device,
         dp_sgd: DpSgd | None = None,
         noise: NormalSource | None = None,
+        narrow: NarrowRelease | None = None,
     ) -> None:
         self.settings = settings
         self.cut = cut
@@ -57,6 +59,7 @@ class Ends:
         self.bottom_optimizer = PartOptimizer(bottom, spec)
         self.top_optimizer = PartOptimizer(top, spec)
         self.shared = list(choose_shared(settings, shapes(bottom), shapes(top)))
+        self.narrow = None if narrow is None else narrow.to(device)  # the publisher's, frozen
         self.bottom_trains = bottom_trains(settings, cut)
         self.trunk_is_empty = len(cut.trunk(self.layers)) == 0
         self.needs_backward = trunk_needs_backward(settings, cut, self.layers)
@@ -78,17 +81,31 @@ class Ends:
             hidden: Tensor = self.bottom(self.bottom.embed(input_ids), lengths)
         return hidden.float()
 
-    def run_top(self, hidden: Tensor, lengths: Tensor | None, labels: Tensor, *, train: bool) -> HeadLoss:
+    def encoded(self, hidden: Tensor) -> Tensor:
+        """The bottom's output (B, T, D) -> what the gate is given: (B, T, r) with a narrow release, else the same."""
+        if self.narrow is None:
+            return hidden
+        with torch.no_grad():
+            narrowed: Tensor = self.narrow.encoder(hidden)
+        return narrowed.float()
+
+    def run_top(
+        self, hidden: Tensor, own: Callable[[], Tensor], lengths: Tensor | None, labels: Tensor, *, train: bool
+    ) -> HeadLoss:
         """Hidden states (B, T, D) at the trunk's output -> summed loss; with ``train`` also runs backward.
 
-        Gradients accumulate in the top's weights, and in ``hidden`` where it asks for one.
+        ``own`` gives the bottom's clean output, which a narrow release mixes in. Gradients accumulate in the top's
+        weights, and in ``hidden`` where it asks for one.
         """
+        with torch.set_grad_enabled(train), arithmetic(self.settings, self.device):
+            mixed = hidden if self.narrow is None else self.narrow.skip(own(), hidden).float()
         if train and self.private_top is not None:
-            loss, gradient = self.private_top.backward(hidden, lengths, labels)
-            hidden.grad = gradient if hidden.requires_grad else None
+            loss, gradient = self.private_top.backward(mixed, lengths, labels)
+            if mixed.requires_grad:
+                mixed.backward(gradient)
             return loss
         with torch.set_grad_enabled(train), arithmetic(self.settings, self.device):
-            final = self.top(hidden, lengths)
+            final = self.top(mixed, lengths)
             return head_loss(self.top, final, labels, train=train)
 
     def backward_bottom(self, hidden: Tensor, gradient: Tensor, input_ids: Tensor, lengths: Tensor | None) -> None:

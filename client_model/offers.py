@@ -16,6 +16,7 @@ from splitfl.split.export import COPIED_FILES
 from splitfl.wire.messages import Count, Sha256
 
 MAX_LIST_BYTES = 64 << 20
+MAX_FILE_BYTES = 512 << 20  # the largest is a narrow release: two square matrices as wide as the model
 ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 MODEL_FILES = frozenset({"config.json", *COPIED_FILES})
 
@@ -30,7 +31,7 @@ class OfferedFile(Offer):
     """A small file of the model folder; ``nbytes`` long."""
 
     sha256: Sha256
-    nbytes: int = Field(ge=0, le=MAX_LIST_BYTES)
+    nbytes: int = Field(ge=0, le=MAX_FILE_BYTES)
 
 
 class OfferedTensor(Offer):

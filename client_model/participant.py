@@ -37,6 +37,7 @@ from splitfl.privacy.witness import Mark
 from splitfl.split.checkpoint import CheckpointFolder, TensorSource
 from splitfl.split.loss import HeadLoss
 from splitfl.split.modes import bottom_trains
+from splitfl.split.narrow import load_release
 from splitfl.split.shares import ends_names
 from splitfl.wire.messages import (
     Answer,
@@ -240,7 +241,10 @@ class Participant:
         snapshot = paused if resumed else self.store.newest(welcome.round)
         if snapshot is not None and Cut(*snapshot.cut) != self.cut:
             snapshot = None
-        self.ends = Ends(self.source, self.settings, self.cut, self.device, self.gate.policy.dp_sgd, self.gate.noise)
+        narrow = load_release(self.store.model) if self.settings.release.rank is not None else None
+        self.ends = Ends(
+            self.source, self.settings, self.cut, self.device, self.gate.policy.dp_sgd, self.gate.noise, narrow
+        )
         self.trainer = Trainer(self.ends, self.link, self.gate)
         assert self.guard is not None
         self.notary = Notary(self.link, self.guard.ledger, self.name, welcome.signer)

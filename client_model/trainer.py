@@ -139,14 +139,14 @@ class Trainer:
             hidden = run_bottom()
             if ends.private_top is not None:
                 hidden.requires_grad_(ends.bottom_trains)
-            done.add(ends.run_top(hidden, lengths, labels, train=True))
+            done.add(ends.run_top(hidden, run_bottom, lengths, labels, train=True))
             if ends.private_top is not None and hidden.grad is not None:
                 ends.backward_bottom(hidden, hidden.grad, input_ids, lengths)
             return
         keep = ends.needs_backward
         answer = yield from self._cross(ReleaseKind.ACTIVATION, place, batch, run_bottom, keep_graph=keep)
         returned = self._decoded(answer).requires_grad_(keep)
-        done.add(ends.run_top(returned, lengths, labels, train=True))
+        done.add(ends.run_top(returned, run_bottom, lengths, labels, train=True))
         if returned.grad is None:
             return
         payload = self.gate.release(ReleaseKind.GRADIENT, place.round, returned.grad, records_of(batch))
@@ -169,14 +169,14 @@ class Trainer:
         else:
             kind = ReleaseKind.HELD_OUT_ACTIVATION
             hidden = self._decoded((yield from self._cross(kind, place, batch, run_bottom, keep_graph=False)))
-        done.add(ends.run_top(hidden, lengths, labels, train=False))
+        done.add(ends.run_top(hidden, run_bottom, lengths, labels, train=False))
 
     def _cross(
         self, kind: ReleaseKind, place: Place, batch: Batch, hidden: Callable[[], Tensor], *, keep_graph: bool
     ) -> Generator[None, None, Answer]:
         """Activations into the trunk, and what comes back; it keeps its graph for a Backward if asked."""
         forward = Forward(0, 0, place.round, place.step, place.micro, keep_graph, batch.told_tokens, (), None)
-        reply = self.entry.ask(kind, forward, batch, hidden)
+        reply = self.entry.ask(kind, forward, batch, lambda: self.ends.encoded(hidden()))
         yield
         while isinstance(answer := answered(reply), Missing):
             reply = self.entry.ask_again(answer, forward, batch)

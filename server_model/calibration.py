@@ -12,7 +12,9 @@ from transformers import AutoTokenizer
 
 from splitfl.config import Federation
 from splitfl.data.notes import generate_notes
+from splitfl.errors import ConfigError
 from splitfl.split.checkpoint import CheckpointFolder, load_segment
+from splitfl.split.narrow import load_release
 from splitfl.split.segment import Piece
 
 TEXTS = 64
@@ -20,7 +22,12 @@ QUANTILE = 0.9  # a tenth of the tokens, the loudest ones, are scaled down
 
 
 def settled(settings: Federation, source: CheckpointFolder) -> Federation:
-    """``settings`` with a clip norm, if privacy is on and they have none."""
+    """``settings`` with a clip norm, if privacy is on and they have none; a narrow release brings its own and its noise.
+
+    Raises ConfigError for a rank that the model's release has not.
+    """
+    if settings.release.rank is not None:
+        return as_published(settings, source)
     privacy = settings.privacy
     if not privacy.on or privacy.clip_norm is not None:
         return settings
@@ -30,6 +37,23 @@ def settled(settings: Federation, source: CheckpointFolder) -> Federation:
     )
     chosen = privacy.model_copy(update={"clip_norm": float(f"{float(norm):.3g}")})
     return settings.model_copy(update={"privacy": chosen})
+
+
+def as_published(settings: Federation, source: CheckpointFolder) -> Federation:
+    """Clip norm and noise as the narrow release was adapted with. Raises ConfigError when it is another one."""
+    spec = load_release(source.folder).spec
+    if (spec.rank, spec.cut) != (settings.release.rank, settings.cut):
+        raise ConfigError(
+            f"release.rank = {settings.release.rank} at cut {settings.cut}, but the model's narrow release has rank "
+            f"{spec.rank} at cut {spec.cut}",
+            "Set release.rank, model.n_bottom and model.n_top to those, or make another with `splitfl adapt`.",
+        )
+    privacy = settings.privacy
+    noise = spec.noise_multiplier if privacy.noise_multiplier is None else privacy.noise_multiplier
+    chosen: dict[str, object] = {"clip": "token", "clip_norm": spec.clip_norm}
+    if privacy.mode == "measured":
+        chosen["noise_multiplier"] = noise
+    return settings.model_copy(update={"privacy": privacy.model_copy(update=chosen)})
 
 
 def record_scale(settings: Federation) -> float:

@@ -43,6 +43,7 @@ from splitfl.privacy.witness import Mark
 from splitfl.split.checkpoint import CheckpointFolder, is_tied
 from splitfl.split.export import COPIED_FILES
 from splitfl.split.modes import bottom_trains, training_policy
+from splitfl.split.narrow import load_release
 from splitfl.split.shares import Shapes, ends_names, shared_shapes
 from splitfl.split.training import check_policy, stays_tied
 from splitfl.wire.messages import (
@@ -110,6 +111,9 @@ class Coordinator:
         self.report = report
         check_settings(settings, self.source, device)
         self.settings = settings = settled(settings, self.source)
+        rank = settings.release.rank
+        self.decoder = None if rank is None else load_release(model).decoder.to(device)
+        self.width: int = self.source.config.hidden_size if rank is None else rank  # of what is released
         self.blobs = Blobs()
         self.manifest = offer_assets(self.blobs, self.source, settings)
         self.terms = Terms(settings, self.manifest)
@@ -231,7 +235,7 @@ class Coordinator:
         limits, payload = self.settings.batch, request.hidden
         if len(payload.shape) != 3 or payload.shape[0] != len(request.records) or 0 in payload.shape:
             raise ProtocolError(f"{len(request.records)} records in shape {list(payload.shape)}", field="hidden")
-        if payload.shape[2] != self.source.config.hidden_size or payload.dtype not in WIRE_DTYPES:
+        if payload.shape[2] != self.width or payload.dtype not in WIRE_DTYPES:
             raise ProtocolError(f"{payload.dtype} {list(payload.shape)} is no activation here", field="hidden")
         if payload.shape[0] > limits.records or payload.shape[1] > limits.max_length:
             raise RefusedError("more records, or longer ones, than a step has", "Send fewer.", code="over_limit")
@@ -270,8 +274,11 @@ class Coordinator:
             if isinstance(found, Missing):
                 return found
             hidden, lengths = found
-        batch, time_, _ = checked_shape(hidden, self.source.config.hidden_size)
+        batch, time_, _ = checked_shape(hidden, self.width)
         self._check_size(request, batch, time_, lengths)
+        if self.decoder is not None:
+            with torch.no_grad():
+                hidden = self.decoder(hidden)
         return Rows(hidden, torch.tensor(lengths, device=self.device) if lengths else None)
 
     def _named(self, member: Member, request: Forward, key: StepKey) -> tuple[Tensor, tuple[int, ...]] | Missing:

@@ -161,6 +161,17 @@ class Agreement(Section):
 LEVELS = {"light": 0.1, "medium": 0.3, "strong": 1.0}
 
 
+class ReleaseSettings(Section):
+    """How narrow what is released is. Without a rank it is as wide as the model."""
+
+    rank: int | None = Field(
+        None,
+        ge=1,
+        description="numbers a token that are released, through the encoder that `splitfl adapt` put beside the "
+        "model; none = the bottom's output as it is",
+    )
+
+
 class Privacy(Section):
     """What the server may learn. ``off``: it can read the text."""
 
@@ -236,6 +247,7 @@ class Federation(Section):
     trunk: TrunkSettings = TrunkSettings()
     wire: Wire = Wire()
     evaluation: Evaluation = Evaluation()
+    release: ReleaseSettings = ReleaseSettings()
     privacy: Privacy = Privacy()
     agreement: Agreement = Agreement()
 
@@ -291,6 +303,8 @@ class Federation(Section):
     @model_validator(mode="after")
     def privacy_can_be_had(self) -> Federation:
         privacy, shares = self.privacy, self.merge.share != "none"
+        if self.release.rank is not None and (not privacy.on or len(self.bottoms) * len(self.tops) != 1):
+            raise ValueError("release.rank needs privacy on, and one cut for all: that of the model's narrow release")
         if privacy.on and self.batch.pack:
             raise ValueError("batch.pack = true lays several records end to end: with privacy on, leave it out")
         if privacy.mode != "certified":

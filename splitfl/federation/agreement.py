@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from splitfl.config import LEVELS, Federation
 
 #: sections of the settings that are agreed to
-AGREED = {"name", "rounds", "batch", "model", "merge", "wire", "evaluation", "privacy", "agreement"}
+AGREED = {"name", "rounds", "batch", "model", "merge", "wire", "evaluation", "release", "privacy", "agreement"}
 SHORT = 12  # hex digits that are enough to name an agreement by hand
 
 

@@ -34,7 +34,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "tokenizer.model",
 )
-COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "release.json", "release.safetensors")
 LORA_PART = re.compile(r"^(?P<base>.+)\.lora_(?P<part>[AB])\.[^.]+\.weight$")
 
 
