@@ -12,13 +12,14 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from client_model.assets import PIECE_BYTES, Assets, RemoteSource
+from client_model.baselines import BaselineRun, Baselines, wanted
 from client_model.ends import Ends
 from client_model.guard import Accept, Guard
 from client_model.link import SessionLostError
@@ -33,6 +34,7 @@ from splitfl.data.packing import Batch, DataOrder
 from splitfl.errors import ConfigError, NumericalError, ProtocolError, SplitFLError
 from splitfl.federation.agreement import Terms
 from splitfl.files import sha256_of
+from splitfl.privacy.policy import DpSgd
 from splitfl.privacy.witness import Mark
 from splitfl.split.checkpoint import CheckpointFolder, TensorSource
 from splitfl.split.loss import HeadLoss
@@ -241,10 +243,7 @@ class Participant:
         snapshot = paused if resumed else self.store.newest(welcome.round)
         if snapshot is not None and Cut(*snapshot.cut) != self.cut:
             snapshot = None
-        narrow = load_release(self.store.model) if self.settings.release.rank is not None else None
-        self.ends = Ends(
-            self.source, self.settings, self.cut, self.device, self.gate.policy.dp_sgd, self.gate.noise, narrow
-        )
+        self.ends = self._fresh_ends(self.gate.policy.dp_sgd)
         self.trainer = Trainer(self.ends, self.link, self.gate)
         assert self.guard is not None
         self.notary = Notary(self.link, self.guard.ledger, self.name, welcome.signer)
@@ -255,6 +254,11 @@ class Participant:
             self.ends.load_weights(snapshot.weights)
             self.ends.load_optimizer_tensors(snapshot.optimizer)
         self.unfinished = paused if resumed else None
+
+    def _fresh_ends(self, dp_sgd: DpSgd | None = None) -> Ends:
+        """Ends with the base weights; without DP-SGD for what never leaves."""
+        narrow = load_release(self.store.model) if self.settings.release.rank is not None else None
+        return Ends(self.source, self.settings, self.cut, self.device, dp_sgd, self.gate.noise, narrow)
 
     # -- rounds ------------------------------------------------------------------------------------------------
 
@@ -375,6 +379,7 @@ class Participant:
         self._take_merge(finished.weights)
         self._evaluate(finished.round + 1)
         path = self.store.save_merged({name: tensor.contiguous() for name, tensor in self.ends.weights().items()})
+        baselines = self._baselines()
         self.notary.settle()
         self._say_goodbye()
         assert self.tally is not None
@@ -388,12 +393,24 @@ class Participant:
             "uncounted_starts": self.tally.uncounted_starts,
             "cut": str(self.cut),
             "held_out_losses": self.losses,
+            "baselines": None if baselines is None else {**asdict(baselines), "earned": baselines.earned},
             "data": self._data_facts(),
             "bytes": self._total_traffic(),
             "privacy": self.guard.report(self.gate),
             "weights": str(path),
             "seconds": time.monotonic() - self.started,
         }
+
+    def _baselines(self) -> Baselines | None:
+        """What this client would have reached without the split; None where that is not asked for."""
+        ends_too, top_too = wanted(self.settings)
+        if not (self.evaluation and self.losses and (ends_too or top_too)) or self.ends.trunk_is_empty:
+            return None
+        run = BaselineRun(self.name, self.data, self.evaluation, self.link, self.gate, self._fresh_ends)
+        self._say("baselines")
+        return Baselines(
+            self.losses[-1]["loss"], run.ends_only() if ends_too else None, run.top_only() if top_too else None
+        )
 
     def _say_goodbye(self) -> None:
         """Tell the server that it need not stay for us; all is on disk, so it does not matter whether it hears."""

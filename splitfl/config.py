@@ -146,6 +146,11 @@ class Evaluation(Section):
         64, ge=0, description="held-out records that pass the trunk, at most, spread over all of them; 0 = none"
     )
     every_rounds: int = Field(1, ge=0, description="rounds between evaluations; 0 = before and after training alone")
+    baselines: Literal["auto", "none", "ends", "all"] = Field(
+        "auto",
+        description="what each client trains beside the federation's result, after the last round: its ends without "
+        "the trunk, and its top alone; auto = all with privacy on, none else",
+    )
 
 
 class Agreement(Section):
