@@ -15,6 +15,7 @@ from urllib.parse import SplitResult, urlsplit
 import typer
 from pydantic import TypeAdapter, ValidationError
 
+from client_model.floor import Floor
 from splitfl.channel.joining import JoinString
 from splitfl.console import command, is_loopback, note, print_json, require_loopback
 from splitfl.cut import Cut
@@ -93,7 +94,7 @@ def join(
             participant = prepare(name, data, folder, cache, device, threads)
             participant.skip_bad, participant.local_model, participant.plan = skip_bad, model, parse_plan(plan)
             participant.accept, participant.key_file = Consent(accept, as_json=as_json), key
-            participant.floor = parse_floor(privacy)
+            participant.floor = Floor.parse(privacy)
             participant.report = EventPrinter(as_json=as_json)
             run(participant, url, cut, patience, as_json=as_json, invited=invited)
 
@@ -156,13 +157,6 @@ def default_state(url: str, name: str) -> Path:
 
 def parse_plan(plan: str) -> Cut | None:
     return None if plan == "auto" else Cut.parse(plan)
-
-
-def parse_floor(mode: str) -> str:
-    """A privacy mode. Raises ConfigError."""
-    if mode not in ("off", "measured", "certified"):
-        raise ConfigError(f"{mode!r} is no privacy mode", "Use --privacy off, measured or certified.")
-    return mode
 
 
 class Consent:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from splitfl.config import Federation
 from splitfl.cut import Cut
+from splitfl.errors import ProtocolError
 from splitfl.privacy.noise import NormalSource
 from splitfl.privacy.policy import DpSgd
 from splitfl.split.checkpoint import TensorSource, load_segment
@@ -43,6 +44,7 @@ class Ends:
         self.cut = cut
         self.device = device
         self.layers: int = source.config.num_hidden_layers
+        self.width: int = source.config.hidden_size
         policy = training_policy(settings, self.layers, device)
         spec = optimizer_spec(settings)
         if dp_sgd is not None:  # per-record norms need fp32; clipping the noised sum would scale by its noise
@@ -153,11 +155,13 @@ class Ends:
         return {name: weight.detach().cpu() for name, weight in named.items()}
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite those trained weights that ``tensors`` names."""
+        """Overwrite those trained weights that ``tensors`` names. Raises ProtocolError for one that does not fit."""
         named = self.bottom_optimizer.named | self.top_optimizer.named
         with torch.no_grad():
             for name, weight in named.items():
                 if name in tensors:
+                    if tensors[name].shape != weight.shape:
+                        raise ProtocolError(f"weight {name!r} has another shape here", "Do not trust this server.")
                     weight.copy_(tensors[name])
 
     def optimizer_tensors(self) -> dict[str, Tensor]:

@@ -48,10 +48,16 @@ def open_key(path: Path, *, may_create: bool) -> ClientKey:
     return ClientKey(secret)
 
 
-def default_key(state: Path) -> Path:
-    """Where a client's key lies unless --key says otherwise: in the user's configuration, under the state's own id."""
-    identity = state / "key-id"
-    if not identity.exists():
-        write_file(identity, secrets.token_hex(16).encode())
+def identity_of(state: Path) -> str:
+    """The state folder's own random name: it names the key file, and parts federations that share one."""
+    path = state / "key-id"
+    if not path.exists():
+        write_file(path, secrets.token_hex(16).encode())
+    with storage_errors(path):
+        return path.read_text().strip()
+
+
+def default_key(identity: str) -> Path:
+    """Where a client's key lies unless --key says otherwise: in the user's configuration."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
-    return home / "splitfl" / "keys" / f"{identity.read_text().strip()}.key"
+    return home / "splitfl" / "keys" / f"{identity}.key"

@@ -7,10 +7,12 @@ go on once the merge is durable. After a server's restart it goes back to the sn
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch
 from client_model.assets import PIECE_BYTES, Assets, RemoteSource
 from client_model.baselines import BaselineRun, Baselines, wanted
 from client_model.ends import Ends
+from client_model.floor import Floor
 from client_model.guard import Accept, Guard
 from client_model.link import SessionLostError
 from client_model.notary import Notary
@@ -100,7 +103,7 @@ class Participant:
     local_model: Path | None = None
     plan: Cut | None = None  # the cut that was asked for; None takes the federation's own
     accept: Accept = lambda _: False  # asked to accept the federation's terms
-    floor: str = "off"  # the weakest privacy mode that this client takes part in
+    floor: Floor = field(default_factory=Floor)  # the least privacy that this client takes part with
     key_file: Path | None = None
     noise_seed: int | None = None
     simulated: bool = False  # all sides are one person: only then may noise have a seed
@@ -157,8 +160,8 @@ class Participant:
 
     def _checked_cut(self, cut: Cut) -> Cut:
         """The server's word on the cut, unless it is not ours: how much stays here is not for it to change."""
-        asked = self.plan if self.plan is not None or not self.agreed else self.cut
-        if asked is not None and cut != asked:
+        asked = self.plan or (self.cut if self.agreed else self.settings.cut)
+        if cut != asked:
             raise ProtocolError(f"the server says cut {cut}, this client keeps {asked}", "Do not trust this server.")
         return cut
 
@@ -174,7 +177,9 @@ class Participant:
         """Nothing computed from the data leaves before the terms are accepted and the ledger is the newest one."""
         if self.guard is None:
             self.guard = Guard(self.store, self.key_file, noise_seed=self.noise_seed, simulated=self.simulated)
-        self.guard.check_terms(Terms(self.settings, welcome.manifest), self.accept, self.floor)
+        self.terms = Terms(self.settings, welcome.manifest)
+        self.guard.check_terms(self.terms, self.accept, self.floor)
+        self.guard.check_signer(welcome.signer, private=self.settings.privacy.on)
         mark = Mark(welcome.ledger_rows, welcome.ledger_head)
         if not self.guard.check_mark(mark, private=self.settings.privacy.on):
             self._say("ledger_went_back", rows=self.guard.ledger.count, countersigned=mark.count)
@@ -201,7 +206,7 @@ class Participant:
         """Count on from what earlier starts have saved."""
         if self.tally is None:
             before = self.store.tally()
-            if before.data not in ("", self.data.fingerprint):
+            if before.data not in ("", self._fingerprint()):
                 self._say("data_changed")
             cut_short = before.uncounted_starts + before.open
             self.before = before
@@ -214,11 +219,16 @@ class Participant:
         self.tally = replace(
             self.tally,
             open=still_open,
-            data=self.data.fingerprint,
+            data=self._fingerprint(),
             bytes_sent=traffic["bytes_sent"],
             bytes_received=traffic["bytes_received"],
         )
         self.store.save_tally(self.tally)
+
+    def _fingerprint(self) -> str:
+        """Tells whether the data file is still the same, to whoever has the key alone."""
+        assert self.guard is not None
+        return hmac.new(self.guard.secret("data file"), self.data.fingerprint.encode(), hashlib.sha256).hexdigest()
 
     def _data_facts(self) -> dict[str, Any]:
         return {
@@ -241,8 +251,8 @@ class Participant:
         paused = self.store.take_pause()
         resumed = paused is not None and welcome.resumed
         snapshot = paused if resumed else self.store.newest(welcome.round)
-        if snapshot is not None and Cut(*snapshot.cut) != self.cut:
-            snapshot = None
+        if snapshot is not None and (Cut(*snapshot.cut), snapshot.terms) != (self.cut, self.terms.sha256):
+            snapshot = None  # weights that were trained under other terms may tell what these do not allow
         self.ends = self._fresh_ends(self.gate.policy.dp_sgd)
         self.trainer = Trainer(self.ends, self.link, self.gate)
         assert self.guard is not None
@@ -306,9 +316,10 @@ class Participant:
                 loss = self.trainer.step(round_, step, batches)
             except MissedStepError as missed:
                 self._say("step_missed", round=round_, step=step, reason=missed.reason)
+                tokens += told(batches) if self.gate.policy.private else 0  # whether a step counted is its records' own
                 continue
             self.notary.mark()
-            tokens, seen = tokens + sum(batch.told_tokens for batch in batches), seen + loss.tokens
+            tokens, seen = tokens + told(batches), seen + loss.tokens
             rate = seen / max(1e-9, time.monotonic() - began)
             self._say("step", round=round_, step=step, loss=mean(loss), tokens_per_s=rate, **self._traffic())
         self._stop_if_asked(self.settings.rounds.local_steps, tokens)  # else it would wait for everybody first
@@ -342,9 +353,8 @@ class Participant:
 
     def _snapshot(self, round_: int, step: int, tokens: int) -> Snapshot:
         cut = (self.cut.n_bottom, self.cut.n_top)
-        return Snapshot(
-            round_, step, tokens, self.order.cursor, cut, self.ends.weights(), self.ends.optimizer_tensors()
-        )
+        weights, moments = self.ends.weights(), self.ends.optimizer_tensors()
+        return Snapshot(round_, step, tokens, self.order.cursor, cut, weights, moments, self.terms.sha256)
 
     def _stop_if_asked(self, step: int | None, tokens: int) -> None:
         """On Ctrl-C: save where we are, so that the next start goes on here. Raises PausedError."""
@@ -432,6 +442,11 @@ class Participant:
 def terms(welcome: Welcome) -> tuple[object, ...]:
     """What a client must prepare anew for when a restarted server says otherwise."""
     return welcome.settings, welcome.manifest, welcome.n_bottom, welcome.n_top
+
+
+def told(batches: Sequence[Batch]) -> int:
+    """Tokens of a step as the server is told."""
+    return sum(batch.told_tokens for batch in batches)
 
 
 def mean(loss: HeadLoss) -> float:

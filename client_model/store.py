@@ -42,6 +42,7 @@ class Snapshot:
     cut: tuple[int, int]
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
+    terms: str = ""  # SHA-256 of the agreement under which it was trained
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class ClientStore:
 
     def _write(self, folder: Path, snapshot: Snapshot) -> None:
         facts: dict[str, object] = {"round": snapshot.round, "step": snapshot.step, "tokens": snapshot.tokens}
-        facts |= {"cursor": snapshot.cursor, "cut": snapshot.cut}
+        facts |= {"cursor": snapshot.cursor, "cut": snapshot.cut, "terms": snapshot.terms}
         with new_folder(folder) as work:
             write_tensors(snapshot.weights, work / "weights.safetensors")
             write_tensors(snapshot.optimizer, work / "optimizer.safetensors")
@@ -169,7 +170,7 @@ class ClientStore:
             epoch, position = facts["cursor"]
             cut = (int(facts["cut"][0]), int(facts["cut"][1]))
             place = (int(facts["round"]), int(facts["step"]), int(facts["tokens"]))
-            return Snapshot(*place, (epoch, position), cut, weights, optimizer)
+            return Snapshot(*place, (epoch, position), cut, weights, optimizer, str(facts.get("terms", "")))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise StorageError(
                 f"{folder} cannot be read", f"Delete {folder}: the client then goes on from the newest merge."
