@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from splitfl.cut import Cut
+from splitfl.lab.audit.observed import pieces
 from splitfl.split.checkpoint import TensorSource, load_segment
 from splitfl.split.loss import IGNORE
 from splitfl.split.segment import Piece, Segment
@@ -38,24 +39,26 @@ class PublicModel:
     @torch.no_grad()
     def hidden(self, ids: Tensor) -> Tensor:
         """The bottom's output for token ids (B, T): (B, T, D), in pieces of a few records."""
-        return torch.cat([self.bottom(self.bottom.embed(piece)) for piece in ids.split(16)])
+        return torch.cat([self.bottom(self.bottom.embed(piece)) for piece in pieces(ids, 16)])
 
     @torch.no_grad()
     def next_log_probs(self, ids: Tensor) -> Tensor:
         """Log-probabilities of the token after each position, (B, T) -> (B, T, V)."""
-        return torch.cat([self._log_probs(piece) for piece in ids.split(4)])
+        return torch.cat([self._log_probs(piece) for piece in pieces(ids, 4)])
 
     def _log_probs(self, ids: Tensor) -> Tensor:
         final: Tensor = self.whole(self.whole.embed(ids))  # (B, T, D)
-        logits = self.whole.logits(final.flatten(0, 1)).unflatten(0, ids.shape)
-        return logits.float().log_softmax(-1)
+        logits = self.whole.logits(final.flatten(0, 1)).float().log_softmax(-1)
+        return logits.view(*ids.shape, -1)
 
     def top_gradient(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Gradient of the summed loss at the trunk's output (B, T, D), for labels (B, T) that are already shifted."""
         hidden = hidden.detach().requires_grad_(True)
         final = self.head(self.top_blocks(hidden))
         wanted = labels != IGNORE
-        loss = torch.nn.functional.cross_entropy(self.head.logits(final[wanted]).float(), labels[wanted], reduction="sum")
+        loss = torch.nn.functional.cross_entropy(
+            self.head.logits(final[wanted]).float(), labels[wanted], reduction="sum"
+        )
         (gradient,) = torch.autograd.grad(loss, hidden)
         return gradient
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from splitfl.errors import DataError
 from splitfl.lab.audit.mechanism import Mechanism
 from splitfl.lab.audit.model import Prefixes, PublicModel
+from splitfl.lab.audit.observed import pieces
 
 CONTEXTS, CONTEXT_TOKENS = 6, 8  # public beginnings behind which every token of the vocabulary is tried
 CHUNK = 256  # tokens of the vocabulary that are tried at once
@@ -49,7 +50,8 @@ class Texts:
 class Knowledge:
     """Public model, mechanism and public text, and what follows from them. ``time``: tokens of a padded record.
 
-    The first records are held out; put them in random order beforehand. Raises DataError when there are too few public records to learn from.
+    The first records are held out; put them in random order beforehand. Raises DataError when there are too few to
+    learn from.
     """
 
     def __init__(
@@ -82,8 +84,8 @@ class Knowledge:
         prefixes = Prefixes(self.model.bottom, len(contexts))
         for tokens in contexts[:, : min(CONTEXT_TOKENS, contexts.shape[1] // 2)].T:
             prefixes.extend(tokens)
-        pieces = torch.arange(self.model.vocab).split(CHUNK)
-        states = [prefixes.alternatives(piece.expand(len(contexts), -1)) for piece in pieces]
+        vocabulary = pieces(torch.arange(self.model.vocab), CHUNK)
+        states = [prefixes.alternatives(piece.expand(len(contexts), -1)) for piece in vocabulary]
         return self.clipped_alone(torch.cat(states, dim=1)).mean(0)
 
     def clipped_alone(self, hidden: Tensor, scale: Tensor | float | None = None) -> Tensor:

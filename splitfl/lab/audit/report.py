@@ -42,8 +42,11 @@ class AuditReport:
         return self.attacks[0]
 
     @property
-    def undertrained(self) -> list[str]:
-        """Attacks weaker than a simpler one beside them: their figure says little, the maximum holds."""
+    def outdone(self) -> list[str]:
+        """Attacks weaker than a simpler one beside them: undertrained, or public text is unlike the private.
+
+        Their figure says little; the maximum holds.
+        """
         found = {row.name: row.recovery.value for row in self.attacks}
         return [
             row.name
@@ -65,7 +68,7 @@ class AuditReport:
         return {
             **asdict(self),
             "worst": asdict(self.worst),
-            "undertrained": self.undertrained,
+            "outdone": self.outdone,
             "statement": self.statement,
         }
 
@@ -76,7 +79,7 @@ class AuditReport:
         yield ""
         yield f"{'attack':<34}{'tokens recovered':<24}{'ROUGE-L':<24}seconds"
         for row in self.attacks:
-            yield line(row) + ("  UNDERTRAINED" if row.name in self.undertrained else "")
+            yield line(row) + ("  (weaker than a simpler one: take the maximum)" if row.name in self.outdone else "")
         yield "without any release:"
         for row in self.baselines:
             yield line(row)
