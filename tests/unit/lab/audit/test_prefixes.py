@@ -11,10 +11,17 @@ from splitfl.lab.audit.model import Prefixes, PublicModel
 
 from .bench import Bench
 
+FAMILIES = ("llama", "gpt2", "gpt_neox", "qwen2", "mistral", "gemma2", "gemma3_text", "phi3", "glm4", "gpt_oss")
 
-@pytest.fixture(params=["llama", "gpt2", "gpt_neox", "qwen2", "mistral", "gemma2", "gemma3_text", "phi3", "glm4", "gpt_oss"])
+
+@pytest.fixture(params=FAMILIES)
 def model(request: pytest.FixtureRequest, bench: Bench) -> PublicModel:
     return Bench(bench.text, request.param).model(Cut(2, 0))
+
+
+def beginnings(bench: Bench) -> Tensor:
+    """Three records' first tokens, more than a sliding window holds, (3, 12)."""
+    return torch.stack([record[:12] for record in bench.text.public if len(record) >= 12][:3])
 
 
 def begun(model: PublicModel, ids: Tensor) -> Prefixes:
@@ -25,7 +32,7 @@ def begun(model: PublicModel, ids: Tensor) -> Prefixes:
 
 
 def test_alternatives_equal_a_forward_for_each_of_them(model: PublicModel, bench: Bench) -> None:
-    ids = torch.stack([record[:12] for record in bench.text.publicif len(record) >= 12][:3])
+    ids = beginnings(bench)
     tokens = torch.tensor([[5, 6, 7, 8]]).expand(3, -1)
     states = begun(model, ids).alternatives(tokens)  # (3, 4, D)
     for number, token in enumerate(tokens[0]):
@@ -34,13 +41,13 @@ def test_alternatives_equal_a_forward_for_each_of_them(model: PublicModel, bench
 
 
 def test_extending_equals_one_forward(model: PublicModel, bench: Bench) -> None:
-    ids = torch.stack([record[:12] for record in bench.text.publicif len(record) >= 12][:3])
+    ids = beginnings(bench)
     prefixes = begun(model, ids[:, :-1])
     assert torch.allclose(prefixes.extend(ids[:, -1]), model.hidden(ids)[:, -1], atol=1e-5)
 
 
 def test_a_subset_leaves_the_others_as_they_are(model: PublicModel, bench: Bench) -> None:
-    ids = torch.stack([record[:12] for record in bench.text.publicif len(record) >= 12][:3])
+    ids = beginnings(bench)
     prefixes = begun(model, ids)
     few = prefixes.subset(torch.tensor([2, 0]))
     states = few.alternatives(torch.tensor([[9], [9]]))

@@ -98,7 +98,7 @@ def app() -> Typer:
 
 
 def test_the_command_attacks_a_state_folder(
-    app: Typer, bench: Bench, tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
+    app: Typer, tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("splitfl.lab.audit.command.load_observed", lambda _: kept_of(small_model))
     (tmp_path / "canaries.txt").write_text("my code is 1234\n")
