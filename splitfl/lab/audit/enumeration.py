@@ -27,7 +27,7 @@ from splitfl.lab.audit.observed import pieces
 from splitfl.lab.audit.public import CHUNK, Knowledge
 
 GROUP = 8  # records decoded together
-TRIED, TRIED_WIDTH = 4, 8  # public records and prefixes with which weights are compared
+TRIED_WIDTH = 4  # prefixes with which weights are compared
 LAG = 4  # tokens read on before one is decided
 TOLERANCE = 3e-3  # of a state's size: rounding and the clip's factor account for less
 DEVIATIONS = 6  # of the noise's chi-square beyond which a candidate does not explain an observation
@@ -189,22 +189,25 @@ def fit_search(
     return fit_weights(torch.cat(features), torch.cat(answers))
 
 
-def choose_weights(knowledge: Knowledge, mechanism: Mechanism, target: Target, ids: Tensor, mask: Tensor) -> Tensor:
-    """The weights with which a search recovers most of public records (B, T): fitted ones, or the starting ones.
+def choose_weights(
+    knowledge: Knowledge, mechanism: Mechanism, target: Target, ids: Tensor, mask: Tensor, cheap: Tensor
+) -> Tensor:
+    """The weights with which a search recovers most of public records (B, T).
 
     A fit sees one position at a time; whether a search finds into the text, where its prior helps, or loses it is
-    another matter, so the candidates are tried.
+    another matter. So fitted weights are tried, and the starting ones, and ``cheap`` (F - 2,), the evidence of single
+    tokens alone: where nothing is gained by searching, the search must not lose either.
     """
     start = starting_weights(target)
+    alone = torch.cat([torch.zeros(2), cheap])
     led = fit_search(knowledge, mechanism, target, ids, mask, start, led=True)
     own = fit_search(knowledge, mechanism, target, ids, mask, led, led=False)
-    few, real = target[:TRIED], mask[:TRIED]
 
     def recovered(weights: Tensor) -> int:
-        walk = Walk(knowledge, mechanism, few, Search().shortlist)
-        return int((decode(walk, weights, TRIED_WIDTH) == ids[:TRIED])[real].sum())
+        walk = Walk(knowledge, mechanism, target, Search().shortlist)
+        return int((decode(walk, weights, TRIED_WIDTH) == ids)[mask].sum())
 
-    return max((start, led, own), key=recovered)
+    return max((led, own, start, alone), key=recovered)
 
 
 def enumerate_tokens(

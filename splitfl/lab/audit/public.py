@@ -19,7 +19,7 @@ from splitfl.lab.audit.observed import pieces
 
 CONTEXTS, CONTEXT_TOKENS = 6, 8  # public beginnings behind which every token of the vocabulary is tried
 CHUNK = 256  # tokens of the vocabulary that are tried at once
-HELD_OUT = 16  # public records that nothing is trained on: for early stopping, and to weigh evidence
+HELD_OUT, HELD_OUT_TOKENS = 16, 2048  # at least; nothing is trained on them: for early stopping, to weigh evidence
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Knowledge:
                 f"Name public text of at least {2 * HELD_OUT} records.",
             )
         self.model, self.mechanism, self.pad_token_id = model, mechanism, pad_token_id
-        self.train, self.held_out = texts[HELD_OUT:], texts[:HELD_OUT]
+        aside = max(HELD_OUT, min(HELD_OUT_TOKENS // time, len(texts.ids) // 4))
+        self.train, self.held_out = texts[aside:], texts[:aside]
         self.log_unigram = log_frequencies(self.train, model.vocab)  # (V,)
         encoded = mechanism.encode(model.hidden(self.train.ids))  # (N, T, R)
         scale = mechanism.scale(encoded)

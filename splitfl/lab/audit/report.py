@@ -9,8 +9,6 @@ from typing import Any
 from splitfl.lab.audit.scores import Interval
 from splitfl.lab.audit.updates import BagResult
 
-SLACK = 0.01  # of recovery: a stronger attack that is less far behind a simpler one is only unlucky
-
 
 @dataclass(frozen=True)
 class Row:
@@ -43,7 +41,7 @@ class AuditReport:
 
     @property
     def outdone(self) -> list[str]:
-        """Attacks weaker than a simpler one beside them: undertrained, or public text is unlike the private.
+        """Attacks below a simpler one by more than their interval: undertrained, or public text is unlike the private.
 
         Their figure says little; the maximum holds.
         """
@@ -51,7 +49,7 @@ class AuditReport:
         return [
             row.name
             for row in self.attacks
-            if any(row.recovery.value < found[name] - SLACK for name in row.simpler if name in found)
+            if any(row.recovery.high < found[name] for name in row.simpler if name in found)
         ]
 
     @property

@@ -26,7 +26,7 @@ from splitfl.lab.audit.updates import bag_from_update, score_bag
 NEAREST, MLP, TRANSFORMER = "nearest neighbour", "inverter, MLP", "inverter, transformer"
 LABELS, JOINT, SEARCH = "labels from gradients", "inverter and gradients", "enumeration, beam and LM prior"
 MOST_PUBLIC = 2_000  # public records, drawn at random: more bring little in the time there is
-REHEARSED = HELD_OUT // 2  # held-out public records that evidence is weighed on
+REHEARSED_TOKENS = 1024  # of held-out public text, that evidence is weighed on
 SHARES = (0.1, 0.35)  # of the time, by which the MLP and the transformer have to be trained
 
 
@@ -99,17 +99,18 @@ class Audit:
         """Those that use activations and gradients together, with weights fitted on public text."""
         evidence = self.evidence(inverter, self.sample.released, self.sample.mask, self.sample.gradients)
         rehearsal, rehearsed, ids, mask = self.rehearsal(inverter)
-        guesses = evidence.inverter.argmax(-1)
+        guesses, cheap = evidence.inverter.argmax(-1), torch.ones(1)
         simpler: tuple[str, ...] = (NEAREST, MLP, TRANSFORMER)
         if evidence.labels is not None:
             yield self.row(LABELS, from_labels(evidence.labels), note="never the first token")
             kinds = torch.stack([kind[mask] for kind in rehearsed.kinds()], dim=-1)  # (P, V, 2)
-            guesses = (torch.stack(evidence.kinds(), dim=-1) @ fit_weights(kinds, ids[mask])).argmax(-1)
+            cheap = fit_weights(kinds, ids[mask])
+            guesses = (torch.stack(evidence.kinds(), dim=-1) @ cheap).argmax(-1)
             yield self.row(JOINT, guesses, simpler)
             simpler = (*simpler, JOINT)
         knowledge, mechanism = self.knowledge, self.mechanism
         practice = make_target(knowledge, mechanism, rehearsal, mask, rehearsed)
-        weights = choose_weights(knowledge, mechanism, practice, ids, mask)
+        weights = choose_weights(knowledge, mechanism, practice, ids, mask, cheap)
         self.say("weights of state, prior, inverter, gradients: " + ", ".join(f"{w:.2f}" for w in weights.tolist()))
         target = make_target(knowledge, mechanism, self.sample.released, self.sample.mask, evidence)
         decoded = enumerate_tokens(knowledge, mechanism, target, weights, self.plan.search, self.deadline(1.0))
@@ -121,7 +122,8 @@ class Audit:
 
     def rehearsal(self, inverter: Inverter) -> tuple[Tensor, Evidence, Tensor, Tensor]:
         """Held-out public records as if released: states, evidence, and the truth about them (ids, mask)."""
-        texts = self.knowledge.held_out[:REHEARSED]
+        held_out = self.knowledge.held_out
+        texts = held_out[: max(HELD_OUT // 2, REHEARSED_TOKENS // held_out.ids.shape[1])]
         count = len(self.sample.gradients)
         released, gradients = rehearse(
             self.knowledge, texts, self.mechanism, self.gradient_mechanism, count, self.generator
@@ -156,8 +158,9 @@ def run_audit(
     """Attack ``observed`` with everything there is.
 
     ``model``: the public base, cut as the run was. ``mechanism`` and ``gradient_mechanism``: how activations and
-    gradients were released. ``public``: token ids (t,) of public records, unlike the private ones. ``say`` hears of
-    progress. Raises DataError when there is nothing to attack or too little public text.
+    gradients were released. ``public``: token ids (t,) of public records; best not what the base was trained on, or its
+    prior seems better than it is. ``say`` hears of progress. Raises DataError when there is nothing to attack or too
+    little public text.
     """
     if not observed:
         raise DataError("no releases were kept, so there is nothing to attack", "Let a run keep a sample of records.")

@@ -19,10 +19,14 @@ VOCAB, TIME = 400, 24
 
 @dataclass(frozen=True)
 class Text:
-    """Records of token ids: a few that are attacked, and public ones."""
+    """Records of token ids: a few that are attacked, public ones, and those that a base model was trained on.
+
+    The last two are apart: a prior that has seen the text it is weighed on seems better than it is.
+    """
 
     private: list[Tensor]
     public: list[Tensor]
+    base: list[Tensor]
 
 
 @dataclass(frozen=True)

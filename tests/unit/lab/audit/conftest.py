@@ -18,7 +18,7 @@ def text() -> Text:
     records = public_records(topics, tokenizer, TIME)
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(3)).tolist()
     mixed = [records[index] for index in order]
-    return Text(private=[*mixed[:5], mixed[5][: TIME // 2]], public=mixed[6:206])
+    return Text(private=[*mixed[:5], mixed[5][: TIME // 2]], public=mixed[6:206], base=mixed[206:])
 
 
 @pytest.fixture(scope="session")

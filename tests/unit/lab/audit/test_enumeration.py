@@ -91,7 +91,7 @@ def test_weights_are_tried_on_public_text(bench: Bench) -> None:
     released, gradients = rehearse(knowledge, texts, mechanism, None, 0, generator())
     evidence = collect(knowledge.model, untrained(knowledge, 0.025), released, texts.mask, gradients, None)
     target = make_target(knowledge, mechanism, released, texts.mask, evidence)
-    weights = choose_weights(knowledge, mechanism, target, texts.ids, texts.mask)
+    weights = choose_weights(knowledge, mechanism, target, texts.ids, texts.mask, torch.ones(1))
     assert weights.shape == (3,)
     assert float(weights[0]) > 0.2
 
