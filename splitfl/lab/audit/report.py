@@ -75,7 +75,7 @@ class AuditReport:
         yield self.statement
         yield f"{self.records} records, {self.tokens} tokens; 95 % intervals over records; {self.seconds:.0f} s"
         yield ""
-        yield f"{'attack':<34}{'tokens recovered':<24}{'ROUGE-L':<24}seconds"
+        yield f"{'attack':<38}{'tokens recovered':<24}{'ROUGE-L':<24}seconds"
         for row in self.attacks:
             yield line(row) + ("  (weaker than a simpler one: take the maximum)" if row.name in self.outdone else "")
         yield "without any release:"
@@ -92,4 +92,4 @@ class AuditReport:
 def line(row: Row) -> str:
     """A row of the table."""
     note = f"  ({row.note})" if row.note else ""
-    return f"{row.name:<34}{row.recovery!s:<24}{row.rouge_l!s:<24}{row.seconds:>7.1f}{note}"
+    return f"{row.name:<38}{row.recovery!s:<24}{row.rouge_l!s:<24}{row.seconds:>7.1f}{note}"
