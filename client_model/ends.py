@@ -65,6 +65,7 @@ class Ends:
         self.bottom_trains = bottom_trains(settings, cut)
         self.trunk_is_empty = len(cut.trunk(self.layers)) == 0
         self.trunk_left_out = False
+        self.head_name = f"{self.top.anatomy.head}.weight"
         self.needs_backward = trunk_needs_backward(settings, cut, self.layers)
         self.private_top: PrivateTop | None = None
         self.private_bottom: PrivateBottom | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from client_model.floor import Floor
-from client_model.keys import ClientKey, default_key, identity_of, open_key
+from client_model.keys import ClientKey, open_key
 from client_model.records import ClientData, Spend
 from client_model.store import ClientStore
 from splitfl.config import Federation
@@ -38,15 +38,9 @@ class Guard:
         self.seeded = noise_seed is not None
         self.noise = open_stream(seed=noise_seed, simulated=simulated)
         fresh = not (self.folder / "ledger.sqlite").exists()
-        self.identity = identity_of(self.folder)
-        path = default_key(self.identity) if key_file is None else key_file
-        self.key: ClientKey = open_key(path, may_create=fresh)
+        self.key: ClientKey = open_key(self.folder, key_file, may_create=fresh)
         self.ledger = Ledger(self.folder / "ledger.sqlite")
-        self.vault = Vault(self.folder / "releases.sqlite", self.secret("vault"))
-
-    def secret(self, purpose: str) -> bytes:
-        """32 bytes for one purpose in this federation alone, though another may share the key file."""
-        return self.key.derived(f"{self.identity} {purpose}")
+        self.vault = Vault(self.folder / "releases.sqlite", self.key.derived("vault"))
 
     def check_terms(self, terms: Terms, accept: Accept, floor: Floor) -> None:
         """Raise PrivacyError unless the terms were accepted, now or before, and are not below the client's floor."""
@@ -90,14 +84,14 @@ class Guard:
                 "Name another --state for a federation whose unit is the client.",
             )
         if policy.private:
-            data.name_records(self.secret("records"))
+            data.name_records(self.key.derived("records"))
         return Gate(
             policy,
             settings.wire.codec,
             self.ledger,
             self.vault,
             self.noise,
-            secret=self.secret("names"),
+            secret=self.key.derived("names"),
             context=context,
             bottom_trains=bottom_trains,
             audited=sample(data.train_keys, settings.privacy.audit_records),

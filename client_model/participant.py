@@ -156,6 +156,7 @@ class Participant:
         self.source: TensorSource = self._open_source()
         self._open_tally()
         self._open_gate()
+        self.store.save_federation(welcome.settings, (self.cut.n_bottom, self.cut.n_top))
         self.agreed = terms(welcome)
 
     def _checked_cut(self, cut: Cut) -> Cut:
@@ -228,7 +229,7 @@ class Participant:
     def _fingerprint(self) -> str:
         """Tells whether the data file is still the same, to whoever has the key alone."""
         assert self.guard is not None
-        return hmac.new(self.guard.secret("data file"), self.data.fingerprint.encode(), hashlib.sha256).hexdigest()
+        return hmac.new(self.guard.key.derived("data file"), self.data.fingerprint.encode(), hashlib.sha256).hexdigest()
 
     def _data_facts(self) -> dict[str, Any]:
         return {
@@ -258,6 +259,7 @@ class Participant:
         assert self.guard is not None
         self.notary = Notary(self.link, self.guard.ledger, self.name, welcome.signer)
         self.held_weights = ""
+        self.labels: set[int] = set()  # of this start, for the audit of the first update
         self.round = snapshot.round if snapshot else -1
         self.order: DataOrder = self.data.order(self.name, snapshot.cursor if snapshot else (0, 0))
         if snapshot is not None:
@@ -319,6 +321,7 @@ class Participant:
                 tokens += told(batches) if self.gate.policy.private else 0  # whether a step counted is its records' own
                 continue
             self.notary.mark()
+            self.labels |= {int(label) for batch in batches for label in batch.labels.flat}
             tokens, seen = tokens + told(batches), seen + loss.tokens
             rate = seen / max(1e-9, time.monotonic() - began)
             self._say("step", round=round_, step=step, loss=mean(loss), tokens_per_s=rate, **self._traffic())
@@ -330,6 +333,8 @@ class Participant:
         weights = self.ends.weights()
         shared = {name: weights[name] for name in self.ends.shared}
         digest = self._upload(self.gate.release_weights(round_, shared)) if shared else ""
+        if round_ == 0 and self.gate.keepsakes.chosen:
+            self.gate.keepsakes.keep_head(shared.get(self.ends.head_name), self.labels)
         self.notary.mark()
         answer = self.link.ask(Update(0, 0, round_, tokens, digest))
         if not isinstance(answer, RoundDurable):

@@ -162,6 +162,7 @@ class Trainer:
         done.add(ends.run_top(returned, run_bottom, lengths, labels, train=True))
         if returned.grad is None:
             return
+        self.gate.keep_returned(place.round, returned, records_of(batch))
         payload = self.gate.release(ReleaseKind.GRADIENT, place.round, returned.grad, records_of(batch))
         reply = self.link.request(Backward(0, 0, place.round, place.step, place.micro, payload))
         yield

@@ -22,7 +22,7 @@ from torch import Tensor
 from splitfl.codec.tensors import CodecName, by_record, check_finite, encode_tensor
 from splitfl.errors import PrivacyError
 from splitfl.privacy.budget import Budget
-from splitfl.privacy.keepsakes import Keepsakes
+from splitfl.privacy.keepsakes import RETURNED, Keepsakes
 from splitfl.privacy.ledger import EVERYTHING, Ledger, Row
 from splitfl.privacy.mechanism import Mechanism
 from splitfl.privacy.noise import NormalSource
@@ -184,6 +184,12 @@ class Gate:
             own = tensor[number : number + 1, : record.padded_length]
             sent[number, : record.padded_length] = mechanism(own, self.noise)[0]
         return sent
+
+    def keep_returned(self, round_: int, hidden: Tensor, records: Sequence[RecordRef]) -> None:
+        """Keep what the trunk returned (B, T, D) beside the gradients that answer it, for the audit: it knows it."""
+        if any(record.key in self.keepsakes.chosen for record in records):
+            pieces = by_record(encode_tensor(hidden, "fp32"))
+            self.keepsakes.keep(RETURNED, round_, zip([record.key for record in records], pieces, strict=True))
 
     def charge_dp_sgd(self, round_: int, records: Sequence[RecordRef], parts: int = 1) -> None:
         """Pay for a step of DP-SGD, before its noise is drawn: each part (top, bottom) has noise of its own.

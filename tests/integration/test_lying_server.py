@@ -128,8 +128,8 @@ def test_records_keep_their_budget_whatever_tokenizer_and_length(small_model: Pa
 
 def test_two_federations_with_one_key_file_name_a_record_differently(tmp_path: Path) -> None:
     first, second = (Guard(ClientStore(tmp_path / name), tmp_path / "key") for name in "ab")
-    assert first.secret("names") != second.secret("names")
-    assert first.secret("records") != second.secret("records")
+    assert first.key.derived("names") != second.key.derived("names")
+    assert first.key.derived("records") != second.key.derived("records")
 
 
 def test_another_countersigning_key_stops_a_private_client(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from splitfl.console import command, note, print_json
 def audit(
     state: Annotated[Path, typer.Option(help="The client's state folder, whose kept releases are attacked.")],
     model: Annotated[Path, typer.Option(help="Folder of the public base model, with its tokenizer.")],
+    data: Annotated[Path, typer.Option(help="The client's own text, to compare with: it stays here.")],
+    key: Annotated[Path | None, typer.Option(help="The client's key file, where join was given one.")] = None,
     public: Annotated[
         Path | None,
         typer.Option(help="Public text that the attacker learns from; the default is Python's help topics."),
@@ -29,11 +31,12 @@ def audit(
 ) -> None:
     """Attack what a run really released, as its server could: how much of the text comes back?"""
     with command(verbose=verbose):
-        from splitfl.lab.audit.command import Inputs, audit_state, exposures
+        from splitfl.lab.audit.command import Inputs, audit_state, exposures, remember
         from splitfl.lab.audit.picture import draw
 
-        inputs = Inputs(state, model, public, exported, canaries)
+        inputs = Inputs(state, model, data, key, public, exported, canaries)
         report = audit_state(inputs, seconds, seed, say=note)
+        remember(state, report)
         found = exposures(inputs, seed)
         if out is not None:
             draw(report, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,14 @@ import torch
 
 from client_model.records import open_tokenizer, pad_token
 from splitfl.errors import ConfigError, DataError
+from splitfl.files import write_file
 from splitfl.lab.audit.canaries import canary_exposure, texts_like
 from splitfl.lab.audit.kept import load_observed
 from splitfl.lab.audit.model import PublicModel, frozen
 from splitfl.lab.audit.report import AuditReport
 from splitfl.lab.audit.run import Plan, run_audit
 from splitfl.lab.audit.texts import public_records, public_texts
+from splitfl.privacy.ledger import Ledger
 from splitfl.split.checkpoint import CheckpointFolder
 from splitfl.split.segment import Piece
 
@@ -28,6 +31,8 @@ class Inputs:
 
     state: Path
     model: Path
+    data: Path
+    key: Path | None = None
     public: Path | None = None
     exported: Path | None = None
     canaries: Path | None = None
@@ -39,7 +44,7 @@ class Inputs:
 
 def audit_state(inputs: Inputs, seconds: float, seed: int, *, say: Callable[[str], None]) -> AuditReport:
     """Attack the kept releases of a state folder. Raises ConfigError, CheckpointError, DataError."""
-    kept = load_observed(inputs.state)
+    kept = load_observed(inputs.state, inputs.data, inputs.model, inputs.key)
     tokenizer = open_tokenizer(inputs.model)
     return run_audit(
         kept.observed,
@@ -53,6 +58,21 @@ def audit_state(inputs: Inputs, seconds: float, seed: int, *, say: Callable[[str
         plan=Plan(seconds=seconds),
         say=say,
     )
+
+
+def remember(state: Path, report: AuditReport) -> None:
+    """Leave the worst recovery where the client's own report finds it, with the ledger that it is about."""
+    ledger = Ledger(state / "ledger.sqlite")
+    worst = report.worst.recovery
+    facts = {
+        "recovery": worst.value,
+        "interval": [worst.low, worst.high],
+        "attack": report.worst.name,
+        "rows": ledger.count,
+        "head": ledger.head.hex(),
+    }
+    ledger.close()
+    write_file(state / "audit.json", json.dumps(facts, indent=2).encode())
 
 
 def exposures(inputs: Inputs, seed: int) -> dict[str, float]:
