@@ -127,6 +127,8 @@ class Coordinator:
         trunk = Trunk(settings, self.source, range(settings.bottoms[0], self.layers - settings.tops[0]), device)
         self.engine = Engine(trunk, settings)
         self._codec = ThreadPoolExecutor(max_workers=1, thread_name_prefix="codec")
+        # one thread: a ledger's states are written down in the order in which they came
+        self._notary = ThreadPoolExecutor(max_workers=1, thread_name_prefix="notary")
         self.incarnation = secrets.token_hex(8)
         self.rounds = Rounds(settings, self.source, store, self.engine, self.blobs, clock=clock, say=self._say)
         if resume:
@@ -250,7 +252,8 @@ class Coordinator:
 
     async def _countersign(self, member: Member, request: Countersign) -> Answer:
         mark = Mark(request.rows, request.head)
-        signature = await asyncio.to_thread(self.witness.countersign, member.name, mark)
+        loop = asyncio.get_running_loop()
+        signature = await loop.run_in_executor(self._notary, self.witness.countersign, member.name, mark)
         return Countersigned(request.seq, mark.count, mark.head, signature)
 
     async def _forward(self, member: Member, request: Forward) -> Answer:
@@ -367,6 +370,7 @@ class Coordinator:
         self.members.close()
         self.engine.close()
         self._codec.shutdown(wait=True, cancel_futures=True)
+        self._notary.shutdown(wait=True, cancel_futures=True)
 
     def _say(self, event: str, **facts: object) -> None:
         with contextlib.suppress(OSError):  # a full disk under the log, or nobody reads it: the federation goes on
