@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, NamedTuple
+
+
+ENDS_ONLY, TOP_ONLY = "ends_only", "top_only"  # what a client can do with the published model, alone
+
+
+def alone(kind: str, client: str) -> str:
+    """The name of what ``client`` trained alone."""
+    return f"{client}/{kind}"
 
 
 class Measured(NamedTuple):
@@ -29,8 +38,9 @@ def perplexity(loss: float) -> float:
 class DemoResult:
     """All figures of one demo.
 
-    ``held_out``: model -> client whose held-out notes it was measured on -> loss. Models are ``before``, ``federated``,
-    ``centralised``, and each client's name for the model that it would train alone. ``curves``: ``federated``,
+    ``held_out``: model -> client whose held-out notes it was measured on -> loss. Models are ``before``,
+    ``published``, ``federated``, ``centralised``, each client's name for the whole model that it would train alone, and
+    :func:`alone` of it for what it could do with the published one. ``curves``: ``federated``,
     ``local_only`` and ``centralised`` -> client -> held-out loss before the first round and after each, on
     ``curve_records`` records. ``reports``: what each client said at its end. ``parameters``: of ``bottom``, ``trunk``,
     ``top``. ``seconds``: of each stage.
@@ -58,6 +68,16 @@ class DemoResult:
         """The client whose own model does best on the union."""
         return min(self.clients, key=self.union)
 
+    def own_mean(self, kind: str) -> float:
+        """Mean over clients of the loss on their own held-out notes. ``kind``: ENDS_ONLY, TOP_ONLY or a model of all."""
+        each = kind in (ENDS_ONLY, TOP_ONLY)
+        return fmean(self.own(alone(kind, client) if each else kind, client) for client in self.clients)
+
+    @property
+    def splitting_pays(self) -> bool:
+        """Whether the federated model beats, on the clients' own held-out notes, what they could do alone."""
+        return self.own_mean("federated") < min(self.own_mean(ENDS_ONLY), self.own_mean(TOP_ONLY))
+
     @property
     def federated_wins(self) -> bool:
         """Whether the federated model beats every local-only one on the union."""
@@ -73,6 +93,8 @@ class DemoResult:
                     "local_only": self.own(client, client),
                     "federated": self.own("federated", client),
                     "centralised": self.own("centralised", client),
+                    ENDS_ONLY: self.own(alone(ENDS_ONLY, client), client),
+                    TOP_ONLY: self.own(alone(TOP_ONLY, client), client),
                 }
                 for client in self.clients
             },
@@ -81,6 +103,8 @@ class DemoResult:
                 "local_only": {client: self.union(client) for client in self.clients},
                 "federated": self.union("federated"),
                 "centralised": self.union("centralised"),
+                ENDS_ONLY: {client: self.union(alone(ENDS_ONLY, client)) for client in self.clients},
+                TOP_ONLY: {client: self.union(alone(TOP_ONLY, client)) for client in self.clients},
             },
             "bytes": {client: self.traffic(client) for client in self.clients},
             "peak_rss": dict(self.peak_rss),
@@ -88,6 +112,7 @@ class DemoResult:
                 "mode": privacy["mode"],
                 "statement": privacy["statement"],
                 "stayed": privacy["stayed"],
+                "parties": privacy["parties"],
                 "left": {client: self.reports[client]["privacy"]["left"] for client in self.clients},
             },
             "picture": picture,
