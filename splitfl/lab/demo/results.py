@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
-
 ENDS_ONLY, TOP_ONLY = "ends_only", "top_only"  # what a client can do with the published model, alone
 
 
@@ -43,7 +42,7 @@ class DemoResult:
     :func:`alone` of it for what it could do with the published one. ``curves``: ``federated``,
     ``local_only`` and ``centralised`` -> client -> held-out loss before the first round and after each, on
     ``curve_records`` records. ``reports``: what each client said at its end. ``parameters``: of ``bottom``, ``trunk``,
-    ``top``. ``seconds``: of each stage.
+    ``top``. ``adapted_steps``: of the publisher, beyond the base model's. ``seconds``: of each stage.
     """
 
     clients: tuple[str, ...]
@@ -54,6 +53,7 @@ class DemoResult:
     parameters: Mapping[str, int]
     seconds: Mapping[str, float]
     settings: Mapping[str, Any]
+    adapted_steps: int
 
     def own(self, model: str, client: str) -> float:
         """Loss of ``model`` on what ``client`` held out."""
@@ -69,7 +69,7 @@ class DemoResult:
         return min(self.clients, key=self.union)
 
     def own_mean(self, kind: str) -> float:
-        """Mean over clients of the loss on their own held-out notes. ``kind``: ENDS_ONLY, TOP_ONLY or a model of all."""
+        """Mean over clients of the loss on their own held-out notes. ``kind``: alone or for all."""
         each = kind in (ENDS_ONLY, TOP_ONLY)
         return fmean(self.own(alone(kind, client) if each else kind, client) for client in self.clients)
 
@@ -83,9 +83,15 @@ class DemoResult:
         """Whether the federated model beats every local-only one on the union."""
         return self.union("federated") < self.union(self.best_local_only)
 
+    @property
+    def stated_privacy(self) -> Mapping[str, Any]:
+        """The privacy section of the client whose activations tell most."""
+        sections: list[Mapping[str, Any]] = [self.reports[client]["privacy"] for client in self.clients]
+        return max(sections, key=lambda section: section["epsilon_activations"] or math.inf)
+
     def summary(self, picture: str) -> dict[str, Any]:
         """The object of ``splitfl demo --json``: losses in nats per token, everything else in bytes."""
-        privacy = self.reports[self.clients[0]]["privacy"]
+        privacy = self.stated_privacy
         return {
             "clients": {
                 client: {

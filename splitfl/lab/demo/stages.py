@@ -57,11 +57,15 @@ class Demo:
         self._make_folder()
         with self._stage("notes", f"Writing notes: {self.scale.notes:,} for each of {', '.join(CLIENTS)}"):
             self._write_notes()
-        with self._stage("base model", f"Base model and its narrow release, from {self.scale.public_notes:,} public notes"):
+        with self._stage(
+            "base model", f"Base model and its narrow release, from {self.scale.public_notes:,} public notes"
+        ):
             self._make_base()
         with self._stage("federation", "Federation: a trunk service and three clients, four processes, TLS"):
             self._federate()
-        with self._stage("baselines", "Baselines: each client alone in three ways, and all notes in one place; measuring"):
+        with self._stage(
+            "baselines", "Baselines: each client alone in three ways, and all notes in one place; measuring"
+        ):
             self._train_baselines()
         return DemoResult(
             clients=CLIENTS,
@@ -72,6 +76,7 @@ class Demo:
             parameters=self.parameters,
             seconds=self.seconds,
             settings=self.scale.federation(self.seed).model_dump(mode="json"),
+            adapted_steps=self.scale.ends_steps + self.scale.adapt_steps,
         )
 
     @contextmanager
