@@ -59,7 +59,7 @@ def test_demo_measures_every_model_on_every_set(finished: tuple[DemoResult, Path
     summary = result.summary(str(folder / "picture.png"))
     assert set(summary) == {"clients", "union", "bytes", "peak_rss", "privacy", "picture"}
     each = {"local_only", "ends_only", "top_only"}
-    kinds = {"before", "federated", "centralised", *each}
+    kinds = {"before", "federated", "merged_ends", "centralised", *each}
     assert {client: set(of) for client, of in summary["clients"].items()} == dict.fromkeys(CLIENTS, kinds)
     assert set(summary["union"]) == kinds
     assert all(set(summary["union"][kind]) == set(CLIENTS) for kind in each)

@@ -1,13 +1,13 @@
-"""What a client can do alone with the published model, its top alone trained: the leak of a federation must be earned.
+"""What can be had from the published model without a federation's leak, which must be earned. Tops alone train.
 
 *Ends-only*: bottom and top without the trunk; nothing is released. *Top-only*: trunk and release as in the federation,
-but nobody merges. Both get that client's records, order, steps and schedule.
+but nobody merges. *Ends-only, merged*: tops are averaged after every round, and that is all that leaves. Each client
+gets its records, order, steps and schedule of the federation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import count, islice
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,10 +16,14 @@ from client_model.ends import trainable
 from client_model.records import ClientData
 from splitfl.config import Federation
 from splitfl.data.packing import Batch
-from splitfl.lab.adapt import NarrowModel, Release, clip_tokens, public_release, train
+from splitfl.federation.schedule import learning_rate
+from splitfl.federation.strategies import Contribution, FedAvg
+from splitfl.lab.adapt import NarrowModel, Release, clip_tokens, public_release
 from splitfl.lab.whole import local_steps
 from splitfl.split.loss import HeadLoss
+from splitfl.split.modes import optimizer_spec
 from splitfl.split.narrow import NarrowSpec, load_release
+from splitfl.split.optimizer import PartOptimizer
 
 LossOf = Callable[[Batch], HeadLoss]
 Say = Callable[[int, HeadLoss], None]  # step, and its loss
@@ -33,25 +37,41 @@ def open_narrow(folder: Path, settings: Federation, device: torch.device) -> Nar
     return model
 
 
-def train_top(model: NarrowModel, loss_of: LossOf, data: ClientData, client: str, say: Say) -> None:
-    """The client's steps of all rounds, on its schedule. Raises NumericalError."""
-    settings, numbers = model.settings, count()
+class TopTrainer:
+    """Trains a model's top as ``client`` does in the federation; ``say`` hears of every step."""
 
-    def heard(batch: Batch) -> HeadLoss:
-        loss = loss_of(batch)
-        say(next(numbers), loss)
-        return loss
+    def __init__(self, model: NarrowModel, loss_of: LossOf, data: ClientData, client: str, say: Say) -> None:
+        self.settings, self.loss_of, self.say = model.settings, loss_of, say
+        self.optimizer = PartOptimizer(trainable(model.top), optimizer_spec(model.settings))
+        self.draw = local_steps(data, client)
 
-    steps = settings.rounds.count * settings.rounds.local_steps
-    train(heard, [trainable(model.top)], settings, islice(whole_steps(data, client), steps), lambda *_: None)
+    def train_round(self, round_: int) -> int:
+        """One round's steps; returns the label tokens they saw."""
+        seen, length = 0, self.settings.rounds.local_steps
+        for step in range(length):
+            losses = [self.loss_of(batch) for batch in self.draw()]
+            loss = total(losses)
+            self.optimizer.step(learning_rate(self.settings, round_, step), lambda _, tokens=loss.tokens: tokens)
+            self.say(round_ * length + step, loss)
+            seen += loss.tokens
+        return seen
 
 
-def whole_steps(data: ClientData, client: str) -> Iterator[Batch]:
-    """The batches that ``client`` trains on in the federation, for ever. A step must be one micro-batch."""
-    draw = local_steps(data, client)
-    while True:
-        (batch,) = draw()
-        yield batch
+def train_together(trainers: Sequence[TopTrainer]) -> None:
+    """All rounds; after each, the tops become their average."""
+    for round_ in range(trainers[0].settings.rounds.count):
+        tokens = [trainer.train_round(round_) for trainer in trainers]
+        merge_tops([trainer.optimizer.named for trainer in trainers], tokens)
+
+
+@torch.no_grad()
+def merge_tops(tops: Sequence[dict[str, torch.nn.Parameter]], tokens: Sequence[int]) -> None:
+    """Overwrite each weight of all tops with its average over them."""
+    for name, first in tops[0].items():
+        parts = [Contribution(top[name].cpu(), seen) for top, seen in zip(tops, tokens, strict=True)]
+        merged = FedAvg().merge(name, first.cpu(), parts)
+        for top in tops:
+            top[name].copy_(merged)
 
 
 def through_noise(model: NarrowModel, seed: int) -> LossOf:
@@ -80,5 +100,9 @@ def release_of(batch: Batch, spec: NarrowSpec, length: int) -> Release:
 @torch.no_grad()
 def measure(loss_of: LossOf, batches: Iterable[Batch]) -> HeadLoss:
     """Summed loss without training."""
-    losses = [loss_of(batch) for batch in batches]
+    return total([loss_of(batch) for batch in batches])
+
+
+def total(losses: Sequence[HeadLoss]) -> HeadLoss:
+    """Losses and tokens added up."""
     return HeadLoss(sum(loss.total for loss in losses), sum(loss.tokens for loss in losses))

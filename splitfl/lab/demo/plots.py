@@ -13,15 +13,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from splitfl.errors import StorageError
-from splitfl.lab.demo.results import ENDS_ONLY, TOP_ONLY, DemoResult, alone
+from splitfl.lab.demo.results import ENDS_ONLY, MERGED_ENDS, TOP_ONLY, DemoResult, alone
 
 GREY, ORANGE, BLUE, GREEN = "#8C8C8C", "#E69F00", "#0072B2", "#009E73"
-YELLOW, SKY = "#F0E442", "#56B4E9"
+YELLOW, SKY, PURPLE = "#F0E442", "#56B4E9", "#CC79A7"
 STYLES: dict[str, dict[str, Any]] = {
     "before": {"label": "before", "color": GREY},
     "local_only": {"label": "local-only", "color": ORANGE, "marker": "s"},
     ENDS_ONLY: {"label": "ends-only", "color": YELLOW},
     TOP_ONLY: {"label": "top-only", "color": SKY},
+    MERGED_ENDS: {"label": "merged ends", "color": PURPLE},
     "federated": {"label": "federated", "color": BLUE, "marker": "o"},
     "centralised": {"label": "centralised", "color": GREEN, "marker": "^"},
 }
@@ -33,7 +34,7 @@ def draw(result: DemoResult, path: Path) -> None:
     """Write the picture as a PNG. Raises StorageError."""
     figure = Figure(figsize=(13, 9), layout="constrained", facecolor="white")
     figure.suptitle(
-        "Three hospitals train one model, privacy measured: federated, and its alternatives",
+        "Three hospitals train one model, privacy mode measured: federated, and its alternatives",
         fontsize=15,
         fontweight="bold",
     )
@@ -67,24 +68,24 @@ def draw_curves(result: DemoResult, panels: Any) -> None:
 
 def draw_own(result: DemoResult, panel: Axes) -> None:
     """Bars by client: every model on that client's own held-out notes."""
-    width = 0.14
+    width = 0.125
     for number, (kind, style) in enumerate(STYLES.items()):
         losses = [result.own(model_of(kind, client), client) for client in result.clients]
         places = [group + (number - (len(STYLES) - 1) / 2) * width for group in range(len(losses))]
         bars = panel.bar(places, losses, width * 0.92, color=style["color"], label=style["label"])
-        panel.bar_label(bars, fmt="%.2f", fontsize=7.5, padding=2)
+        panel.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
     panel.set_xticks(range(len(result.clients)), result.clients)
     panel.set_title("Each client's own held-out notes, all of them, after the last round", fontsize=11)
     panel.set_ylabel(UNITS)
     panel.margins(y=0.12)
-    panel.legend(frameon=False, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.1), handlelength=1.2, fontsize=9)
+    panel.legend(frameon=False, ncols=7, loc="upper center", bbox_to_anchor=(0.5, -0.1), handlelength=1.2, fontsize=9)
     tidy(panel, grid="y")
 
 
 def draw_union(result: DemoResult, panel: Axes) -> None:
     """Bars by model: on the held-out notes of all clients together."""
     each = [(kind, client) for kind in ("local_only", ENDS_ONLY, TOP_ONLY) for client in result.clients]
-    shown = [("before", ""), *each, ("federated", ""), ("centralised", "")]
+    shown = [("before", ""), *each, (MERGED_ENDS, ""), ("federated", ""), ("centralised", "")]
     names = [", ".join(filter(None, (client, STYLES[kind]["label"]))) for kind, client in shown]
     colours = [STYLES[kind]["color"] for kind, _ in shown]
     losses = [result.union(model_of(kind, client)) for kind, client in shown]

@@ -12,22 +12,23 @@ from rich.console import Console
 from rich.table import Table
 
 from splitfl.files import write_file
-from splitfl.lab.demo.results import ENDS_ONLY, TOP_ONLY, DemoResult, alone, perplexity
+from splitfl.lab.demo.results import ENDS_ONLY, MERGED_ENDS, TOP_ONLY, DemoResult, alone, perplexity
 
 PLAIN_WIDTH = 118  # columns, where there is no terminal to ask
 
 LOSSES = (
-    "Loss in nats per token, and perplexity in brackets, on notes that nobody trained on. local-only: the whole model "
+    "Loss in nats per token on notes that nobody trained on. local-only: the whole model "
     "on that client's notes alone, with that client's steps. centralised: all notes together, the same tokens in all. "
     "One learning rate for all, tuned for none; embedding and first block are frozen in all."
 )
 ALONE = (
     "What a client can do with the published model alone, its top trained with its own steps. ends-only: without the "
     "trunk, so nothing leaves. top-only: with the trunk, each record released once through the noise: the federation "
-    "without merging."
+    "without merging. merged ends: ends-only, with the tops averaged after every round: the federation without any "
+    "activation leaving."
 )
 ADAPTED = (
-    "federated and top-only are measured as they are used: through the release, with fresh noise. These and ends-only "
+    "federated and top-only are measured as they are used: through the release, with fresh noise. They and all ends "
     "began with the published model, which had {steps} more steps on the public notes than the base model; before, "
     "local-only and centralised had no such help. The exported folder opens anywhere, but without its release "
     "(release.json, release.safetensors) it is a worse model than measured here."
@@ -47,11 +48,12 @@ class Section:
 
 def verdict(result: DemoResult) -> str:
     """The report's first line: whether the leak was earned."""
-    losses = {kind: result.own_mean(kind) for kind in ("federated", ENDS_ONLY, TOP_ONLY)}
+    losses = {kind: result.own_mean(kind) for kind in ("federated", ENDS_ONLY, TOP_ONLY, MERGED_ENDS)}
     said = "Splitting paid off" if result.splitting_pays else "Splitting did NOT pay off"
     return (
         f"{said}: on the clients' own held-out notes the federated model has {losses['federated']:.3f} nats per token "
-        f"on average, ends-only {losses[ENDS_ONLY]:.3f}, top-only {losses[TOP_ONLY]:.3f}."
+        f"on average, ends-only {losses[ENDS_ONLY]:.3f}, top-only {losses[TOP_ONLY]:.3f}, merged ends "
+        f"{losses[MERGED_ENDS]:.3f}."
     )
 
 
@@ -63,10 +65,11 @@ def sections(result: DemoResult) -> list[Section]:
 
 def held_out(result: DemoResult) -> Section:
     def models(client: str) -> tuple[str, ...]:
-        return "before", client, alone(ENDS_ONLY, client), alone(TOP_ONLY, client), "federated", "centralised"
+        own = (alone(ENDS_ONLY, client), alone(TOP_ONLY, client))
+        return "before", client, *own, MERGED_ENDS, "federated", "centralised"
 
     rows = tuple(
-        (client, *(figure(result.own(model, client)) for model in models(client))) for client in result.clients
+        (client, *(f"{result.own(model, client):.3f}" for model in models(client))) for client in result.clients
     )
     notes = [LOSSES, ALONE, ADAPTED.format(steps=result.adapted_steps)]
     if all(result.own(client, client) < result.own("federated", client) for client in result.clients):
@@ -74,8 +77,8 @@ def held_out(result: DemoResult) -> Section:
             "On its own notes each client's own whole model is ahead: it spends all of its steps on one specialty. "
             "What it knows of the others' the next table says."
         )
-    columns = ("its own notes", "before", "local-only", "ends-only", "top-only", "federated", "centralised")
-    return Section("Held-out loss of each client", columns, rows, tuple(notes))
+    models_shown = ("before", "local-only", "ends-only", "top-only", "merged ends", "federated", "centralised")
+    return Section("Held-out loss of each client", ("its own notes", *models_shown), rows, tuple(notes))
 
 
 def on_the_union(result: DemoResult) -> Section:
@@ -83,13 +86,16 @@ def on_the_union(result: DemoResult) -> Section:
     rows += [(f"{client}, local-only", figure(result.union(client))) for client in result.clients]
     for kind, name in ((ENDS_ONLY, "ends-only"), (TOP_ONLY, "top-only")):
         rows += [(f"{client}, {name}", figure(result.union(alone(kind, client)))) for client in result.clients]
+    rows.append(("merged ends", figure(result.union(MERGED_ENDS))))
     rows += [(model, figure(result.union(model))) for model in ("federated", "centralised")]
+    gain = result.union(MERGED_ENDS) - result.union("federated")
     best = result.best_local_only
     beats = "beats every local-only model" if result.federated_wins else "does NOT beat every local-only model"
     notes = (
         f"The federated model {beats} on the union: {result.union('federated'):.3f} nats per token, "
         f"against {result.union(best):.3f} for the best of them ({best}).",
-        "published: what the federation, ends-only and top-only began with.",
+        f"Merging the tops alone gives {result.union(MERGED_ENDS):.3f}, and no activation leaves: the activations are "
+        f"worth {gain:+.3f} nats per token.",
     )
     return Section("Held-out notes of all three together", ("model", "loss (perplexity)"), tuple(rows), notes)
 

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 ENDS_ONLY, TOP_ONLY = "ends_only", "top_only"  # what a client can do with the published model, alone
+MERGED_ENDS = "merged_ends"  # what merging gives by itself: no record leaves, tops do
 
 
 def alone(kind: str, client: str) -> str:
@@ -38,7 +39,8 @@ class DemoResult:
     """All figures of one demo.
 
     ``held_out``: model -> client whose held-out notes it was measured on -> loss. Models are ``before``,
-    ``published``, ``federated``, ``centralised``, each client's name for the whole model that it would train alone, and
+    ``published``, ``federated``, ``merged_ends``, ``centralised``, each client's name for the whole model that it would
+    train alone, and
     :func:`alone` of it for what it could do with the published one. ``curves``: ``federated``,
     ``local_only`` and ``centralised`` -> client -> held-out loss before the first round and after each, on
     ``curve_records`` records. ``reports``: what each client said at its end. ``parameters``: of ``bottom``, ``trunk``,
@@ -75,8 +77,8 @@ class DemoResult:
 
     @property
     def splitting_pays(self) -> bool:
-        """Whether the federated model beats, on the clients' own held-out notes, what they could do alone."""
-        return self.own_mean("federated") < min(self.own_mean(ENDS_ONLY), self.own_mean(TOP_ONLY))
+        """Whether the federated model beats, on the clients' own held-out notes, all that leaks less."""
+        return self.own_mean("federated") < min(map(self.own_mean, (ENDS_ONLY, TOP_ONLY, MERGED_ENDS)))
 
     @property
     def federated_wins(self) -> bool:
@@ -101,6 +103,7 @@ class DemoResult:
                     "centralised": self.own("centralised", client),
                     ENDS_ONLY: self.own(alone(ENDS_ONLY, client), client),
                     TOP_ONLY: self.own(alone(TOP_ONLY, client), client),
+                    MERGED_ENDS: self.own(MERGED_ENDS, client),
                 }
                 for client in self.clients
             },
@@ -111,6 +114,7 @@ class DemoResult:
                 "centralised": self.union("centralised"),
                 ENDS_ONLY: {client: self.union(alone(ENDS_ONLY, client)) for client in self.clients},
                 TOP_ONLY: {client: self.union(alone(TOP_ONLY, client)) for client in self.clients},
+                MERGED_ENDS: self.union(MERGED_ENDS),
             },
             "bytes": {client: self.traffic(client) for client in self.clients},
             "peak_rss": dict(self.peak_rss),

@@ -18,14 +18,14 @@ from server_model.invitations import invite
 from splitfl.data.notes import write_notes
 from splitfl.errors import ConfigError, StorageError
 from splitfl.lab.demo.children import Children, Event
-from splitfl.lab.demo.results import ENDS_ONLY, TOP_ONLY, DemoResult, Measured, alone
+from splitfl.lab.demo.results import ENDS_ONLY, MERGED_ENDS, TOP_ONLY, DemoResult, Measured, alone
 from splitfl.lab.demo.scale import CLIENTS, PUBLIC, DemoFolder, DemoScale
 from splitfl.lab.demo.views import FederationView, Screen, TrainingView, View
 
 INVITATION_S = 3600.0
 COMMAND, WORKER = "splitfl.cli", "splitfl.lab.demo.worker"
 TRUNK = "trunk"
-WAYS = {ENDS_ONLY: "ends-only", TOP_ONLY: "top-only"}
+WAYS = {ENDS_ONLY: "ends-only", TOP_ONLY: "top-only", MERGED_ENDS: "merged ends"}
 
 
 def usable_cores() -> int:
@@ -137,7 +137,7 @@ class Demo:
         labels |= {alone(kind, name): f"{name}, {WAYS[kind]}" for name in CLIENTS for kind in WAYS}
         steps = dict.fromkeys(labels, self.scale.rounds * self.scale.local_steps)
         with self._children() as children:
-            for task in ("centralised", "local-only", "alone"):
+            for task in ("centralised", "local-only", "alone", "merged"):
                 self._start_worker(children, task, max(1, self.cores // 2))
             self._follow(children, TrainingView(labels, steps, lines=4))
 

@@ -1,10 +1,10 @@
 """The demo's training without a federation: ``python -m splitfl.lab.demo.worker TASK FOLDER THREADS DEVICE``.
 
 ``base`` trains the base model and adapts it to a narrow release: what the server publishes. ``local-only`` and
-``centralised`` are the whole-model baselines, from the base model on; ``alone`` trains each client's top from the
-published model on. All have the federation's steps, schedule and freezing. Each prints JSON events; all held-out losses
-that the report states come from here: every held-out record of every client, the published and the federated model
-through their release, with fresh noise.
+``centralised`` are the whole-model baselines, from the base model on; ``alone`` and ``merged`` train the clients' tops
+without a federation, from the published model on. All have the federation's steps, schedule and freezing. Each prints
+JSON events; all held-out losses that the report states come from here, over every held-out record of every client; what
+has a release is measured through it, with fresh noise.
 """
 
 from __future__ import annotations
@@ -25,8 +25,16 @@ from splitfl.cut import Cut
 from splitfl.data.packing import Batch
 from splitfl.data.readers import open_corpus
 from splitfl.lab.adapt import CARD, Adaptation, adapt, narrow_model, open_public
-from splitfl.lab.demo.alone import LossOf, measure, open_narrow, released_once, through_noise, train_top
-from splitfl.lab.demo.results import ENDS_ONLY, TOP_ONLY, alone
+from splitfl.lab.demo.alone import (
+    LossOf,
+    TopTrainer,
+    measure,
+    open_narrow,
+    released_once,
+    through_noise,
+    train_together,
+)
+from splitfl.lab.demo.results import ENDS_ONLY, MERGED_ENDS, TOP_ONLY, alone
 from splitfl.lab.demo.scale import CLIENTS, CUT, PUBLIC, DemoFolder, DemoScale
 from splitfl.lab.whole import WholeModel, central_steps, local_steps, train_like_federation
 from splitfl.split.checkpoint import CheckpointFolder
@@ -171,8 +179,21 @@ def train_alone(folder: DemoFolder, scale: DemoScale, seed: int, device: torch.d
         for kind in (ENDS_ONLY, TOP_ONLY):
             name, model = alone(kind, client), open_narrow(folder.published, bench.settings, device)
             ends = kind == ENDS_ONLY
-            train_top(model, model.ends_loss if ends else released_once(model), data, client, StepEvents(name))
+            loss_of = model.ends_loss if ends else released_once(model)
+            train_together([TopTrainer(model, loss_of, data, client, StepEvents(name))])
             bench.measure(name, model.ends_loss if ends else through_noise(model, seed))
+
+
+def train_merged(folder: DemoFolder, scale: DemoScale, seed: int, device: torch.device) -> None:
+    """All clients' tops without the trunk, averaged after every round."""
+    bench = Bench(folder, scale, seed, device)
+    models = {client: open_narrow(folder.published, bench.settings, device) for client in CLIENTS}
+    trainers = [
+        TopTrainer(model, model.ends_loss, bench.data[client], client, StepEvents(alone(MERGED_ENDS, client)))
+        for client, model in models.items()
+    ]
+    train_together(trainers)
+    bench.measure(MERGED_ENDS, models[CLIENTS[0]].ends_loss)
 
 
 def without_training(model: WholeModel) -> LossOf:
@@ -219,6 +240,7 @@ TASKS = {
     "local-only": train_local_only,
     "centralised": train_centralised,
     "alone": train_alone,
+    "merged": train_merged,
 }
 
 
