@@ -18,7 +18,7 @@ from splitfl.config import Federation
 from splitfl.data.packing import Batch
 from splitfl.federation.schedule import learning_rate
 from splitfl.federation.strategies import Contribution, FedAvg
-from splitfl.lab.adapt import NarrowModel, Release, clip_tokens, public_release
+from splitfl.lab.adapt import NarrowModel, Release, clip_tokens, constantly, public_release
 from splitfl.lab.whole import local_steps
 from splitfl.split.loss import HeadLoss
 from splitfl.split.modes import optimizer_spec
@@ -51,7 +51,7 @@ class TopTrainer:
         for step in range(length):
             losses = [self.loss_of(batch) for batch in self.draw()]
             loss = total(losses)
-            self.optimizer.step(learning_rate(self.settings, round_, step), lambda _, tokens=loss.tokens: tokens)
+            self.optimizer.step(learning_rate(self.settings, round_, step), constantly(loss.tokens))
             self.say(round_ * length + step, loss)
             seen += loss.tokens
         return seen
