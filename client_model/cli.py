@@ -15,6 +15,7 @@ from urllib.parse import SplitResult, urlsplit
 import typer
 from pydantic import TypeAdapter, ValidationError
 
+from client_model.floor import Floor
 from splitfl.channel.joining import JoinString
 from splitfl.console import command, is_loopback, note, print_json, require_loopback
 from splitfl.cut import Cut
@@ -93,7 +94,7 @@ def join(
             participant = prepare(name, data, folder, cache, device, threads)
             participant.skip_bad, participant.local_model, participant.plan = skip_bad, model, parse_plan(plan)
             participant.accept, participant.key_file = Consent(accept, as_json=as_json), key
-            participant.floor = parse_floor(privacy)
+            participant.floor = Floor.parse(privacy)
             participant.report = EventPrinter(as_json=as_json)
             run(participant, url, cut, patience, as_json=as_json, invited=invited)
 
@@ -156,13 +157,6 @@ def default_state(url: str, name: str) -> Path:
 
 def parse_plan(plan: str) -> Cut | None:
     return None if plan == "auto" else Cut.parse(plan)
-
-
-def parse_floor(mode: str) -> str:
-    """A privacy mode. Raises ConfigError."""
-    if mode not in ("off", "measured", "certified"):
-        raise ConfigError(f"{mode!r} is no privacy mode", "Use --privacy off, measured or certified.")
-    return mode
 
 
 class Consent:
@@ -314,6 +308,8 @@ def describe(event: str, facts: dict[str, Any]) -> str:
             return f"privacy: {facts['mode']}. {facts['statement']}"
         case "ledger_went_back":
             return f"this client's ledger has {facts['rows']} rows, the server countersigned {facts['countersigned']}"
+        case "baselines":
+            return "training what this client would have reached without the trunk, to compare with"
         case "data_changed":
             return "the data file has changed since this client began; going on with what is there now"
         case "waiting":
@@ -346,6 +342,7 @@ def print_report(report: dict[str, Any]) -> None:
     losses = report["held_out_losses"]
     rounds = f"part in {report['rounds_taken']} of {report['rounds']} rounds"
     lines = [f"{report['client']} in {report['federation']}: {rounds}, {report['seconds']:.0f} s"]
+    lines = [*not_earned(report["baselines"]), *lines, *beside(report["baselines"])]
     if losses:
         first, last = (f"{entry['loss']:.3f} after {entry['round']} rounds" for entry in (losses[0], losses[-1]))
         lines.append(f"  held-out loss: {first}, {last} (nats per token)")
@@ -362,6 +359,22 @@ def print_report(report: dict[str, Any]) -> None:
     lines += [f"  {line}" for line in privacy_lines(report["privacy"])]
     lines.append(f"  trained ends: {report['weights']}")
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def not_earned(baselines: dict[str, Any] | None) -> list[str]:
+    """The first line of a report when splitting gave this client nothing for what it let out."""
+    if baselines is None or baselines["earned"]:
+        return []
+    return ["Splitting did NOT pay for this client: without the trunk's help, or alone, it would have done as well."]
+
+
+def beside(baselines: dict[str, Any] | None) -> list[str]:
+    """The federated result beside what the client would have reached without it."""
+    if baselines is None:
+        return []
+    said = {"federated": baselines["federated"], "ends-only": baselines["ends_only"], "top-only": baselines["top_only"]}
+    figures = [f"{name} {loss:.3f}" if loss is not None else f"{name} not measured" for name, loss in said.items()]
+    return [f"  on this client's held-out records: {', '.join(figures)} (nats per token)"]
 
 
 def privacy_lines(privacy: dict[str, Any]) -> list[str]:

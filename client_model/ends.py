@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from splitfl.config import Federation
 from splitfl.cut import Cut
+from splitfl.errors import ProtocolError
 from splitfl.privacy.noise import NormalSource
 from splitfl.privacy.policy import DpSgd
 from splitfl.split.checkpoint import TensorSource, load_segment
@@ -43,6 +44,7 @@ class Ends:
         self.cut = cut
         self.device = device
         self.layers: int = source.config.num_hidden_layers
+        self.width: int = source.config.hidden_size
         policy = training_policy(settings, self.layers, device)
         spec = optimizer_spec(settings)
         if dp_sgd is not None:  # per-record norms need fp32; clipping the noised sum would scale by its noise
@@ -62,6 +64,8 @@ class Ends:
         self.narrow = None if narrow is None else narrow.to(device)  # the publisher's, frozen
         self.bottom_trains = bottom_trains(settings, cut)
         self.trunk_is_empty = len(cut.trunk(self.layers)) == 0
+        self.trunk_left_out = False
+        self.head_name = f"{self.top.anatomy.head}.weight"
         self.needs_backward = trunk_needs_backward(settings, cut, self.layers)
         self.private_top: PrivateTop | None = None
         self.private_bottom: PrivateBottom | None = None
@@ -70,6 +74,10 @@ class Ends:
 
             self.private_top = PrivateTop(self.top, dp_sgd, noise)
             self.private_bottom = PrivateBottom(self.bottom, dp_sgd, noise)
+
+    def leave_trunk_out(self) -> None:
+        """From now on the ends are a small model of their own: what the bottom gives goes straight into the top."""
+        self.trunk_is_empty = self.trunk_left_out = True
 
     def run_bottom(self, input_ids: Tensor, lengths: Tensor | None, *, train: bool) -> Tensor:
         """Token ids (B, T) -> hidden states (B, T, D) at the trunk's input.
@@ -98,15 +106,22 @@ class Ends:
         weights, and in ``hidden`` where it asks for one.
         """
         with torch.set_grad_enabled(train), arithmetic(self.settings, self.device):
-            mixed = hidden if self.narrow is None else self.narrow.skip(own(), hidden).float()
+            mixed = hidden if self.narrow is None else self._mixed(own(), hidden)
         if train and self.private_top is not None:
             loss, gradient = self.private_top.backward(mixed, lengths, labels)
             if mixed.requires_grad:
-                mixed.backward(gradient)
+                torch.autograd.backward(mixed, gradient)
             return loss
         with torch.set_grad_enabled(train), arithmetic(self.settings, self.device):
             final = self.top(mixed, lengths)
             return head_loss(self.top, final, labels, train=train)
+
+    def _mixed(self, own: Tensor, from_trunk: Tensor) -> Tensor:
+        """What a narrow release's local skip makes of both states; a trunk that is left out is silent."""
+        assert self.narrow is not None
+        heard = torch.zeros_like(from_trunk) if self.trunk_left_out else from_trunk
+        mixed: Tensor = self.narrow.skip(own, heard)
+        return mixed.float()
 
     def backward_bottom(self, hidden: Tensor, gradient: Tensor, input_ids: Tensor, lengths: Tensor | None) -> None:
         """Take the gradient (B, T, D) at the trunk's input into the bottom's weights."""
@@ -141,11 +156,13 @@ class Ends:
         return {name: weight.detach().cpu() for name, weight in named.items()}
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite those trained weights that ``tensors`` names."""
+        """Overwrite those trained weights that ``tensors`` names. Raises ProtocolError for one that does not fit."""
         named = self.bottom_optimizer.named | self.top_optimizer.named
         with torch.no_grad():
             for name, weight in named.items():
                 if name in tensors:
+                    if tensors[name].shape != weight.shape:
+                        raise ProtocolError(f"weight {name!r} has another shape here", "Do not trust this server.")
                     weight.copy_(tensors[name])
 
     def optimizer_tensors(self) -> dict[str, Tensor]:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from client_model.keys import ClientKey, default_key, open_key
+from client_model.floor import Floor
+from client_model.keys import ClientKey, open_key
 from client_model.records import ClientData, Spend
 from client_model.store import ClientStore
 from splitfl.config import Federation
 from splitfl.errors import PrivacyError
 from splitfl.federation.agreement import SHORT, Terms
+from splitfl.files import write_file
 from splitfl.privacy.gate import Gate, RecordRef
 from splitfl.privacy.keepsakes import sample
 from splitfl.privacy.ledger import Ledger
@@ -23,7 +25,6 @@ from splitfl.privacy.vault import Vault
 from splitfl.privacy.witness import Mark, check_not_older
 
 Accept = Callable[[Terms], bool]  # shows the terms to whoever decides
-MODES = ("off", "measured", "certified")  # weakest first
 
 
 class Guard:
@@ -37,19 +38,13 @@ class Guard:
         self.seeded = noise_seed is not None
         self.noise = open_stream(seed=noise_seed, simulated=simulated)
         fresh = not (self.folder / "ledger.sqlite").exists()
-        path = default_key(self.folder) if key_file is None else key_file
-        self.key: ClientKey = open_key(path, may_create=fresh)
+        self.key: ClientKey = open_key(self.folder, key_file, may_create=fresh)
         self.ledger = Ledger(self.folder / "ledger.sqlite")
         self.vault = Vault(self.folder / "releases.sqlite", self.key.derived("vault"))
 
-    def check_terms(self, terms: Terms, accept: Accept, floor: str) -> None:
+    def check_terms(self, terms: Terms, accept: Accept, floor: Floor) -> None:
         """Raise PrivacyError unless the terms were accepted, now or before, and are not below the client's floor."""
-        mode = terms.settings.privacy.mode
-        if MODES.index(mode) < MODES.index(floor):
-            raise PrivacyError(
-                f'this federation\'s privacy mode is "{mode}", and this client wants "{floor}" at least',
-                "Ask the operator to change privacy.mode, or lower --privacy.",
-            )
+        floor.check(terms.settings)
         digest = bytes.fromhex(terms.sha256)
         if self.ledger.accepted(digest):
             return
@@ -59,6 +54,17 @@ class Guard:
                 f"Read them above; to accept, add --accept {terms.sha256[:SHORT]}.",
             )
         self.ledger.accept(digest)
+
+    def check_signer(self, signer: str, *, private: bool) -> None:
+        """Remember who countersigns. Raises PrivacyError when it is another one, which knows of no earlier row."""
+        path = self.folder / "countersigner"
+        if not path.exists() or not private:
+            write_file(path, signer.encode())
+        elif path.read_text() != signer:
+            raise PrivacyError(
+                "this server countersigns with another key than before, so it cannot know what left until now",
+                "Ask its operator to put back STATE/ledgers; for another federation name another --state.",
+            )
 
     def check_mark(self, mark: Mark, *, private: bool) -> bool:
         """Whether the ledger goes on from what the server countersigned. Raises PrivacyError with privacy on."""
@@ -72,6 +78,11 @@ class Guard:
         """The gate for these settings and records. Raises ConfigError for noise that cannot be had."""
         held_out = len(data.held_out) if data.held_out is not None else 0
         policy = policy_of(settings, workload(settings, len(data.train), min(held_out, settings.evaluation.records)))
+        if policy.unit == "client" and self.ledger.has_record_steps:
+            raise PrivacyError(
+                "this ledger counted single records, so epsilon of the whole client is not known any more",
+                "Name another --state for a federation whose unit is the client.",
+            )
         if policy.private:
             data.name_records(self.key.derived("records"))
         return Gate(
@@ -106,5 +117,7 @@ class Guard:
         return privacy_report(gate.policy, self.ledger, simulated=self.seeded, audit=self._audit())
 
     def _audit(self) -> dict[str, Any] | None:
+        """What an audit found, if it was of all that has left."""
         path = self.folder / "audit.json"
-        return dict(json.loads(path.read_text())) if path.exists() else None
+        found = dict(json.loads(path.read_text())) if path.exists() else {}
+        return found if (found.get("rows"), found.get("head")) == (self.ledger.count, self.ledger.head.hex()) else None

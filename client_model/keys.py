@@ -22,17 +22,21 @@ KEY_BYTES = 32
 
 @dataclass(frozen=True)
 class ClientKey:
-    """32 random bytes, and what is derived from them."""
+    """32 random bytes, and what is derived from them for the state folder with this ``identity``."""
 
     secret: bytes
+    identity: str
 
     def derived(self, purpose: str) -> bytes:
-        """32 bytes for one purpose (HKDF, RFC 5869); no purpose tells of another."""
-        return HKDF(SHA256(), KEY_BYTES, salt=None, info=f"splitfl {purpose}".encode()).derive(self.secret)
+        """32 bytes for one purpose in one federation (HKDF, RFC 5869); no two tell of one another."""
+        info = f"splitfl {self.identity} {purpose}".encode()
+        return HKDF(SHA256(), KEY_BYTES, salt=None, info=info).derive(self.secret)
 
 
-def open_key(path: Path, *, may_create: bool) -> ClientKey:
-    """The key in ``path``, or a fresh one. Raises PrivacyError when it is missing and must not be made anew."""
+def open_key(state: Path, key_file: Path | None, *, may_create: bool) -> ClientKey:
+    """The key of a state folder, or a fresh one. Raises PrivacyError when it is missing and must not be made anew."""
+    identity = identity_of(state)
+    path = default_key(identity) if key_file is None else key_file
     if not path.exists():
         if not may_create:
             raise PrivacyError(
@@ -45,13 +49,19 @@ def open_key(path: Path, *, may_create: bool) -> ClientKey:
         secret = path.read_bytes()
     if len(secret) != KEY_BYTES:
         raise StorageError(f"{path} is no key of {KEY_BYTES} bytes", "Put it back from a copy, or name another --key.")
-    return ClientKey(secret)
+    return ClientKey(secret, identity)
 
 
-def default_key(state: Path) -> Path:
-    """Where a client's key lies unless --key says otherwise: in the user's configuration, under the state's own id."""
-    identity = state / "key-id"
-    if not identity.exists():
-        write_file(identity, secrets.token_hex(16).encode())
+def identity_of(state: Path) -> str:
+    """The state folder's own random name: it names the key file, and parts federations that share one."""
+    path = state / "key-id"
+    if not path.exists():
+        write_file(path, secrets.token_hex(16).encode())
+    with storage_errors(path):
+        return path.read_text().strip()
+
+
+def default_key(identity: str) -> Path:
+    """Where a client's key lies unless --key says otherwise: in the user's configuration."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
-    return home / "splitfl" / "keys" / f"{identity.read_text().strip()}.key"
+    return home / "splitfl" / "keys" / f"{identity}.key"

@@ -7,19 +7,23 @@ go on once the merge is durable. After a server's restart it goes back to the sn
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from client_model.assets import PIECE_BYTES, Assets, RemoteSource
+from client_model.baselines import BaselineRun, Baselines, wanted
 from client_model.ends import Ends
+from client_model.floor import Floor
 from client_model.guard import Accept, Guard
 from client_model.link import SessionLostError
 from client_model.notary import Notary
@@ -33,6 +37,7 @@ from splitfl.data.packing import Batch, DataOrder
 from splitfl.errors import ConfigError, NumericalError, ProtocolError, SplitFLError
 from splitfl.federation.agreement import Terms
 from splitfl.files import sha256_of
+from splitfl.privacy.policy import DpSgd
 from splitfl.privacy.witness import Mark
 from splitfl.split.checkpoint import CheckpointFolder, TensorSource
 from splitfl.split.loss import HeadLoss
@@ -98,7 +103,7 @@ class Participant:
     local_model: Path | None = None
     plan: Cut | None = None  # the cut that was asked for; None takes the federation's own
     accept: Accept = lambda _: False  # asked to accept the federation's terms
-    floor: str = "off"  # the weakest privacy mode that this client takes part in
+    floor: Floor = field(default_factory=Floor)  # the least privacy that this client takes part with
     key_file: Path | None = None
     noise_seed: int | None = None
     simulated: bool = False  # all sides are one person: only then may noise have a seed
@@ -151,12 +156,13 @@ class Participant:
         self.source: TensorSource = self._open_source()
         self._open_tally()
         self._open_gate()
+        self.store.save_federation(welcome.settings, (self.cut.n_bottom, self.cut.n_top))
         self.agreed = terms(welcome)
 
     def _checked_cut(self, cut: Cut) -> Cut:
         """The server's word on the cut, unless it is not ours: how much stays here is not for it to change."""
-        asked = self.plan if self.plan is not None or not self.agreed else self.cut
-        if asked is not None and cut != asked:
+        asked = self.plan or (self.cut if self.agreed else self.settings.cut)
+        if cut != asked:
             raise ProtocolError(f"the server says cut {cut}, this client keeps {asked}", "Do not trust this server.")
         return cut
 
@@ -172,7 +178,9 @@ class Participant:
         """Nothing computed from the data leaves before the terms are accepted and the ledger is the newest one."""
         if self.guard is None:
             self.guard = Guard(self.store, self.key_file, noise_seed=self.noise_seed, simulated=self.simulated)
-        self.guard.check_terms(Terms(self.settings, welcome.manifest), self.accept, self.floor)
+        self.terms = Terms(self.settings, welcome.manifest)
+        self.guard.check_terms(self.terms, self.accept, self.floor)
+        self.guard.check_signer(welcome.signer, private=self.settings.privacy.on)
         mark = Mark(welcome.ledger_rows, welcome.ledger_head)
         if not self.guard.check_mark(mark, private=self.settings.privacy.on):
             self._say("ledger_went_back", rows=self.guard.ledger.count, countersigned=mark.count)
@@ -199,7 +207,7 @@ class Participant:
         """Count on from what earlier starts have saved."""
         if self.tally is None:
             before = self.store.tally()
-            if before.data not in ("", self.data.fingerprint):
+            if before.data not in ("", self._fingerprint()):
                 self._say("data_changed")
             cut_short = before.uncounted_starts + before.open
             self.before = before
@@ -212,11 +220,16 @@ class Participant:
         self.tally = replace(
             self.tally,
             open=still_open,
-            data=self.data.fingerprint,
+            data=self._fingerprint(),
             bytes_sent=traffic["bytes_sent"],
             bytes_received=traffic["bytes_received"],
         )
         self.store.save_tally(self.tally)
+
+    def _fingerprint(self) -> str:
+        """Tells whether the data file is still the same, to whoever has the key alone."""
+        assert self.guard is not None
+        return hmac.new(self.guard.key.derived("data file"), self.data.fingerprint.encode(), hashlib.sha256).hexdigest()
 
     def _data_facts(self) -> dict[str, Any]:
         return {
@@ -239,22 +252,25 @@ class Participant:
         paused = self.store.take_pause()
         resumed = paused is not None and welcome.resumed
         snapshot = paused if resumed else self.store.newest(welcome.round)
-        if snapshot is not None and Cut(*snapshot.cut) != self.cut:
-            snapshot = None
-        narrow = load_release(self.store.model) if self.settings.release.rank is not None else None
-        self.ends = Ends(
-            self.source, self.settings, self.cut, self.device, self.gate.policy.dp_sgd, self.gate.noise, narrow
-        )
+        if snapshot is not None and (Cut(*snapshot.cut), snapshot.terms) != (self.cut, self.terms.sha256):
+            snapshot = None  # weights that were trained under other terms may tell what these do not allow
+        self.ends = self._fresh_ends(self.gate.policy.dp_sgd)
         self.trainer = Trainer(self.ends, self.link, self.gate)
         assert self.guard is not None
         self.notary = Notary(self.link, self.guard.ledger, self.name, welcome.signer)
         self.held_weights = ""
+        self.labels: set[int] = set()  # of this start, for the audit of the first update
         self.round = snapshot.round if snapshot else -1
         self.order: DataOrder = self.data.order(self.name, snapshot.cursor if snapshot else (0, 0))
         if snapshot is not None:
             self.ends.load_weights(snapshot.weights)
             self.ends.load_optimizer_tensors(snapshot.optimizer)
         self.unfinished = paused if resumed else None
+
+    def _fresh_ends(self, dp_sgd: DpSgd | None = None) -> Ends:
+        """Ends with the base weights; without DP-SGD for what never leaves."""
+        narrow = load_release(self.store.model) if self.settings.release.rank is not None else None
+        return Ends(self.source, self.settings, self.cut, self.device, dp_sgd, self.gate.noise, narrow)
 
     # -- rounds ------------------------------------------------------------------------------------------------
 
@@ -302,9 +318,11 @@ class Participant:
                 loss = self.trainer.step(round_, step, batches)
             except MissedStepError as missed:
                 self._say("step_missed", round=round_, step=step, reason=missed.reason)
+                tokens += told(batches) if self.gate.policy.private else 0  # whether a step counted is its records' own
                 continue
             self.notary.mark()
-            tokens, seen = tokens + sum(batch.told_tokens for batch in batches), seen + loss.tokens
+            self.labels |= {int(label) for batch in batches for label in batch.labels.flat}
+            tokens, seen = tokens + told(batches), seen + loss.tokens
             rate = seen / max(1e-9, time.monotonic() - began)
             self._say("step", round=round_, step=step, loss=mean(loss), tokens_per_s=rate, **self._traffic())
         self._stop_if_asked(self.settings.rounds.local_steps, tokens)  # else it would wait for everybody first
@@ -315,6 +333,8 @@ class Participant:
         weights = self.ends.weights()
         shared = {name: weights[name] for name in self.ends.shared}
         digest = self._upload(self.gate.release_weights(round_, shared)) if shared else ""
+        if round_ == 0 and self.gate.keepsakes.chosen:
+            self.gate.keepsakes.keep_head(shared.get(self.ends.head_name), self.labels)
         self.notary.mark()
         answer = self.link.ask(Update(0, 0, round_, tokens, digest))
         if not isinstance(answer, RoundDurable):
@@ -338,9 +358,8 @@ class Participant:
 
     def _snapshot(self, round_: int, step: int, tokens: int) -> Snapshot:
         cut = (self.cut.n_bottom, self.cut.n_top)
-        return Snapshot(
-            round_, step, tokens, self.order.cursor, cut, self.ends.weights(), self.ends.optimizer_tensors()
-        )
+        weights, moments = self.ends.weights(), self.ends.optimizer_tensors()
+        return Snapshot(round_, step, tokens, self.order.cursor, cut, weights, moments, self.terms.sha256)
 
     def _stop_if_asked(self, step: int | None, tokens: int) -> None:
         """On Ctrl-C: save where we are, so that the next start goes on here. Raises PausedError."""
@@ -375,6 +394,7 @@ class Participant:
         self._take_merge(finished.weights)
         self._evaluate(finished.round + 1)
         path = self.store.save_merged({name: tensor.contiguous() for name, tensor in self.ends.weights().items()})
+        baselines = self._baselines()
         self.notary.settle()
         self._say_goodbye()
         assert self.tally is not None
@@ -388,12 +408,24 @@ class Participant:
             "uncounted_starts": self.tally.uncounted_starts,
             "cut": str(self.cut),
             "held_out_losses": self.losses,
+            "baselines": None if baselines is None else {**asdict(baselines), "earned": baselines.earned},
             "data": self._data_facts(),
             "bytes": self._total_traffic(),
             "privacy": self.guard.report(self.gate),
             "weights": str(path),
             "seconds": time.monotonic() - self.started,
         }
+
+    def _baselines(self) -> Baselines | None:
+        """What this client would have reached without the split; None where that is not asked for."""
+        ends_too, top_too = wanted(self.settings)
+        if not (self.evaluation and self.losses and (ends_too or top_too)) or self.ends.trunk_is_empty:
+            return None
+        run = BaselineRun(self.name, self.data, self.evaluation, self.link, self.gate, self._fresh_ends)
+        self._say("baselines")
+        return Baselines(
+            self.losses[-1]["loss"], run.ends_only() if ends_too else None, run.top_only() if top_too else None
+        )
 
     def _say_goodbye(self) -> None:
         """Tell the server that it need not stay for us; all is on disk, so it does not matter whether it hears."""
@@ -415,6 +447,11 @@ class Participant:
 def terms(welcome: Welcome) -> tuple[object, ...]:
     """What a client must prepare anew for when a restarted server says otherwise."""
     return welcome.settings, welcome.manifest, welcome.n_bottom, welcome.n_top
+
+
+def told(batches: Sequence[Batch]) -> int:
+    """Tokens of a step as the server is told."""
+    return sum(batch.told_tokens for batch in batches)
 
 
 def mean(loss: HeadLoss) -> float:

@@ -1,6 +1,6 @@
 """The client's data as it trains on it: train and held-out records from one file, and the batches of each step.
 
-With privacy on, every record has a key (a keyed hash of its tokens), is padded to a public length, and takes part in a
+With privacy on, every record has a key (a keyed hash of its row), is padded to a public length, and takes part in a
 step only while its budget allows.
 """
 
@@ -63,10 +63,13 @@ class ClientData:
         return DataOrder.at(len(self.train), data_seed(self.settings.seed, name), cursor)
 
     def name_records(self, secret: bytes) -> None:
-        """Give every record its key: HMAC of the secret over its tokens, and which of several equal ones it is."""
+        """Give every record its key: HMAC of the secret over its row, and which of several equal ones it is.
+
+        Of the row and not of its tokens, for another tokenizer or length must not give a record a fresh budget.
+        """
         seen: Counter[bytes] = Counter()
         self.train_keys = list(record_keys(self.train, secret, seen))
-        self.held_out_keys = list(record_keys(self.held_out or (), secret, seen))
+        self.held_out_keys = [] if self.held_out is None else list(record_keys(self.held_out, secret, seen))
 
     def step(self, order: DataOrder, spend: Spend | None = None) -> list[Batch]:
         """The micro-batches of the next step, each padded to the longest record of the step.
@@ -111,7 +114,7 @@ class ClientData:
         if not keys:
             return collate(records, pad_to, self.pad_token_id)
         lengths = tuple(self._padded(len(record)) for record in records)
-        batch = collate(records, max(lengths) if pad_to is None else pad_to, self.pad_token_id)
+        batch = collate(records, max(lengths), self.pad_token_id)  # the trunk pads no further than the longest
         return replace(batch, keys=tuple(keys), padded_lengths=lengths)
 
     def evaluation(self, spend: Spend | None = None) -> list[Batch]:
@@ -132,11 +135,10 @@ class ClientData:
         ]
 
 
-def record_keys(records: Sequence[Record], secret: bytes, seen: Counter[bytes]) -> Iterator[bytes]:
+def record_keys(records: RecordSet, secret: bytes, seen: Counter[bytes]) -> Iterator[bytes]:
     """Keys of records; ``seen`` counts equal ones, so that each has its own."""
-    for record in records:
-        tokens = record.input_ids.astype("<i8").tobytes()
-        plain = hmac.new(secret, tokens, hashlib.sha256).digest()
+    for index in range(len(records)):
+        plain = hmac.new(secret, records.content(index), hashlib.sha256).digest()
         seen[plain] += 1
         yield hmac.new(secret, plain + seen[plain].to_bytes(8, "little"), hashlib.sha256).digest()[:KEY_BYTES]
 

@@ -3,6 +3,7 @@
     ledger.sqlite               what has left so far, row by row (splitfl.privacy.ledger)
     releases.sqlite             noised bytes that left, encrypted (splitfl.privacy.vault)
     tally.json                  starts, rounds and traffic so far
+    federation.json             the settings that were agreed to, and the cut
     client.json                 name, federation, session token (to resume)
     model/                      config and tokenizer as the server handed them out
     snapshots/round-000003/     weights.safetensors  optimizer.safetensors  state.json
@@ -42,6 +43,7 @@ class Snapshot:
     cut: tuple[int, int]
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
+    terms: str = ""  # SHA-256 of the agreement under which it was trained
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,19 @@ class ClientStore:
     def save_session(self, record: SessionRecord) -> None:
         """Remember a session."""
         write_file(self.folder / "client.json", json.dumps(asdict(record)).encode())
+
+    def save_federation(self, settings: str, cut: tuple[int, int]) -> None:
+        """Remember the settings (JSON) that this client takes part under, and its cut."""
+        write_file(self.folder / "federation.json", json.dumps({"settings": settings, "cut": cut}).encode())
+
+    def federation(self) -> tuple[str, tuple[int, int]]:
+        """What ``save_federation`` wrote. Raises StorageError when there is none."""
+        path = self.folder / "federation.json"
+        try:
+            facts = json.loads(path.read_text())
+            return str(facts["settings"]), (int(facts["cut"][0]), int(facts["cut"][1]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{path} cannot be read", "Name the state folder of a client that took part.") from error
 
     def tally(self) -> Tally:
         """What was saved last; an empty one on a fresh folder. Raises StorageError when it is damaged."""
@@ -156,7 +171,7 @@ class ClientStore:
 
     def _write(self, folder: Path, snapshot: Snapshot) -> None:
         facts: dict[str, object] = {"round": snapshot.round, "step": snapshot.step, "tokens": snapshot.tokens}
-        facts |= {"cursor": snapshot.cursor, "cut": snapshot.cut}
+        facts |= {"cursor": snapshot.cursor, "cut": snapshot.cut, "terms": snapshot.terms}
         with new_folder(folder) as work:
             write_tensors(snapshot.weights, work / "weights.safetensors")
             write_tensors(snapshot.optimizer, work / "optimizer.safetensors")
@@ -169,7 +184,7 @@ class ClientStore:
             epoch, position = facts["cursor"]
             cut = (int(facts["cut"][0]), int(facts["cut"][1]))
             place = (int(facts["round"]), int(facts["step"]), int(facts["tokens"]))
-            return Snapshot(*place, (epoch, position), cut, weights, optimizer)
+            return Snapshot(*place, (epoch, position), cut, weights, optimizer, str(facts.get("terms", "")))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise StorageError(
                 f"{folder} cannot be read", f"Delete {folder}: the client then goes on from the newest merge."

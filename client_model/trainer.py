@@ -28,7 +28,20 @@ from splitfl.errors import NumericalError, ProtocolError, RefusedError
 from splitfl.federation.schedule import learning_rate
 from splitfl.privacy.gate import Gate, ReleaseKind
 from splitfl.split.loss import HeadLoss
-from splitfl.wire.messages import Answer, Backward, Forward, Gradient, Hidden, Missing, Request, SitOut, StepMissed
+from splitfl.wire.messages import (
+    Answer,
+    Backward,
+    Forward,
+    Gradient,
+    Hidden,
+    Missing,
+    Request,
+    SitOut,
+    StepMissed,
+    TensorBytes,
+)
+
+MOST_REPEATS = 4  # of one micro-batch whose records the server turned out not to hold
 
 
 class Asker(Protocol):
@@ -145,10 +158,11 @@ class Trainer:
             return
         keep = ends.needs_backward
         answer = yield from self._cross(ReleaseKind.ACTIVATION, place, batch, run_bottom, keep_graph=keep)
-        returned = self._decoded(answer).requires_grad_(keep)
+        returned = self._decoded(answer, batch).requires_grad_(keep)
         done.add(ends.run_top(returned, run_bottom, lengths, labels, train=True))
         if returned.grad is None:
             return
+        self.gate.keep_returned(place.round, returned, records_of(batch))
         payload = self.gate.release(ReleaseKind.GRADIENT, place.round, returned.grad, records_of(batch))
         reply = self.link.request(Backward(0, 0, place.round, place.step, place.micro, payload))
         yield
@@ -156,7 +170,7 @@ class Trainer:
         if not isinstance(answer, Gradient):
             raise ProtocolError(f"{type(answer).__name__} instead of a gradient")
         if ends.bottom_trains and answer.gradient is not None:
-            gradient = decode_tensor(answer.gradient, ends.device, what="the gradient that the trunk returned")
+            gradient = self._like(batch, answer.gradient, "the gradient that the trunk returned")
             ends.backward_bottom(run_bottom(), gradient, input_ids, lengths)
 
     def _judge(self, place: Place, batch: Batch, done: Sum) -> Crossing:
@@ -168,7 +182,7 @@ class Trainer:
             hidden = run_bottom()
         else:
             kind = ReleaseKind.HELD_OUT_ACTIVATION
-            hidden = self._decoded((yield from self._cross(kind, place, batch, run_bottom, keep_graph=False)))
+            hidden = self._decoded((yield from self._cross(kind, place, batch, run_bottom, keep_graph=False)), batch)
         done.add(ends.run_top(hidden, run_bottom, lengths, labels, train=False))
 
     def _cross(
@@ -178,16 +192,25 @@ class Trainer:
         forward = Forward(0, 0, place.round, place.step, place.micro, keep_graph, batch.told_tokens, (), None)
         reply = self.entry.ask(kind, forward, batch, lambda: self.ends.encoded(hidden()))
         yield
-        while isinstance(answer := answered(reply), Missing):
+        for _ in range(MOST_REPEATS):
+            if not isinstance(answer := answered(reply), Missing):
+                return answer
             reply = self.entry.ask_again(answer, forward, batch)
             yield
-        return answer
+        raise ProtocolError("the server keeps losing what it was sent", "Tell its operator.")
 
-    def _decoded(self, answer: Answer) -> Tensor:
-        """The trunk's output (B, T, D)."""
+    def _decoded(self, answer: Answer, batch: Batch) -> Tensor:
+        """The trunk's output (B, T, D). Raises ProtocolError for anything else."""
         if not isinstance(answer, Hidden):
             raise ProtocolError(f"{type(answer).__name__} instead of hidden states")
-        return decode_tensor(answer.hidden, self.ends.device, what="what the trunk returned")
+        return self._like(batch, answer.hidden, "what the trunk returned")
+
+    def _like(self, batch: Batch, payload: TensorBytes, what: str) -> Tensor:
+        """A tensor (B, T, D) for this batch. Raises ProtocolError for another shape, NumericalError for NaN."""
+        expected = (*batch.input_ids.shape, self.ends.width)
+        if payload.shape != expected:
+            raise ProtocolError(f"{what} has shape {payload.shape}, not {expected}", "Do not trust this server.")
+        return decode_tensor(payload, self.ends.device, what=what)
 
 
 def in_turn(crossings: Iterable[Crossing], in_flight: int) -> Iterator[None]:

@@ -22,7 +22,7 @@ QUANTILE = 0.9  # a tenth of the tokens, the loudest ones, are scaled down
 
 
 def settled(settings: Federation, source: CheckpointFolder) -> Federation:
-    """``settings`` with a clip norm, if privacy is on and they have none; a narrow release brings its own and its noise.
+    """``settings`` with a clip norm, if privacy is on and they have none; a narrow release brings its own, and noise.
 
     Raises ConfigError for a rank that the model's release has not.
     """

@@ -121,7 +121,7 @@ class Coordinator:
         store.begin(model, settings, self.manifest, resume=resume)
         write_file(state / "agreement.txt", "".join(f"{line}\n" for line in self.terms.lines()).encode())
         self.witness = Witness(state / "ledgers")
-        self.releases = Releases(state / "releases", int(settings.trunk.cache_gib * 2**30))
+        self.releases = Releases(state / "releases", int(settings.trunk.cache_gib * 2**30), settings.rounds.min_clients)
         if not resume:
             self.releases.clear()
         trunk = Trunk(settings, self.source, range(settings.bottoms[0], self.layers - settings.tops[0]), device)
@@ -285,6 +285,9 @@ class Coordinator:
         """Released records as one batch (B, T, D), with their lengths where these differ."""
         if not request.records:
             raise ProtocolError("neither hidden states nor records", field="hidden")
+        most = self.settings.batch.records // self.settings.batch.micro_batches
+        if len(request.records) > most:
+            raise RefusedError(f"{len(request.records)} records in a micro-batch of {most}", code="over_limit")
         if member.stalled is not None and (member.stalled.round, member.stalled.step) != (key.round, key.step):
             member.stalled = None  # that step is over
         found = [self.releases.get(member.name, name) or member.passing.get(name) for name in request.records]

@@ -56,11 +56,15 @@ class Shelf:
 
 
 class Releases:
-    """The cache of all clients in ``folder``, ``budget`` bytes at most. One thread calls it."""
+    """The cache of all clients in ``folder``, ``budget`` bytes at most. One thread calls it.
 
-    def __init__(self, folder: Path, budget: int) -> None:
+    Of ``clients`` that share it none may take more than its part.
+    """
+
+    def __init__(self, folder: Path, budget: int, clients: int = 1) -> None:
         self.folder = folder
         self.budget = budget
+        self.share = budget // clients
         self._shelves: dict[str, Shelf] = {}
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -78,9 +82,9 @@ class Releases:
         if self.holds(client, name):
             return True
         entry = HEADER_BYTES + payload.nbytes + -payload.nbytes % ALIGNMENT
-        if self.size + entry > self.budget:
-            return False
         shelf = self._shelves.setdefault(client, Shelf(self.folder / f"{client}.bin"))
+        if self.size + entry > self.budget or shelf.end + entry > self.share:
+            return False
         try:
             with storage_errors(shelf.path):
                 self._append(shelf, name, payload)

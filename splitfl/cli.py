@@ -16,6 +16,7 @@ import typer
 from client_model.cli import join
 from server_model.cli import export, serve
 from server_model.clients_cli import clients, invite, revoke
+from splitfl.lab.audit.cli import audit
 from splitfl.lab.bench.cli import bench
 from splitfl.lab.cli import adapt, evaluate, init
 from splitfl.lab.demo.cli import demo
@@ -36,6 +37,7 @@ app.command()(revoke)
 app.command()(join)
 app.command("eval")(evaluate)
 app.command()(adapt)
+app.command()(audit)
 app.command()(export)
 app.command()(bench)
 

@@ -146,6 +146,11 @@ class Evaluation(Section):
         64, ge=0, description="held-out records that pass the trunk, at most, spread over all of them; 0 = none"
     )
     every_rounds: int = Field(1, ge=0, description="rounds between evaluations; 0 = before and after training alone")
+    baselines: Literal["auto", "none", "ends", "all"] = Field(
+        "auto",
+        description="what each client trains beside the federation's result, after the last round: its ends without "
+        "the trunk, and its top alone; auto = all with privacy on, none else",
+    )
 
 
 class Agreement(Section):
@@ -309,9 +314,10 @@ class Federation(Section):
             raise ValueError("batch.pack = true lays several records end to end: with privacy on, leave it out")
         if privacy.mode != "certified":
             return self
-        if self.freeze_below < self.bottoms[-1]:
+        embedding_trains = self.freeze_below == 0 and self.model.train == "full"
+        if self.freeze_below < self.bottoms[-1] or embedding_trains:
             raise ValueError(
-                "a bottom that trains sends each record anew: with mode = certified, leave freeze_below out"
+                "a bottom that trains sends each record anew: with mode = certified, set model.freeze_below"
             )
         if privacy.gradients != "none" and not privacy.dp_sgd:
             raise ValueError("gradients of a top trained without DP tell of every record: set privacy.dp_sgd = true")

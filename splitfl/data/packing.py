@@ -80,6 +80,15 @@ class RecordSet(Sequence[Record]):
         which = int(self._kept[index])
         return Record.from_encoded(self._block(which) if self.pack else self._encode(which, self.max_length))
 
+    def content(self, index: int) -> bytes:
+        """What a record was made of, as canonical bytes: its row, whole, whatever the tokenizer and the length.
+
+        Raises ``ConfigError`` for a packed set, whose records are no rows.
+        """
+        if self.pack:
+            raise ConfigError("packed records are no rows", "Set batch.pack = false.")
+        return self._corpus[int(self._rows[int(self._kept[index])])].content()
+
     def _index_rows(self) -> IntArray:
         kept = np.zeros(len(self._rows), np.bool_)
         for position, encoded in self._encoded_rows():

@@ -60,24 +60,34 @@ def privacy_line(settings: Federation) -> str:
     privacy = settings.privacy
     if privacy.mode == "off":
         return "off. The server can read the text."
+    clipped = f"each {privacy.clip} clipped to {privacy.clip_norm or 0:g}, records padded to {padded(settings)} tokens"
     if privacy.mode == "certified":
-        return f"certified: epsilon = {privacy.epsilon:g}, delta = {privacy.delta:g}, for each {privacy.unit}."
+        target = f"epsilon = {privacy.epsilon:g}, delta = {privacy.delta:g}, for each {privacy.unit}"
+        return f"certified: {target}; {clipped}."
     noise = LEVELS[privacy.level] if privacy.noise_multiplier is None else privacy.noise_multiplier
-    return f"measured: noise of {noise:g} clip norms on activations. No guarantee; an honest server is assumed."
+    return f"measured: noise of {noise:g} clip norms; {clipped}. No guarantee; an honest server is assumed."
+
+
+def padded(settings: Federation) -> str:
+    """The public lengths."""
+    return ", ".join(str(length) for length in settings.batch.padded_lengths)
 
 
 def gradients_line(settings: Federation) -> str:
     """Whether gradients leave, in one line."""
-    if not settings.privacy.on:
+    privacy = settings.privacy
+    if not privacy.on:
         return "sent as they are: labels can be recovered from them."
-    return (
-        "not sent; the trunk stays as published." if not settings.trains_trunk else "clipped for each record, noised."
-    )
+    if not settings.trains_trunk:
+        return "not sent; the trunk stays as published."
+    noise = "as epsilon asks" if privacy.mode == "certified" else f"{privacy.gradient_noise_multiplier:g} clip norms"
+    return f"sent, each record's clipped to {privacy.gradient_clip_norm:g}; noise: {noise}."
 
 
 def weights_line(settings: Federation) -> str:
     """Whether weights leave, in one line."""
     if settings.merge.share == "none":
         return "stay here."
-    how = "after DP-SGD" if settings.privacy.on and settings.privacy.dp_sgd else "without noise"
+    private = settings.privacy.on and settings.privacy.dp_sgd
+    how = "after DP-SGD" if private else "without noise"
     return f"those of the {'top' if settings.merge.share == 'top' else 'ends'} are sent after every round, {how}."

@@ -128,6 +128,7 @@ def run_federation(
         for name, path in texts.items():
             store = ClientStore(client_folder(folder, name))
             participant = Participant(name, path, store, Path(cache) / name, place, log.of_client(name))
+            participant.plan = (cuts or {}).get(name)
             participant.accept = lambda _: True  # whoever runs this has written the terms
             participant.key_file = store.folder / "key"
             participant.simulated, participant.noise_seed = True, noise_seed

@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from splitfl.errors import ConfigError, NumericalError
+from splitfl.errors import ConfigError
 from splitfl.privacy.ghost import GhostNorms, suits
 from splitfl.privacy.noise import NormalSource
 from splitfl.privacy.policy import DpSgd
@@ -95,18 +95,18 @@ class PrivatePart:
             block.copy_(block.double() + self.settings.sigma * drawn)
 
     def _factors(self, squared_norms: Tensor, time: int) -> Tensor:
-        """What each record's gradient of its summed loss is multiplied by, (B,): 1 / T, and the clip."""
+        """What each record's gradient of its summed loss is multiplied by, (B,): 1 / T, and the clip.
+
+        0 for a gradient that is not finite: to give the step up would tell the server something about that record.
+        """
         norms = squared_norms.sqrt() / time
-        if not bool(norms.isfinite().all()):
-            raise NumericalError(
-                "a record's gradient is not finite", "Lower the learning rate, or check the base model."
-            )
-        return (self.settings.max_grad_norm / norms.clamp_min(self.settings.max_grad_norm) / time).float()
+        factors = self.settings.max_grad_norm / norms.clamp_min(self.settings.max_grad_norm) / time
+        return torch.where(norms.isfinite(), factors, 0.0).float()
 
     def _add(self, weights: Sequence[nn.Parameter], gradients: Sequence[Tensor | None], factor: float) -> None:
-        """Add one record's gradients, clipped."""
+        """Add one record's gradients, clipped; with a factor of 0 they may be anything, and are left out."""
         for weight, gradient in zip(weights, gradients, strict=True):
-            if gradient is not None:
+            if gradient is not None and factor:
                 if weight not in self._sums:
                     self._sums[weight] = torch.zeros_like(weight)
                 self._sums[weight].add_(gradient, alpha=factor)
@@ -133,7 +133,6 @@ class PrivateTop(PrivatePart):
         """One micro-batch: hidden states (B, T, D) at the trunk's output, true lengths (B,), shifted labels (B, T).
 
         Returns the summed loss and its gradient at ``hidden`` (B, T, D), *not* clipped: that is the gate's to do.
-        Raises NumericalError; the step is then to be discarded.
         """
         with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
             run = self._record_by_record if self.one_by_one else self._whole_batch
@@ -150,6 +149,8 @@ class PrivateTop(PrivatePart):
             if self._ghost is not None:
                 squared += self._ghost.squared_norms()
         factors = self._factors(squared, labels.shape[1])
+        if not bool(factors.all()):  # zero times infinity is no number, so these go one by one
+            return self._record_by_record(hidden.detach(), lengths, labels)
         with self._summing():
             if self._base:
                 torch.autograd.backward(final, at_final * factors[:, None, None], inputs=self._base)
@@ -192,7 +193,7 @@ class PrivateBottom(PrivatePart):
         """One micro-batch: token ids (B, T), true lengths (B,), and the gradient that the trunk returned (B, T, D).
 
         ``gradient`` is of the records' summed losses, as it crosses the wire. Weights must be those of the forward
-        that was released. Raises NumericalError; the step is then to be discarded.
+        that was released.
         """
         if not self.weights:
             return
@@ -210,6 +211,9 @@ class PrivateBottom(PrivatePart):
             torch.autograd.grad(hidden, lowest, gradient, retain_graph=True)  # passes every hook, fills no grad
             squared = norms.squared_norms()
         factors = self._factors(squared, input_ids.shape[1])
+        if not bool(factors.all()):
+            self._record_by_record(input_ids, lengths, gradient)
+            return
         with self._summing():
             torch.autograd.backward(hidden, gradient * factors[:, None, None], inputs=self._base)
 

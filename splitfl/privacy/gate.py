@@ -22,7 +22,7 @@ from torch import Tensor
 from splitfl.codec.tensors import CodecName, by_record, check_finite, encode_tensor
 from splitfl.errors import PrivacyError
 from splitfl.privacy.budget import Budget
-from splitfl.privacy.keepsakes import Keepsakes
+from splitfl.privacy.keepsakes import RETURNED, Keepsakes
 from splitfl.privacy.ledger import EVERYTHING, Ledger, Row
 from splitfl.privacy.mechanism import Mechanism
 from splitfl.privacy.noise import NormalSource
@@ -160,8 +160,8 @@ class Gate:
 
         In mode off there is one row and no record is named. Raises PrivacyError, NumericalError, StorageError.
         """
-        check_finite(tensor, "what is about to be sent")
         if not self.policy.private:
+            check_finite(tensor, "what is about to be sent")
             payload = encode_tensor(tensor, self.codec)
             row = Row(EVERYTHING, kind.value, *NO_NOISE, round_, self.trained, digest(payload), payload.nbytes)
             self._charge([row])
@@ -169,6 +169,9 @@ class Gate:
         mechanism = self.policy.gradients if kind is ReleaseKind.GRADIENT else self.policy.activations
         if mechanism is None:
             raise PrivacyError(f"{kind.value} do not leave in this federation", "This is a fault inside SplitFL.")
+        if kind is ReleaseKind.GRADIENT:
+            tensor = without_overflow(tensor)
+        check_finite(tensor, "an activation")
         payload = encode_tensor(self._noised(mechanism, tensor, records), self.codec)
         tainted = self.trained and (self.policy.dp_sgd is None or self.bottom_trains)
         self._charge(self._rows(kind, round_, mechanism, records, by_record(payload), tainted=tainted))
@@ -181,6 +184,12 @@ class Gate:
             own = tensor[number : number + 1, : record.padded_length]
             sent[number, : record.padded_length] = mechanism(own, self.noise)[0]
         return sent
+
+    def keep_returned(self, round_: int, hidden: Tensor, records: Sequence[RecordRef]) -> None:
+        """Keep what the trunk returned (B, T, D) beside the gradients that answer it, for the audit: it knows it."""
+        if any(record.key in self.keepsakes.chosen for record in records):
+            pieces = by_record(encode_tensor(hidden, "fp32"))
+            self.keepsakes.keep(RETURNED, round_, zip([record.key for record in records], pieces, strict=True))
 
     def charge_dp_sgd(self, round_: int, records: Sequence[RecordRef], parts: int = 1) -> None:
         """Pay for a step of DP-SGD, before its noise is drawn: each part (top, bottom) has noise of its own.
@@ -251,6 +260,16 @@ class Gate:
         if self.policy.private:
             self.budget.check(rows)
         self.ledger.append(rows)
+
+
+def without_overflow(gradients: Tensor) -> Tensor:
+    """Gradients (B, T, D) with zeros for a record whose own are not finite.
+
+    To sit such a step out would tell the server one bit about the record, at a price of nothing: whoever serves the
+    trunk can choose hidden states that overflow for one label and not for another.
+    """
+    sound = gradients.isfinite().flatten(1).all(dim=1)  # (B,)
+    return torch.where(sound[:, None, None], gradients, torch.zeros_like(gradients))
 
 
 def ratio(mechanism: Mechanism, padded_length: int) -> float:

@@ -8,10 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
 from splitfl.privacy.vault import Vault, pack, unpack
 from splitfl.wire.messages import TensorBytes
 
-PREFIX = b"audit/"
+PREFIX, HEAD = b"audit/", b"update/head"
+RETURNED = "returned"  # kind of what the trunk gave back, beside the gradient that answered it
+MOST_HEAD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,22 @@ class Keepsakes:
                 self._number += 1
         if entries:
             self.vault.put(entries)
+
+    def keep_head(self, head: Tensor | None, labels: Iterable[int]) -> None:
+        """Keep the output head (V, D) of the first update and which labels it had learned from, if it is not huge."""
+        if head is None or 4 * head.numel() > MOST_HEAD_BYTES:
+            return
+        known = torch.tensor(sorted(label for label in labels if label >= 0))
+        self.vault.put([(HEAD, save({"head": head.float().contiguous(), "labels": known}))])
+
+
+def read_head(vault: Vault) -> tuple[Tensor, Tensor] | None:
+    """Head (V, D) and labels (N,) of the first update, where they were kept."""
+    data = vault.get(HEAD)
+    if data is None:
+        return None
+    tensors = load(data)
+    return tensors["head"], tensors["labels"]
 
 
 def read_keepsakes(vault: Vault) -> list[Keepsake]:

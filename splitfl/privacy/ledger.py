@@ -77,11 +77,12 @@ class Ledger:
         self.spent: defaultdict[bytes, float] = defaultdict(float)  # record -> mu^2 of its own rows
         self.spent_by_kind: defaultdict[str, defaultdict[bytes, float]] = defaultdict(lambda: defaultdict(float))
         self.total = 0.0  # mu^2 of all rows
-        self.tainted = False  # some release depended on weights trained without DP
+        self.tainted: set[str] = set()  # kinds with a release that depended on weights trained without DP
         self.releases: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self._payloads: set[bytes] = set()
-        self._agreements: set[bytes] = set()
+        self.has_record_steps = False  # DP-SGD was counted record by record: never enough for a whole client
+        self._agreement = b""  # the terms that were accepted last
         with ledger_errors(path):
             fresh = not path.exists()
             self._file = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=2.0)
@@ -144,7 +145,7 @@ class Ledger:
     def _count(self, row: Row, at: float, chain: bytes) -> None:
         self.count, self.head, self.latest = self.count + 1, chain, at
         if row.kind == AGREEMENT:
-            self._agreements.add(row.payload)
+            self._agreement = row.payload
             return
         self.releases[row.kind] += 1
         self.bytes[row.kind] += row.nbytes
@@ -152,7 +153,9 @@ class Ledger:
         self.total += row.mu_squared
         self.spent[row.record] += row.mu_squared
         self.spent_by_kind[row.kind][row.record] += row.mu_squared
-        self.tainted = self.tainted or row.tainted
+        self.has_record_steps |= row.nbytes == 0 and row.record != EVERYTHING
+        if row.tainted:
+            self.tainted.add(row.kind)
 
     def knows(self, payload: bytes) -> bool:
         """Whether these bytes (their SHA-256) are paid for: sending them, again too, is free."""
@@ -160,12 +163,12 @@ class Ledger:
 
     def accept(self, agreement: bytes) -> None:
         """Write down that terms (their SHA-256) were accepted."""
-        if agreement not in self._agreements:
+        if not self.accepted(agreement):
             self.append([Row(EVERYTHING, AGREEMENT, 0.0, 0.0, -1, False, agreement, 0)])
 
     def accepted(self, agreement: bytes) -> bool:
-        """Whether these terms have been accepted."""
-        return agreement in self._agreements
+        """Whether these terms are the ones that were accepted last: going back to older ones is a change too."""
+        return agreement == self._agreement
 
     def has_prefix(self, count: int, head: bytes) -> bool:
         """Whether the chain's value after ``count`` rows is ``head``: False for a ledger that lost or changed rows."""

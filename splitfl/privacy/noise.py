@@ -25,6 +25,7 @@ from splitfl.errors import ConfigError
 
 FloatArray = NDArray[np.float64]
 KEY_BYTES = 32
+STREAM_BYTES = 1 << 34  # of one key
 CHUNK_DRAWS = 1 << 20  # normals made at once: 16 MiB of work
 
 
@@ -42,8 +43,12 @@ class NoiseStream:
     def __init__(self, key: bytes | None = None) -> None:
         """``key``: 32 bytes, for tests and simulations alone; by default the operating system draws it."""
         self.simulated = key is not None
-        chosen = secrets.token_bytes(KEY_BYTES) if key is None else key
-        self._stream = Cipher(algorithms.ChaCha20(chosen, bytes(16)), mode=None).encryptor()
+        self._start(secrets.token_bytes(KEY_BYTES) if key is None else key)
+
+    def _start(self, key: bytes) -> None:
+        """Begin a stream; it is good for 256 GiB, after which its counter would come round."""
+        self._key, self._left = key, STREAM_BYTES
+        self._stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """Independent standard normals, float64, on the CPU."""
@@ -56,6 +61,11 @@ class NoiseStream:
 
     def _uniforms(self, count: int) -> FloatArray:
         """Uniform in (0, 1), on a grid of 2^-53."""
+        if 8 * count > self._left:
+            self._start(
+                hashlib.sha256(self._key + b"next").digest() if self.simulated else secrets.token_bytes(KEY_BYTES)
+            )
+        self._left -= 8 * count
         words = np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8")
         return np.asarray(((words >> np.uint64(11)) + 0.5) * 2.0**-53, np.float64)
 

@@ -52,6 +52,7 @@ class Policy:
     record_budget: float  # mu^2; infinite without a target
     run_budget: float  # mu^2 of the client as a whole
     delta: float
+    epsilon: float | None = None  # the bound that the budgets keep; None = none was asked for
 
     @property
     def private(self) -> bool:
@@ -92,6 +93,8 @@ def policy_of(settings: Federation, work: Workload) -> Policy:
         raise ConfigError("privacy.clip_norm is not settled", "The server measures it at its start; or set it.")
     noise = certified_noise(settings, work) if privacy.mode == "certified" else measured_noise(settings)
     trains = privacy.gradients != "none"
+    if min(noise.activations * privacy.clip_norm, noise.gradients * privacy.gradient_clip_norm) == 0:
+        raise ConfigError("noise that rounds to zero is none", "Raise privacy.noise_multiplier.")
     gradients = Mechanism("record", privacy.gradient_clip_norm, noise.gradients * privacy.gradient_clip_norm)
     budget = mu_for(privacy.epsilon, privacy.delta) ** 2 if privacy.epsilon is not None else math.inf
     return Policy(
@@ -104,6 +107,7 @@ def policy_of(settings: Federation, work: Workload) -> Policy:
         record_budget=budget,
         run_budget=budget if privacy.unit == "client" else math.inf,
         delta=privacy.delta,
+        epsilon=privacy.epsilon,
     )
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from splitfl.privacy.accounting import epsilon_of, guess_bound, mean_bits
+from splitfl.privacy.accounting import epsilon_of, guess_bound, mean_bits, mu_for
 from splitfl.privacy.gate import ReleaseKind
 from splitfl.privacy.ledger import EVERYTHING, Ledger
 from splitfl.privacy.policy import Policy
@@ -17,6 +17,7 @@ from splitfl.privacy.policy import Policy
 OFF = "No noise was added: the server can read the text, and labels can be recovered from gradients."
 NOT_AUDITED = "Not audited yet: `splitfl audit` attacks what left."
 NEIGHBOURS = "one record replaced by another of the same public padded length"
+GRADIENTS = ReleaseKind.GRADIENT.value
 ACTIVATIONS = (ReleaseKind.ACTIVATION.value, ReleaseKind.HELD_OUT_ACTIVATION.value)
 
 
@@ -25,7 +26,7 @@ def privacy_report(
 ) -> dict[str, Any]:
     """What left by kind, its epsilons, and who is protected against whom. ``audit`` is an earlier audit's result."""
     alone, whole = epsilons(policy, ledger, simulated=simulated)
-    mu = math.sqrt(most_spent(policy, ledger)) if whole is not None else math.inf
+    mu = mu_for(whole, policy.delta) if whole else math.inf if whole is None else 0.0
     report: dict[str, Any] = {
         "mode": policy.mode,
         "statement": statement(policy, whole, alone, mu, audit, simulated=simulated),
@@ -36,28 +37,34 @@ def privacy_report(
         "epsilon": whole,
         "mean_bits": mean_bits(mu) if whole is not None else None,
         "guess_bound": guess_bound(mu, 0.5) if whole is not None else None,
+        "most_spent": most_spent(policy, ledger) if whole is not None else None,
         "stayed": stayed(policy),
         "told": told(policy),
         "left": {
             kind: {"releases": ledger.releases[kind], "bytes": ledger.bytes[kind]} for kind in sorted(ledger.releases)
         },
-        "parties": parties(policy, ledger),
+        "parties": parties(policy, ledger, whole),
         "ledger": {"rows": ledger.count, "head": ledger.head.hex()},
     }
     if policy.private:
-        report["several_records"] = (
-            "somebody with k records: sqrt(k) mu for activations and gradients, up to k mu for weights after DP-SGD"
-        )
+        report["several_records"] = several_records(ledger)
     return report
 
 
 def epsilons(policy: Policy, ledger: Ledger, *, simulated: bool) -> tuple[float | None, float | None]:
-    """epsilon of the activations alone, and of the whole transcript, for the unit that spent most; None = no bound."""
+    """epsilon of the activations alone, and of the whole transcript; None = no bound.
+
+    With a target it is the target: what happens to be spent, read off and acted upon, is no guarantee. Without one it
+    is that of the unit that spent most.
+    """
     if simulated or not policy.private:
         return None, None
-    alone = bounded_epsilon(most_spent(policy, ledger, ACTIVATIONS), policy.delta)
-    whole = None if ledger.tainted else bounded_epsilon(most_spent(policy, ledger), policy.delta)
-    return alone, whole
+    most = most_spent(policy, ledger)
+    alone = most_spent(policy, ledger, ACTIVATIONS)
+    alone_epsilon = None if ledger.tainted & set(ACTIVATIONS) else bounded_epsilon(alone, policy.delta)
+    if ledger.tainted or not math.isfinite(most):
+        return alone_epsilon, None
+    return alone_epsilon, bounded_epsilon(most, policy.delta) if policy.epsilon is None else policy.epsilon
 
 
 def bounded_epsilon(mu_squared: float, delta: float) -> float | None:
@@ -95,7 +102,7 @@ def statement(
     if policy.mode == "certified" and whole is not None:
         return (
             f"epsilon = {whole:.3g} at delta = {policy.delta:g} for each {policy.unit} ({NEIGHBOURS}), against whoever "
-            f"sees all that left. A record tells {mean_bits(mu):.2g} bits on average, at most."
+            f"sees all that left. It tells {mean_bits(mu):.2g} bits on average, at most."
         )
     figures = f"Activations alone: epsilon = {shown(alone)}; whole transcript: {shown(whole)}."
     return f"No guarantee. {audited(audit)} {figures}"
@@ -125,29 +132,43 @@ def told(policy: Policy) -> list[str]:
     """What the server learns beside the releases."""
     if not policy.private:
         return ["this client's name", "number and lengths of records", "counts of label tokens", "when it works"]
-    return ["this client's name", "number, order, recurrence and padded lengths of records", "when it works"]
+    records = "number, order, recurrence and padded lengths of records, and which are held out"
+    return ["this client's name", records, "the number of rows in its ledger", "when it works"]
 
 
-def parties(policy: Policy, ledger: Ledger) -> list[dict[str, str]]:
-    """Who sees what, and what protects a record against them."""
-    bound = {"off": "nothing", "measured": "noise, without a guarantee"}.get(policy.mode, "epsilon as stated")
-    weights = ledger.releases[ReleaseKind.WEIGHTS.value] > 0
-    merged = "nothing but averaging with others" if policy.dp_sgd is None else "DP-SGD, as stated; no amplification"
+def several_records(ledger: Ledger) -> str:
+    """What a person reckons with who is behind k of the records."""
+    direct = "activations" if ledger.tainted else "activations and gradients"
+    return f"somebody with k records: sqrt(k) mu for {direct}, up to k mu for anything else"
+
+
+def parties(policy: Policy, ledger: Ledger, whole: float | None) -> list[dict[str, str]]:
+    """Who sees what, and what protects a record against them. From what has left, not from what was meant to."""
+    if not policy.private:
+        bound = "nothing"
+    elif policy.mode == "certified" and whole is not None:
+        bound = "epsilon as stated"
+    else:
+        bound = "noise, without a guarantee"
+    trained = trained_by_it(ledger)
+    plain = ReleaseKind.WEIGHTS.value in ledger.tainted or GRADIENTS in ledger.tainted or not policy.private
+    shared = "nothing but averaging with others" if plain else "epsilon of the whole transcript; no amplification"
+    protection = shared if trained else "nothing of this client is in it"
     return [
         {"party": "server: trunk and merging", "sees": "all that left, by record", "protection": bound},
-        {
-            "party": "other clients",
-            "sees": "merged weights" if weights else "nothing of this client",
-            "protection": merged if weights else "nothing is sent",
-        },
-        {
-            "party": "whoever gets the exported model",
-            "sees": "its weights",
-            "protection": merged if weights else "this client's weights are not in it",
-        },
+        {"party": "other clients", "sees": trained or "nothing of this client", "protection": protection},
+        {"party": "whoever gets the exported model", "sees": trained or "no weight of it", "protection": protection},
         {
             "party": "a thief of this client's state folder",
-            "sees": "trained weights; releases are encrypted, and their key lies elsewhere",
+            "sees": "trained weights and their moments, the client's TLS key; releases are encrypted, their key is "
+            "elsewhere",
             "protection": "the key file, while it is not stolen too",
         },
     ]
+
+
+def trained_by_it(ledger: Ledger) -> str:
+    """Which weights that others get have learned from this client."""
+    merged = ["merged weights"] if ledger.releases[ReleaseKind.WEIGHTS.value] else []
+    trunk = ["a trunk trained on its gradients"] if ledger.releases[GRADIENTS] else []
+    return " and ".join([*merged, *trunk])

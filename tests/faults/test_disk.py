@@ -17,6 +17,7 @@ from client_model.participant import Participant
 from client_model.store import ClientStore
 from server_model.coordinator import Coordinator, Progress
 from splitfl.config import parse_federation
+from splitfl.cut import Cut
 from splitfl.lab.memory import URL, MemoryLink, MemoryService
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello
 
@@ -38,7 +39,7 @@ def run(model: Path, data: Path, folder: Path, report: Callable[[Progress], None
     coordinator = Coordinator(model, SETTINGS, folder / "server", device=CPU, report=report)
     with MemoryService(coordinator) as service:
         link = MemoryLink(service, Hello(PROTOCOL_VERSIONS, "a", n_bottom=1, n_top=2))
-        client = Participant("a", data, ClientStore(folder / "a"), folder / "cache", CPU, accept=agree)
+        client = Participant("a", data, ClientStore(folder / "a"), folder / "cache", CPU, accept=agree, plan=Cut(1, 2))
         client.run(link, link.open(), URL)
 
 

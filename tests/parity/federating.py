@@ -76,7 +76,7 @@ def take_part(name: str, data: Path, url: str, folder: Path, outcome: Outcome, c
 
     bottom, top = (cut.n_bottom, cut.n_top) if cut else (-1, -1)
     link = Link(url, Hello(PROTOCOL_VERSIONS, name, n_bottom=bottom, n_top=top), say=lambda _: None)
-    participant = Participant(name, data, ClientStore(folder), folder / "cache", CPU, report, accept=agree)
+    participant = Participant(name, data, ClientStore(folder), folder / "cache", CPU, report, accept=agree, plan=cut)
     try:
         return participant.run(link, link.open(), url)
     finally:

@@ -176,7 +176,7 @@ class Frontier:
         mechanism = Mechanism("token", spec.clip_norm, spec.sigma, "bf16", encoder)
         report = run_audit(
             [observed(record, item.sent) for record, item in self.sample(tuning)],
-            PublicModel(self.source, self.scope.cut),
+            self.public_model(model),
             mechanism,
             [torch.from_numpy(record.input_ids) for record in self.texts.public[: self.scope.audit_public]],
             generator=torch.Generator().manual_seed(seed),
@@ -184,6 +184,14 @@ class Frontier:
             say=self.say,
         )
         return report.worst.recovery.value, report.worst.name
+
+    def public_model(self, model: NarrowModel) -> PublicModel:
+        """What the attacker has: the published bottom, and the base as its language model: that never learned noise."""
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            model.save(Path(folder) / "published")
+            public = PublicModel(CheckpointFolder(Path(folder) / "published"), self.scope.cut)
+        public.whole = PublicModel(self.source, self.scope.cut).whole
+        return public
 
     def sample(self, tuning: TopTuning) -> Sequence[tuple[Record, Any]]:
         """Records to attack, spread over the training text, with what was released of them."""

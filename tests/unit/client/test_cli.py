@@ -264,6 +264,7 @@ def test_report_says_what_left_and_what_stayed(
             "uncounted_starts": 1,
             "seconds": 1.0,
             "held_out_losses": losses,
+            "baselines": None,
             "bytes": {"bytes_sent": 1, "bytes_received": 2},
             "privacy": privacy_report(gate.policy, gate.ledger),
             "weights": "merged.safetensors",

@@ -25,7 +25,7 @@ from splitfl.lab.bench.contenders import (
 )
 from splitfl.lab.bench.harness import Result
 from splitfl.lab.bench.plots import draw_frontier
-from splitfl.lab.bench.privacy import bars, record_epsilon
+from splitfl.lab.bench.privacy import Scope, bars, record_epsilon, run
 from splitfl.lab.bench.texts import RUN, Texts, docstrings, python_texts, runs
 
 QUICK = Effort(public_steps=4, private_steps=6, records=4, length=32, rates=(3e-3,), compute="fp32")
@@ -145,3 +145,24 @@ def test_bars_judge_the_least_leaky_level_where_none_is_safe_enough() -> None:
 def test_picture_is_drawn(tmp_path: Path) -> None:
     draw_frontier(Result("privacy", {}, rows=ROWS), tmp_path / "privacy.png")
     assert (tmp_path / "privacy.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_benchmark_measures_every_contender(small_model: Path) -> None:
+    """On a model that knows nothing: that it runs, and that plain noise this small hides nothing."""
+    levels = {"narrow_levels": (0.5,), "plain_levels": (0.01,)}
+    scope = Scope(Cut(1, 1), rank=8, seeds=1, audited=8, audit_public=80, audit_seconds=15, **levels)
+    result = run(model=small_model, scope=scope, effort=QUICK)
+    assert [row["mechanism"] for row in result.rows] == [
+        "no fine-tuning",
+        "ends-only",
+        "top-only",
+        "noise-free split",
+        "noise-free split, base as given",
+        "plain Gaussian",
+        "narrow, rank 8",
+    ]
+    plain, narrow = result.rows[-2:]
+    assert plain["recovery"]["median"] > 0.9 > narrow["recovery"]["median"]
+    assert (plain["bytes_per_token"], narrow["bytes_per_token"]) == (128, 16)
+    assert len(result.as_json()["bars"]) == 5

@@ -62,3 +62,11 @@ def test_a_seed_is_refused_outside_simulations() -> None:
     first, second = (open_stream(seed=7, simulated=True).normal((4,)) for _ in range(2))
     assert torch.equal(first, second)
     assert not open_stream(seed=None, simulated=False).simulated
+
+
+def test_stream_that_is_used_up_goes_on_under_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitfl.privacy.noise.STREAM_BYTES", 1024)
+    drawn = NoiseStream().normal((4, 128))
+    assert torch.unique(drawn).numel() == drawn.numel()
+    again = [NoiseStream(bytes(32)).normal((4, 128)) for _ in range(2)]
+    assert torch.equal(*again)

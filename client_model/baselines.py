@@ -1,0 +1,91 @@
+"""What a client would have reached without the split: the leak must be earned, and the report says whether it was.
+
+*ends-only*: the client's own ends as a small model, the trunk left out; nothing leaves for it. *top-only*: the trunk as
+published and no gradient sent, the top trained on this client's own records alone; it names records that were released
+before, and nothing new leaves. Both get the federation's steps, schedule and order, from the base weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from client_model.ends import Ends
+from client_model.records import ClientData, Spend
+from client_model.trainer import Asker, MissedStepError, Trainer
+from splitfl.config import Federation
+from splitfl.data.packing import Batch
+from splitfl.privacy.gate import Gate, RecordRef
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Held-out losses in nats per token; None = not measured."""
+
+    federated: float
+    ends_only: float | None
+    top_only: float | None
+
+    @property
+    def earned(self) -> bool:
+        """Whether the federated weights beat whatever was measured beside them."""
+        others = [loss for loss in (self.ends_only, self.top_only) if loss is not None]
+        return all(self.federated < loss for loss in others)
+
+
+def wanted(settings: Federation) -> tuple[bool, bool]:
+    """Whether ends-only and top-only are to be measured. The trunk must be as published for the latter."""
+    chosen = settings.evaluation.baselines
+    if chosen == "auto":
+        chosen = "all" if settings.privacy.on else "none"
+    return chosen != "none", chosen == "all" and not settings.trains_trunk
+
+
+class BaselineRun:
+    """Trains baselines for the client ``name``; ``fresh`` gives ends with the base weights."""
+
+    def __init__(
+        self,
+        name: str,
+        data: ClientData,
+        evaluation: Sequence[Batch],
+        link: Asker,
+        gate: Gate,
+        fresh: Callable[[], Ends],
+    ) -> None:
+        self.name = name
+        self.data = data
+        self.evaluation = evaluation
+        self.link = link
+        self.gate = gate
+        self.fresh = fresh
+
+    def ends_only(self) -> float | None:
+        """Held-out loss of the ends alone; None when it is no number."""
+        ends = self.fresh()
+        ends.leave_trunk_out()
+        return self._run(ends)
+
+    def top_only(self) -> float | None:
+        """Held-out loss of a top that this client trained alone, on the trunk as it was published."""
+        return self._run(self.fresh())
+
+    def _run(self, ends: Ends) -> float | None:
+        settings, trainer = self.data.settings, Trainer(ends, self.link, self.gate)
+        order, rounds = self.data.order(self.name), settings.rounds
+        try:
+            for round_ in range(rounds.count):
+                for step in range(rounds.local_steps):
+                    trainer.step(round_, step, self.data.step(order, self._paid_for()))
+            loss = trainer.evaluate(rounds.count, self.evaluation)
+        except MissedStepError:
+            return None
+        mean = loss.total / max(1, loss.tokens)
+        return mean if math.isfinite(mean) else None
+
+    def _paid_for(self) -> Spend | None:
+        """With privacy on, only records that were released before take part: a baseline costs nothing."""
+        if not self.gate.policy.private:
+            return None
+        return lambda key, length, _: self.gate.is_paid(self.gate.name_of(RecordRef(key, length)))

@@ -1,0 +1,78 @@
+"""Baselines beside the federated result: they cost nothing, change nothing, and the report says when they win."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from client_model.baselines import Baselines, wanted
+from client_model.cli import beside, not_earned
+from splitfl.config import Federation, parse_federation
+from splitfl.data.notes import generate_notes, write_notes
+from splitfl.lab.federation import FederationResult, run_federation
+from splitfl.split.create import create_checkpoint
+
+
+def settings(baselines: str, **privacy: Any) -> Federation:
+    tables: dict[str, Any] = {
+        "rounds": {"count": 2, "local_steps": 3},
+        "batch": {"records": 4, "max_length": 32},
+        "evaluation": {"records": 4, "baselines": baselines},
+        "privacy": {"mode": "measured", "clip_norm": 1.0} | privacy,
+    }
+    return parse_federation(tables, "the test")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "small"
+    create_checkpoint(
+        folder, family="llama", layers=3, hidden=64, vocab=320, corpus=generate_notes("general", 60, 7), seed=0
+    )
+    return folder
+
+
+def run(model: Path, folder: Path, chosen: Federation) -> FederationResult:
+    folder.mkdir()
+    write_notes(folder / "a.jsonl", "cardiology", 30, 1)
+    return run_federation(model, {"a": folder / "a.jsonl"}, chosen, folder / "run", noise_seed=3)
+
+
+def test_baselines_release_nothing_and_leave_the_federation_as_it_is(model: Path, tmp_path: Path) -> None:
+    without = run(model, tmp_path / "without", settings("none"))
+    beside_it = run(model, tmp_path / "with", settings("all"))
+    assert without.reports["a"]["baselines"] is None
+    found = beside_it.reports["a"]["baselines"]
+    assert found["federated"] == beside_it.held_out_losses("a")[-1][1]
+    assert 0 < found["ends_only"] != found["federated"]
+    # one client, no gradient: top-only is the federation without its merge of one, so the same
+    assert found["top_only"] == pytest.approx(found["federated"], rel=1e-5)
+    left = [result.reports["a"]["privacy"]["left"] for result in (without, beside_it)]
+    assert left[0] == left[1]
+    one, other = without.weights(), beside_it.weights()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_top_only_is_not_measured_where_the_trunk_has_moved(model: Path, tmp_path: Path) -> None:
+    found = run(model, tmp_path / "run", settings("all", gradients="noised")).reports["a"]["baselines"]
+    assert found["top_only"] is None
+    assert found["ends_only"] is not None
+
+
+def test_auto_means_all_with_privacy_on_and_none_else() -> None:
+    assert wanted(settings("auto")) == (True, True)
+    assert wanted(settings("auto", gradients="noised")) == (True, False)
+    assert wanted(settings("ends")) == (True, False)
+    assert wanted(Federation()) == (False, False)
+
+
+@pytest.mark.parametrize(("ends_only", "top_only", "earned"), [(3.0, 3.1, True), (3.0, 1.9, False), (1.9, None, False)])
+def test_report_says_first_when_the_split_did_not_pay(ends_only: float, top_only: float | None, earned: bool) -> None:
+    found = Baselines(2.0, ends_only, top_only)
+    assert found.earned == earned
+    report = {"federated": 2.0, "ends_only": ends_only, "top_only": top_only, "earned": found.earned}
+    assert [line.startswith("Splitting did NOT pay") for line in not_earned(report)] == [True] * (not earned)
+    assert "federated 2.000, ends-only" in beside(report)[0]
