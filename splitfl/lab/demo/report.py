@@ -33,7 +33,8 @@ ADAPTED = (
     "local-only and centralised had no such help. The exported folder opens anywhere, but without its release "
     "(release.json, release.safetensors) it is a worse model than measured here."
 )
-AUDIT = "    splitfl audit --state clients/{client}/state --model published --data notes/{client}.jsonl --json"
+AUDIT = """    splitfl audit --state clients/{client}/state --key clients/{client}/key \\
+        --model published --data notes/{client}.jsonl --public notes/general.jsonl"""
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,8 @@ class DemoResult:
     def stated_privacy(self) -> Mapping[str, Any]:
         """The privacy section of the client whose activations tell most."""
         sections: list[Mapping[str, Any]] = [self.reports[client]["privacy"] for client in self.clients]
-        return max(sections, key=lambda section: section["epsilon_activations"] or math.inf)
+        epsilons = [section["epsilon_activations"] for section in sections]
+        return sections[max(range(len(sections)), key=lambda n: math.inf if epsilons[n] is None else epsilons[n])]
 
     def summary(self, picture: str) -> dict[str, Any]:
         """The object of ``splitfl demo --json``: losses in nats per token, everything else in bytes."""

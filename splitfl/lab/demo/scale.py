@@ -71,7 +71,11 @@ class DemoScale:
             model=Model(n_bottom=CUT.n_bottom, n_top=CUT.n_top),
             optimizer=Optimizer(learning_rate=self.rate, warmup_steps=steps // 20),
             merge=Merge(share="ends"),
-            evaluation=Evaluation(held_out_fraction=self.held_out_fraction, records=self.curve_records),
+            evaluation=Evaluation(
+                held_out_fraction=self.held_out_fraction,
+                records=self.curve_records,
+                baselines="none",  # the demo measures them itself, on all held-out records
+            ),
             release=ReleaseSettings(rank=self.rank),
             privacy=Privacy(mode="measured", noise_multiplier=self.noise),
             agreement=AGREEMENT,

@@ -147,7 +147,7 @@ def test_printed_report_is_plain_text_away_from_a_terminal(
         "590.0 MB",
         "No guarantee.",
         "16 noised numbers a token",
-        "splitfl audit --state clients/cardiology/state --model published",
+        "splitfl audit --state clients/cardiology/state --key clients/cardiology/key",
         "nothing but averaging",
         "/runs/demo/picture.png",
         "0.74 M weights",
