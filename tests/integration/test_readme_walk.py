@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +39,14 @@ def prepare(folder: Path) -> dict[str, str]:
     recipe.write_text(text.replace("local_steps = 20", "local_steps = 3"))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "HOME": str(folder / "home")}
+
+
+def agreement(folder: Path) -> str:
+    """The hash at the end of the terms that the server has written down."""
+    terms, until = folder / "runs" / "walk" / "server" / "agreement.txt", time.monotonic() + PATIENCE_S
+    while not terms.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    return terms.read_text().split()[-1]
 
 
 class Shells:
@@ -85,6 +94,8 @@ def test_walk_of_the_readme_works_when_pasted(tmp_path: Path) -> None:
         for block in walk():
             in_a_terminal_of_its_own = "splitfl serve" in block or "splitfl join" in block
             here = block.replace("ws://127.0.0.1:7000", f"ws://127.0.0.1:{port}")
+            if "splitfl join" in here:  # a person is asked, and says yes
+                here = here.replace("splitfl join", f"splitfl join --accept {agreement(tmp_path)}")
             here = here.replace("splitfl serve", f"splitfl serve --listen 127.0.0.1:{port}")
             if not in_a_terminal_of_its_own:
                 shells.wait()

@@ -72,7 +72,13 @@ def test_every_field_says_what_it_is_and_in_which_unit(section: type[BaseModel])
         ({"trunk": {"mode": "parallel"}}, "trunk.mode"),
         ({"wire": {"codec": "int4"}}, "wire.codec"),
         ({"evaluation": {"held_out_fraction": 1.0}}, "evaluation.held_out_fraction"),
-        ({"privacy": {"mode": "certified"}}, "privacy.mode"),
+        ({"privacy": {"mode": "secret"}}, "privacy.mode"),
+        ({"privacy": {"mode": "certified"}}, "privacy"),
+        ({"privacy": {"epsilon": 8.0}}, "privacy"),
+        ({"privacy": {"noise_multiplier": 0.3}}, "privacy"),
+        ({"privacy": {"mode": "measured", "delta": 0}}, "privacy.delta"),
+        ({"privacy": {"mode": "measured", "clip_norm": float("inf")}}, "privacy.clip_norm"),
+        ({"batch": {"buckets": [64, 32]}}, "batch"),
         ({"name": "../wards"}, "name"),
         ({"seed": -1}, "seed"),
         ({"round": {"count": 3}}, "round"),
@@ -167,3 +173,40 @@ def test_model_that_is_too_small_is_refused(model: dict[str, int], part: str) ->
 )
 def test_trunk_may_be_empty(model: dict[str, int]) -> None:
     parsed(model=model).check_layers(4)
+
+
+@pytest.mark.parametrize(
+    ("tables", "says"),
+    [
+        ({"privacy": {"mode": "measured"}, "batch": {"pack": True}}, "batch.pack"),
+        ({"privacy": {"mode": "certified", "epsilon": 8.0}}, "privacy.dp_sgd"),
+        (
+            {"privacy": {"mode": "certified", "epsilon": 8.0, "gradients": "noised"}, "merge": {"share": "none"}},
+            "gradients of a top trained without DP",
+        ),
+        (
+            {"privacy": {"mode": "certified", "epsilon": 8.0, "dp_sgd": True}, "model": {"freeze_below": 0}},
+            "model.freeze_below",
+        ),
+        (
+            {"privacy": {"mode": "certified", "epsilon": 8.0, "dp_sgd": True}, "model": {"n_bottom": 0}},
+            "model.freeze_below",
+        ),
+        ({"release": {"rank": 16}}, "privacy on"),
+    ],
+)
+def test_privacy_that_cannot_be_had_is_refused_at_the_start(tables: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        parse_federation(tables, "federation.toml")
+
+
+def test_records_are_packed_only_where_they_are_not_the_unit_of_privacy() -> None:
+    assert Federation().packs
+    assert not parse_federation({"privacy": {"mode": "measured"}}, "x").packs
+    assert not parse_federation({"batch": {"pack": False}}, "x").packs
+
+
+def test_public_lengths_are_powers_of_two_up_to_the_longest() -> None:
+    assert parse_federation({"batch": {"max_length": 100}}, "x").batch.padded_lengths == (32, 64, 100)
+    assert parse_federation({"batch": {"max_length": 16}}, "x").batch.padded_lengths == (16,)
+    assert parse_federation({"batch": {"max_length": 100, "buckets": [50, 100]}}, "x").batch.padded_lengths == (50, 100)
