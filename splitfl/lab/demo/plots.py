@@ -73,12 +73,12 @@ def draw_own(result: DemoResult, panel: Axes) -> None:
         losses = [result.own(model_of(kind, client), client) for client in result.clients]
         places = [group + (number - (len(STYLES) - 1) / 2) * width for group in range(len(losses))]
         bars = panel.bar(places, losses, width * 0.92, color=style["color"], label=style["label"])
-        panel.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+        panel.bar_label(bars, fmt="%.2f", fontsize=6.5, padding=2)
     panel.set_xticks(range(len(result.clients)), result.clients)
     panel.set_title("Each client's own held-out notes, all of them, after the last round", fontsize=11)
     panel.set_ylabel(UNITS)
     panel.margins(y=0.12)
-    panel.legend(frameon=False, ncols=7, loc="upper center", bbox_to_anchor=(0.5, -0.1), handlelength=1.2, fontsize=9)
+    panel.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1), handlelength=1.2, fontsize=9)
     tidy(panel, grid="y")
 
 

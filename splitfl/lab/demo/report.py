@@ -28,9 +28,9 @@ ALONE = (
     "activation leaving."
 )
 ADAPTED = (
-    "federated and top-only are measured as they are used: through the release, with fresh noise. They and all ends "
-    "began with the published model, which had {steps} more steps on the public notes than the base model; before, "
-    "local-only and centralised had no such help. The exported folder opens anywhere, but without its release "
+    "federated and top-only are measured as they are used: through the release, with fresh noise. They, ends-only and "
+    "merged ends began with the published model, which had {steps} more steps on the public notes than the base model; "
+    "before, local-only and centralised had no such help. The exported folder opens anywhere, but without its release "
     "(release.json, release.safetensors) it is a worse model than measured here."
 )
 AUDIT = """    splitfl audit --state clients/{client}/state --key clients/{client}/key \\
