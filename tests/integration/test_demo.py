@@ -18,10 +18,11 @@ from splitfl.config import parse_federation
 from splitfl.errors import INTERRUPTED_EXIT_CODE, ConfigError
 from splitfl.lab.demo.plots import draw
 from splitfl.lab.demo.report import save_report
-from splitfl.lab.demo.results import DemoResult
+from splitfl.lab.demo.results import ENDS_ONLY, TOP_ONLY, DemoResult, alone
 from splitfl.lab.demo.scale import CLIENTS, DemoFolder, DemoScale
 from splitfl.lab.demo.stages import Demo
 from splitfl.lab.demo.views import Screen
+from splitfl.split.narrow import release_hash
 
 TINY = DemoScale(
     notes=60,
@@ -32,6 +33,9 @@ TINY = DemoScale(
     record_tokens=32,
     records=2,
     base_steps=20,
+    ends_steps=10,
+    adapt_steps=10,
+    adapt_records=2,
     rounds=2,
     local_steps=3,
     held_out_fraction=0.1,
@@ -54,30 +58,42 @@ def test_demo_measures_every_model_on_every_set(finished: tuple[DemoResult, Path
     result, folder, _ = finished
     summary = result.summary(str(folder / "picture.png"))
     assert set(summary) == {"clients", "union", "bytes", "peak_rss", "privacy", "picture"}
-    kinds = {"before", "local_only", "federated", "centralised"}
+    each = {"local_only", "ends_only", "top_only"}
+    kinds = {"before", "federated", "merged_ends", "centralised", *each}
     assert {client: set(of) for client, of in summary["clients"].items()} == dict.fromkeys(CLIENTS, kinds)
     assert set(summary["union"]) == kinds
-    assert set(summary["union"]["local_only"]) == set(CLIENTS)
+    assert all(set(summary["union"][kind]) == set(CLIENTS) for kind in each)
     assert set(summary["peak_rss"]) == {"trunk", *CLIENTS}
     assert all(count > 100_000_000 for count in summary["peak_rss"].values())  # torch alone is more
     assert all(of["sent"] > 10_000 and of["received"] > 10_000 for of in summary["bytes"].values())
-    assert summary["privacy"]["mode"] == "off"
-    assert "can read the text" in summary["privacy"]["statement"]
+    assert summary["privacy"]["mode"] == "measured"
+    assert summary["privacy"]["statement"].startswith("No guarantee.")
+    assert all("gradients" not in left for left in summary["privacy"]["left"].values())
 
 
 def test_demo_trains(finished: tuple[DemoResult, Path, str]) -> None:
     result, _, _ = finished
-    assert result.union("federated") < result.union("before")
+    assert result.union("federated") < result.union("published")
     assert result.union("centralised") < result.union("before")
+    for kind in (ENDS_ONLY, TOP_ONLY):
+        for client in CLIENTS:
+            assert result.own(alone(kind, client), client) < result.own("published", client)
 
 
-def test_curves_of_all_kinds_begin_at_the_same_model_and_records(finished: tuple[DemoResult, Path, str]) -> None:
+def test_curves_begin_with_the_base_model_or_the_published_one(finished: tuple[DemoResult, Path, str]) -> None:
     result, _, _ = finished
     for client in CLIENTS:
         curves = {kind: result.curves[kind][client] for kind in ("federated", "local_only", "centralised")}
         assert {len(curve) for curve in curves.values()} == {TINY.rounds + 1}
         assert curves["local_only"][0] == curves["centralised"][0]
-        assert curves["federated"][0] == pytest.approx(curves["local_only"][0], abs=0.01)  # bf16 on the wire
+        published = result.own("published", client)  # on all records, with other noise
+        assert curves["federated"][0] == pytest.approx(published, rel=0.1)
+
+
+def test_federated_model_is_exported_with_its_release(finished: tuple[DemoResult, Path, str]) -> None:
+    _, folder, _ = finished
+    places = DemoFolder(folder)
+    assert release_hash(places.exported) == release_hash(places.published)
 
 
 def test_demo_leaves_a_report_a_picture_and_a_recipe(finished: tuple[DemoResult, Path, str]) -> None:
@@ -94,7 +110,13 @@ def test_demo_leaves_a_report_a_picture_and_a_recipe(finished: tuple[DemoResult,
 def test_progress_without_a_terminal_is_lines(finished: tuple[DemoResult, Path, str]) -> None:
     _, _, progress = finished
     assert "\x1b" not in progress
-    for expected in ("the trunk listens on ws://", "after round 2/2", "oncology alone", "all notes in one place"):
+    for expected in (
+        "the trunk listens on ws://",
+        "after round 2/2",
+        "oncology alone",
+        "oncology, top-only",
+        "all notes in one place",
+    ):
         assert expected in progress
 
 
@@ -109,7 +131,7 @@ def test_interrupted_demo_leaves_no_process_behind(tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "splitfl.cli", "demo", "--out", str(tmp_path / "run"), "--json"]
     demo = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert demo.stderr is not None
-    assert next(line for line in demo.stderr if "Training the base model" in line)
+    assert next(line for line in demo.stderr if "Base model and its narrow release" in line)
     worker = first_child(demo.pid)
     demo.send_signal(signal.SIGINT)
     output, _ = demo.communicate(timeout=30)

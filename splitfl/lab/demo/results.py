@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, NamedTuple
+
+ENDS_ONLY, TOP_ONLY = "ends_only", "top_only"  # what a client can do with the published model, alone
+MERGED_ENDS = "merged_ends"  # what merging gives by itself: no record leaves, tops do
+
+
+def alone(kind: str, client: str) -> str:
+    """The name of what ``client`` trained alone."""
+    return f"{client}/{kind}"
 
 
 class Measured(NamedTuple):
@@ -29,11 +38,13 @@ def perplexity(loss: float) -> float:
 class DemoResult:
     """All figures of one demo.
 
-    ``held_out``: model -> client whose held-out notes it was measured on -> loss. Models are ``before``, ``federated``,
-    ``centralised``, and each client's name for the model that it would train alone. ``curves``: ``federated``,
+    ``held_out``: model -> client whose held-out notes it was measured on -> loss. Models are ``before``,
+    ``published``, ``federated``, ``merged_ends``, ``centralised``, each client's name for the whole model that it would
+    train alone, and
+    :func:`alone` of it for what it could do with the published one. ``curves``: ``federated``,
     ``local_only`` and ``centralised`` -> client -> held-out loss before the first round and after each, on
     ``curve_records`` records. ``reports``: what each client said at its end. ``parameters``: of ``bottom``, ``trunk``,
-    ``top``. ``seconds``: of each stage.
+    ``top``. ``adapted_steps``: of the publisher, beyond the base model's. ``seconds``: of each stage.
     """
 
     clients: tuple[str, ...]
@@ -44,6 +55,7 @@ class DemoResult:
     parameters: Mapping[str, int]
     seconds: Mapping[str, float]
     settings: Mapping[str, Any]
+    adapted_steps: int
 
     def own(self, model: str, client: str) -> float:
         """Loss of ``model`` on what ``client`` held out."""
@@ -58,14 +70,31 @@ class DemoResult:
         """The client whose own model does best on the union."""
         return min(self.clients, key=self.union)
 
+    def own_mean(self, kind: str) -> float:
+        """Mean over clients of the loss on their own held-out notes. ``kind``: alone or for all."""
+        each = kind in (ENDS_ONLY, TOP_ONLY)
+        return fmean(self.own(alone(kind, client) if each else kind, client) for client in self.clients)
+
+    @property
+    def splitting_pays(self) -> bool:
+        """Whether the federated model beats, on the clients' own held-out notes, all that leaks less."""
+        return self.own_mean("federated") < min(map(self.own_mean, (ENDS_ONLY, TOP_ONLY, MERGED_ENDS)))
+
     @property
     def federated_wins(self) -> bool:
         """Whether the federated model beats every local-only one on the union."""
         return self.union("federated") < self.union(self.best_local_only)
 
+    @property
+    def stated_privacy(self) -> Mapping[str, Any]:
+        """The privacy section of the client whose activations tell most."""
+        sections: list[Mapping[str, Any]] = [self.reports[client]["privacy"] for client in self.clients]
+        epsilons = [section["epsilon_activations"] for section in sections]
+        return sections[max(range(len(sections)), key=lambda n: math.inf if epsilons[n] is None else epsilons[n])]
+
     def summary(self, picture: str) -> dict[str, Any]:
         """The object of ``splitfl demo --json``: losses in nats per token, everything else in bytes."""
-        privacy = self.reports[self.clients[0]]["privacy"]
+        privacy = self.stated_privacy
         return {
             "clients": {
                 client: {
@@ -73,6 +102,9 @@ class DemoResult:
                     "local_only": self.own(client, client),
                     "federated": self.own("federated", client),
                     "centralised": self.own("centralised", client),
+                    ENDS_ONLY: self.own(alone(ENDS_ONLY, client), client),
+                    TOP_ONLY: self.own(alone(TOP_ONLY, client), client),
+                    MERGED_ENDS: self.own(MERGED_ENDS, client),
                 }
                 for client in self.clients
             },
@@ -81,6 +113,9 @@ class DemoResult:
                 "local_only": {client: self.union(client) for client in self.clients},
                 "federated": self.union("federated"),
                 "centralised": self.union("centralised"),
+                ENDS_ONLY: {client: self.union(alone(ENDS_ONLY, client)) for client in self.clients},
+                TOP_ONLY: {client: self.union(alone(TOP_ONLY, client)) for client in self.clients},
+                MERGED_ENDS: self.union(MERGED_ENDS),
             },
             "bytes": {client: self.traffic(client) for client in self.clients},
             "peak_rss": dict(self.peak_rss),
@@ -88,6 +123,7 @@ class DemoResult:
                 "mode": privacy["mode"],
                 "statement": privacy["statement"],
                 "stayed": privacy["stayed"],
+                "parties": privacy["parties"],
                 "left": {client: self.reports[client]["privacy"]["left"] for client in self.clients},
             },
             "picture": picture,

@@ -11,10 +11,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from splitfl.config import Batch, Evaluation, Federation, Merge, Model, Optimizer, Rounds
+from splitfl.config import (
+    Agreement,
+    Batch,
+    Evaluation,
+    Federation,
+    Merge,
+    Model,
+    Optimizer,
+    Privacy,
+    ReleaseSettings,
+    Rounds,
+)
+from splitfl.cut import Cut
 
 CLIENTS = ("cardiology", "oncology", "paediatrics")
 PUBLIC = "general"
+CUT = Cut(1, 1)
+AGREEMENT = Agreement(
+    owner="nobody: this is a demonstration on one machine",
+    contact="whoever started it",
+    purpose="to show a federation at work, on notes that a generator made up",
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +48,12 @@ class DemoScale:
     records: int = 4  # in one step of one client
     base_steps: int = 500
     base_rate: float = 3e-3  # peak step size
+    rank: int = 16  # numbers a token that leave a client
+    noise: float = 0.5  # their noise, in clip norms
+    ends_steps: int = 150  # of the publisher, on the ends alone
+    adapt_steps: int = 200  # of the publisher, on trunk and top through the noise
+    adapt_records: int = 8  # in one of those steps
+    adapt_rate: float = 2e-3  # peak step size
     rounds: int = 6
     local_steps: int = 16
     rate: float = 4e-3  # peak step size
@@ -37,17 +61,24 @@ class DemoScale:
     curve_records: int = 32  # held-out records that the curves are measured on, after every round
 
     def federation(self, seed: int) -> Federation:
-        """What the trunk serves, and what the baselines train by."""
+        """What the trunk serves, and what the baselines train by: records, steps, schedule, freezing."""
         steps = self.rounds * self.local_steps
         return Federation(
             name="three-hospitals",
             seed=seed,
             rounds=Rounds(count=self.rounds, local_steps=self.local_steps, min_clients=len(CLIENTS)),
             batch=Batch(records=self.records, max_length=self.record_tokens),
-            model=Model(n_bottom=1, n_top=1),
+            model=Model(n_bottom=CUT.n_bottom, n_top=CUT.n_top),
             optimizer=Optimizer(learning_rate=self.rate, warmup_steps=steps // 20),
             merge=Merge(share="ends"),
-            evaluation=Evaluation(held_out_fraction=self.held_out_fraction, records=self.curve_records),
+            evaluation=Evaluation(
+                held_out_fraction=self.held_out_fraction,
+                records=self.curve_records,
+                baselines="none",  # the demo measures them itself, on all held-out records
+            ),
+            release=ReleaseSettings(rank=self.rank),
+            privacy=Privacy(mode="measured", noise_multiplier=self.noise),
+            agreement=AGREEMENT,
         )
 
     def base_training(self, seed: int) -> Federation:
@@ -85,6 +116,10 @@ class DemoFolder:
     @property
     def base(self) -> Path:
         return self.path / "base"
+
+    @property
+    def published(self) -> Path:
+        return self.path / "published"
 
     @property
     def federation(self) -> Path:

@@ -18,13 +18,14 @@ from server_model.invitations import invite
 from splitfl.data.notes import write_notes
 from splitfl.errors import ConfigError, StorageError
 from splitfl.lab.demo.children import Children, Event
-from splitfl.lab.demo.results import DemoResult, Measured
+from splitfl.lab.demo.results import ENDS_ONLY, MERGED_ENDS, TOP_ONLY, DemoResult, Measured, alone
 from splitfl.lab.demo.scale import CLIENTS, PUBLIC, DemoFolder, DemoScale
 from splitfl.lab.demo.views import FederationView, Screen, TrainingView, View
 
 INVITATION_S = 3600.0
 COMMAND, WORKER = "splitfl.cli", "splitfl.lab.demo.worker"
 TRUNK = "trunk"
+WAYS = {ENDS_ONLY: "ends-only", TOP_ONLY: "top-only", MERGED_ENDS: "merged ends"}
 
 
 def usable_cores() -> int:
@@ -56,11 +57,15 @@ class Demo:
         self._make_folder()
         with self._stage("notes", f"Writing notes: {self.scale.notes:,} for each of {', '.join(CLIENTS)}"):
             self._write_notes()
-        with self._stage("base model", f"Training the base model on {self.scale.public_notes:,} public, general notes"):
-            self._train_base()
+        with self._stage(
+            "base model", f"Base model and its narrow release, from {self.scale.public_notes:,} public notes"
+        ):
+            self._make_base()
         with self._stage("federation", "Federation: a trunk service and three clients, four processes, TLS"):
             self._federate()
-        with self._stage("baselines", "Baselines: each client alone, and all notes in one place; then measuring"):
+        with self._stage(
+            "baselines", "Baselines: each client alone in three ways, and all notes in one place; measuring"
+        ):
             self._train_baselines()
         return DemoResult(
             clients=CLIENTS,
@@ -71,6 +76,7 @@ class Demo:
             parameters=self.parameters,
             seconds=self.seconds,
             settings=self.scale.federation(self.seed).model_dump(mode="json"),
+            adapted_steps=self.scale.ends_steps + self.scale.adapt_steps,
         )
 
     @contextmanager
@@ -97,10 +103,11 @@ class Demo:
         for name in CLIENTS:
             write_notes(self.folder.notes(name), name, self.scale.notes, self.seed)
 
-    def _train_base(self) -> None:
+    def _make_base(self) -> None:
+        steps = {"base": self.scale.base_steps, "adaptation": self.scale.ends_steps + self.scale.adapt_steps}
         with self._children() as children:
             self._start_worker(children, "base", self.cores)
-            self._follow(children, TrainingView({"base": "base model"}, self.scale.base_steps, lines=5))
+            self._follow(children, TrainingView({"base": "base model", "adaptation": "adaptation"}, steps, lines=5))
 
     def _federate(self) -> None:
         """``splitfl serve``, and once it listens an invitation and ``splitfl join`` for each client."""
@@ -108,7 +115,7 @@ class Demo:
         with self._children() as children:
             serving = ("--state", folder.trunk, "--federation", folder.federation, "--listen", "127.0.0.1:0")
             computing = ("--device", self.device, "--threads", self.cores)
-            children.start(TRUNK, COMMAND, "serve", folder.base, *serving, *computing, "--json")
+            children.start(TRUNK, COMMAND, "serve", folder.published, *serving, *computing, "--json")
             view = FederationView(CLIENTS, self.scale.rounds, self.scale.local_steps)
             self._follow(children, view)
             self.peak_rss = children.peak_rss()
@@ -121,16 +128,18 @@ class Demo:
             home = self.folder.client(name)
             places = ("--data", self.folder.notes(name), "--state", home / "state", "--cache", home / "cache")
             computing = ("--device", self.device, "--threads", threads)
-            consent = ("--accept", agreement, "--key", home / "key")
+            consent = ("--accept", agreement, "--key", home / "key", "--privacy", "measured")
             invitation = invite(self.folder.trunk, name, valid_s=INVITATION_S)
             children.start(name, COMMAND, "join", invitation, *places, *consent, *computing, "--json")
 
     def _train_baselines(self) -> None:
         labels = {name: f"{name} alone" for name in CLIENTS} | {"centralised": "all notes in one place"}
+        labels |= {alone(kind, name): f"{name}, {WAYS[kind]}" for name in CLIENTS for kind in WAYS}
+        steps = dict.fromkeys(labels, self.scale.rounds * self.scale.local_steps)
         with self._children() as children:
-            for task in ("local-only", "centralised"):
+            for task in ("centralised", "local-only", "alone", "merged"):
                 self._start_worker(children, task, max(1, self.cores // 2))
-            self._follow(children, TrainingView(labels, self.scale.rounds * self.scale.local_steps, lines=4))
+            self._follow(children, TrainingView(labels, steps, lines=4))
 
     def _children(self) -> Children:
         return Children(self.folder.logs)

@@ -162,31 +162,33 @@ class TrainingState:
 
 
 class TrainingView:
-    """Models that are trained whole: ``labels`` says what each is called here, ``steps`` how long each trains."""
+    """Models that are trained whole: ``labels`` says what each is called here, ``steps`` how long it trains."""
 
-    def __init__(self, labels: dict[str, str], steps: int, *, lines: int) -> None:
+    def __init__(self, labels: dict[str, str], steps: dict[str, int], *, lines: int) -> None:
         self.labels = labels
         self.steps = steps
         self.models = {model: TrainingState() for model in labels}
-        self.every = max(1, steps // lines)
+        self.lines = lines
 
     def handle(self, name: str, event: Event) -> str:  # noqa: ARG002 - the event names its model
         if event.get("event") != "step":
             return ""
         model = self.models[event["model"]]
         model.step, model.loss, model.tokens_per_s = event["step"] + 1, event["loss"], event["tokens_per_s"]
-        if model.step % self.every and model.step != self.steps:
+        steps = self.steps[event["model"]]
+        if model.step % max(1, steps // self.lines) and model.step != steps:
             return ""
         label = self.labels[event["model"]]
-        return f"{label:<24} step {model.step}/{self.steps}  loss {model.loss:.3f}  {model.tokens_per_s:,.0f} tokens/s"
+        return f"{label:<25} step {model.step}/{steps}  loss {model.loss:.3f}  {model.tokens_per_s:,.0f} tokens/s"
 
     def table(self) -> Table:
         table = Table(box=None, padding=(0, 2), show_header=False)
         for model, state in self.models.items():
-            bar = ProgressBar(total=self.steps, completed=state.step, width=20)
+            steps = self.steps[model]
+            bar = ProgressBar(total=steps, completed=state.step, width=20)
             loss = "" if state.loss is None else f"loss {state.loss:.3f}"
             speed = f"{state.tokens_per_s:,.0f} tokens/s" if state.tokens_per_s else ""
-            table.add_row(self.labels[model], bar, f"step {state.step}/{self.steps}", loss, speed)
+            table.add_row(self.labels[model], bar, f"step {state.step}/{steps}", loss, speed)
         return table
 
 

@@ -1,8 +1,10 @@
 """The demo's training without a federation: ``python -m splitfl.lab.demo.worker TASK FOLDER THREADS DEVICE``.
 
-``base`` trains the model that everybody starts from. ``local-only`` and ``centralised`` are the baselines: the same
-steps, schedule and freezing as the federation has. Each prints JSON events; all held-out losses that the report
-states come from here, measured alike: the whole model over every held-out record of every client.
+``base`` trains the base model and adapts it to a narrow release: what the server publishes. ``local-only`` and
+``centralised`` are the whole-model baselines, from the base model on; ``alone`` and ``merged`` train the clients' tops
+without a federation, from the published model on. All have the federation's steps, schedule and freezing. Each prints
+JSON events; all held-out losses that the report states come from here, over every held-out record of every client; what
+has a release is measured through it, with fresh noise.
 """
 
 from __future__ import annotations
@@ -11,17 +13,29 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import torch
 
-from client_model.records import ClientData, batches, open_tokenizer
+from client_model.records import ClientData, batches, open_tokenizer, pad_token
 from server_model.exporting import export_state
 from splitfl.console import command, print_json
 from splitfl.cut import Cut
 from splitfl.data.packing import Batch
 from splitfl.data.readers import open_corpus
-from splitfl.lab.demo.scale import CLIENTS, PUBLIC, DemoFolder, DemoScale
+from splitfl.lab.adapt import CARD, Adaptation, adapt, narrow_model, open_public
+from splitfl.lab.demo.alone import (
+    LossOf,
+    TopTrainer,
+    measure,
+    open_narrow,
+    released_once,
+    through_noise,
+    train_together,
+)
+from splitfl.lab.demo.results import ENDS_ONLY, MERGED_ENDS, TOP_ONLY, alone
+from splitfl.lab.demo.scale import CLIENTS, CUT, PUBLIC, DemoFolder, DemoScale
 from splitfl.lab.whole import WholeModel, central_steps, local_steps, train_like_federation
 from splitfl.split.checkpoint import CheckpointFolder
 from splitfl.split.create import create_checkpoint
@@ -31,6 +45,13 @@ from splitfl.split.segment import Piece, Segment
 from splitfl.split.shares import ends_pieces, weight_names
 
 BASE_CARD = "A small model, trained for a minute on synthetic clinical notes by `splitfl demo`. For nothing else.\n"
+
+
+def make_base(folder: DemoFolder, scale: DemoScale, seed: int, device: torch.device) -> None:
+    """The base model, and out of it the published one."""
+    train_base(folder, scale, seed, device)
+    publish_base(folder, scale, seed, device)
+    print_json({"event": "parameters", **count_parameters(CheckpointFolder(folder.base), CUT)})
 
 
 def train_base(folder: DemoFolder, scale: DemoScale, seed: int, device: torch.device) -> None:
@@ -51,7 +72,34 @@ def train_base(folder: DemoFolder, scale: DemoScale, seed: int, device: torch.de
     model = WholeModel(folder.random_weights, settings, device)
     train_like_federation(model, local_steps(data, PUBLIC), StepEvents("base"))
     model.save(folder.base, BASE_CARD)
-    print_json({"event": "parameters", **count_parameters(CheckpointFolder(folder.base), scale.federation(seed).cut)})
+
+
+def publish_base(folder: DemoFolder, scale: DemoScale, seed: int, device: torch.device) -> None:
+    """The base model with a narrow release, as `splitfl adapt` makes it out of public notes."""
+    adaptation = Adaptation(
+        cut=CUT,
+        rank=scale.rank,
+        noise_multiplier=scale.noise,
+        ends_steps=scale.ends_steps,
+        steps=scale.adapt_steps,
+        records=scale.adapt_records,
+        max_length=scale.record_tokens,
+        learning_rate=scale.adapt_rate,
+        seed=seed,
+    )
+    tokenizer = open_tokenizer(folder.base)
+    records = open_public([folder.notes(PUBLIC)], tokenizer, adaptation.max_length)
+    model = narrow_model(folder.base, adaptation, device)
+    say, tokens = StepEvents("adaptation"), adaptation.records * (adaptation.max_length - 1)
+    numbers = count()  # ``adapt`` counts each of its two stages from 0
+    adapt(
+        model,
+        adaptation,
+        records,
+        pad_token(tokenizer),
+        lambda _, loss: say(next(numbers), HeadLoss(loss * tokens, tokens)),
+    )
+    model.save(folder.published, BASE_CARD + CARD)
 
 
 def count_parameters(source: CheckpointFolder, cut: Cut) -> dict[str, int]:
@@ -65,7 +113,7 @@ def count_parameters(source: CheckpointFolder, cut: Cut) -> dict[str, int]:
 
 
 class Bench:
-    """What both baselines need: the clients' data, the base model, and the one way to measure."""
+    """What all baselines need: the clients' data, the base model, and the one way to measure."""
 
     def __init__(self, folder: DemoFolder, scale: DemoScale, seed: int, device: torch.device) -> None:
         self.folder = folder
@@ -97,9 +145,9 @@ class Bench:
         train_like_federation(model, steps, report)
         return model
 
-    def measure(self, name: str, model: WholeModel) -> None:
+    def measure(self, name: str, loss_of: LossOf) -> None:
         """Summed loss over all that each client held out."""
-        losses = {client: model.evaluate(held_out) for client, held_out in self.held_out.items()}
+        losses = {client: measure(loss_of, held_out) for client, held_out in self.held_out.items()}
         totals = {client: {"total": loss.total, "tokens": loss.tokens} for client, loss in losses.items()}
         print_json({"event": "held_out", "model": name, "losses": totals})
 
@@ -109,16 +157,48 @@ def train_local_only(folder: DemoFolder, scale: DemoScale, seed: int, device: to
     bench = Bench(folder, scale, seed, device)
     for client in CLIENTS:
         model = bench.train(client, local_steps(bench.data[client], client), (client,))
-        bench.measure(client, model)
+        bench.measure(client, without_training(model))
 
 
 def train_centralised(folder: DemoFolder, scale: DemoScale, seed: int, device: torch.device) -> None:
-    """All notes in one place; then the model before, and the federation's own as it was exported."""
+    """All notes in one place; before that, the base model as it is."""
     bench = Bench(folder, scale, seed, device)
-    bench.measure("before", bench.open(folder.base))
+    bench.measure("before", without_training(bench.open(folder.base)))
+    model = bench.train("centralised", central_steps(bench.data), CLIENTS)
+    bench.measure("centralised", without_training(model))
+
+
+def train_alone(folder: DemoFolder, scale: DemoScale, seed: int, device: torch.device) -> None:
+    """Each client's top alone, without and with the trunk; before that the federation's model, and what it began as."""
+    bench = Bench(folder, scale, seed, device)
     export_state(folder.trunk, folder.exported, client=None, dtype="float32")
-    bench.measure("federated", bench.open(folder.exported))
-    bench.measure("centralised", bench.train("centralised", central_steps(bench.data), CLIENTS))
+    for name, path in (("published", folder.published), ("federated", folder.exported)):
+        bench.measure(name, through_noise(open_narrow(path, bench.settings, device), seed))
+    for client, data in bench.data.items():
+        data.name_records(client.encode())
+        for kind in (ENDS_ONLY, TOP_ONLY):
+            name, model = alone(kind, client), open_narrow(folder.published, bench.settings, device)
+            ends = kind == ENDS_ONLY
+            loss_of = model.ends_loss if ends else released_once(model)
+            train_together([TopTrainer(model, loss_of, data, client, StepEvents(name))])
+            bench.measure(name, model.ends_loss if ends else through_noise(model, seed))
+
+
+def train_merged(folder: DemoFolder, scale: DemoScale, seed: int, device: torch.device) -> None:
+    """All clients' tops without the trunk, averaged after every round."""
+    bench = Bench(folder, scale, seed, device)
+    models = {client: open_narrow(folder.published, bench.settings, device) for client in CLIENTS}
+    trainers = [
+        TopTrainer(model, model.ends_loss, bench.data[client], client, StepEvents(alone(MERGED_ENDS, client)))
+        for client, model in models.items()
+    ]
+    train_together(trainers)
+    bench.measure(MERGED_ENDS, models[CLIENTS[0]].ends_loss)
+
+
+def without_training(model: WholeModel) -> LossOf:
+    """Loss of the whole model."""
+    return lambda batch: model.loss(batch, train=False)
 
 
 class StepEvents:
@@ -155,7 +235,13 @@ class RoundEvents:
             print_json({"event": "evaluation", "model": self.name, "client": client, "round": round_, "loss": mean})
 
 
-TASKS = {"base": train_base, "local-only": train_local_only, "centralised": train_centralised}
+TASKS = {
+    "base": make_base,
+    "local-only": train_local_only,
+    "centralised": train_centralised,
+    "alone": train_alone,
+    "merged": train_merged,
+}
 
 
 def main(task: str, path: str, threads: str, device: str) -> None:

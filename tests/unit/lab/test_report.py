@@ -11,23 +11,27 @@ from typing import Any
 
 import pytest
 
-from splitfl.config import Federation
 from splitfl.lab.demo.plots import draw
 from splitfl.lab.demo.report import as_markdown, print_report, save_report
-from splitfl.lab.demo.results import DemoResult, Measured, perplexity
+from splitfl.lab.demo.results import ENDS_ONLY, MERGED_ENDS, TOP_ONLY, DemoResult, Measured, alone, perplexity
+from splitfl.lab.demo.scale import DemoScale
 
+EACH = {"local_only", "ends_only", "top_only"}  # models that each client has of its own
 CLIENTS = ("cardiology", "oncology", "paediatrics")
-LEFT = {"activations": {"releases": 80, "bytes": 21_000_000}, "gradients": {"releases": 80, "bytes": 19_000_000}}
+LEFT = {"activations": {"releases": 384, "bytes": 1_500_000}, "weights": {"releases": 6, "bytes": 10_700_000}}
+STATEMENT = "No guarantee. Not audited yet: `splitfl audit` attacks what left."
 
 
 def client_report(number: int) -> dict[str, Any]:
     return {
         "bytes": {"bytes_sent": 60_000_000 + number, "bytes_received": 40_000_000 + number},
         "privacy": {
-            "mode": "off",
-            "statement": "No noise was added: the server can read the text.",
+            "mode": "measured",
+            "statement": f"{STATEMENT} Activations alone: epsilon = {700 + number}; whole transcript: none.",
+            "epsilon_activations": 700.0 + number,
             "stayed": ["the data file", "label ids"],
             "left": LEFT,
+            "parties": [{"party": "other clients", "sees": "merged weights", "protection": "nothing but averaging"}],
         },
     }
 
@@ -48,6 +52,10 @@ def result() -> DemoResult:
             "cardiology": losses(0.9, 3.0, 3.9),
             "oncology": losses(2.9, 1.1, 3.3),
             "paediatrics": losses(2.8, 2.9, 0.9),
+            "published": losses(3.4, 3.6, 4.0),
+            **{alone(ENDS_ONLY, client): losses(1.8, 1.9, 2.0) for client in CLIENTS},
+            **{alone(TOP_ONLY, client): losses(1.7, 1.8, 1.9) for client in CLIENTS},
+            MERGED_ENDS: losses(1.6, 1.7, 1.6),
             "federated": losses(1.4, 1.6, 1.4),
             "centralised": losses(1.2, 1.4, 1.2),
         },
@@ -56,7 +64,8 @@ def result() -> DemoResult:
         peak_rss={"trunk": 590_000_000} | dict.fromkeys(CLIENTS, 480_000_000),
         parameters={"bottom": 450_000, "trunk": 740_000, "top": 450_000},
         seconds={"notes": 1.0, "base model": 50.0, "federation": 45.0, "baselines": 70.0},
-        settings=Federation().model_dump(mode="json"),
+        settings=DemoScale().federation(0).model_dump(mode="json"),
+        adapted_steps=350,
     )
 
 
@@ -64,13 +73,22 @@ def test_summary_has_the_keys_that_are_promised(result: DemoResult) -> None:
     summary = result.summary("picture.png")
     assert set(summary) == {"clients", "union", "bytes", "peak_rss", "privacy", "picture"}
     assert summary["clients"]["oncology"] == pytest.approx(
-        {"before": 3.7, "local_only": 1.1, "federated": 1.6, "centralised": 1.4}
+        {
+            "before": 3.7,
+            "local_only": 1.1,
+            "ends_only": 1.9,
+            "top_only": 1.8,
+            "merged_ends": 1.7,
+            "federated": 1.6,
+            "centralised": 1.4,
+        }
     )
-    assert set(summary["union"]) == {"before", "local_only", "federated", "centralised"}
-    assert set(summary["union"]["local_only"]) == set(CLIENTS)
+    assert set(summary["union"]) == {"before", "federated", "merged_ends", "centralised", *EACH}
+    assert all(set(summary["union"][kind]) == set(CLIENTS) for kind in EACH)
     assert summary["bytes"]["oncology"] == {"sent": 60_000_001, "received": 40_000_001}
     assert summary["peak_rss"]["trunk"] == 590_000_000
-    assert summary["privacy"]["mode"] == "off"
+    assert summary["privacy"]["mode"] == "measured"
+    assert "epsilon = 702" in summary["privacy"]["statement"]  # the client that spent most
     assert summary["privacy"]["left"]["cardiology"] == LEFT
     json.dumps(summary)
 
@@ -91,6 +109,27 @@ def test_report_says_so_when_federated_loses(result: DemoResult) -> None:
     assert "beats every local-only model" in as_markdown(result, "picture.png")
 
 
+def test_report_says_what_activations_add_to_merging(result: DemoResult) -> None:
+    assert "the activations are worth +0.167 nats per token" in as_markdown(result, "picture.png")
+
+
+def test_first_line_says_whether_the_leak_was_earned(result: DemoResult, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = "federated model has 1.467 nats per token on average, ends-only 1.900, top-only 1.800, merged ends 1.633."
+    assert as_markdown(result, "picture.png").splitlines()[0].startswith("Splitting paid off: ")
+    assert as_markdown(result, "picture.png").splitlines()[0].endswith(figures)
+    print_report(result, Path("/runs/demo"), Path("/runs/demo/picture.png"))
+    assert capsys.readouterr().out.startswith("Splitting paid off: ")
+
+
+@pytest.mark.parametrize("kind", [ENDS_ONLY, TOP_ONLY, MERGED_ENDS])
+def test_first_line_says_so_when_one_of_them_is_better(result: DemoResult, kind: str) -> None:
+    names = [kind] if kind == MERGED_ENDS else [alone(kind, client) for client in CLIENTS]
+    better = dict.fromkeys(names, losses(1.4, 1.5, 1.4))
+    lost = replace(result, held_out={**result.held_out, **better})
+    assert not lost.splitting_pays
+    assert as_markdown(lost, "picture.png").startswith("Splitting did NOT pay off: ")
+
+
 def test_perplexity_is_the_exponential_of_the_loss() -> None:
     assert perplexity(1.0) == pytest.approx(math.e)
     assert math.isfinite(perplexity(1e9))
@@ -104,9 +143,12 @@ def test_printed_report_is_plain_text_away_from_a_terminal(
     assert "\x1b" not in text
     assert max(len(line) for line in text.splitlines()) <= 118
     for expected in (
-        "1.600 (4.95)",
+        "1.467 (4.33)",
         "590.0 MB",
-        "the server can read the text",
+        "No guarantee.",
+        "16 noised numbers a token",
+        "splitfl audit --state clients/cardiology/state --key clients/cardiology/key",
+        "nothing but averaging",
         "/runs/demo/picture.png",
         "0.74 M weights",
     ):
@@ -120,7 +162,7 @@ def test_saved_report_holds_the_summary_and_the_curves(result: DemoResult, tmp_p
     assert facts["curves"]["federated"]["oncology"] == [3.5, 2.0, 1.5]
     page = (tmp_path / "report.md").read_text()
     assert "![held-out losses](picture.png)" in page
-    assert "| oncology | 3.700 (40.45) | 1.100 (3.00) | 1.600 (4.95) | 1.400 (4.06) |" in page
+    assert "| oncology | 3.700 | 1.100 | 1.900 | 1.800 | 1.700 | 1.600 | 1.400 |" in page
 
 
 def test_picture_is_a_png_large_enough_to_read(result: DemoResult, tmp_path: Path) -> None:

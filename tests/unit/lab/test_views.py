@@ -65,7 +65,7 @@ def test_screen_prints_lines_away_from_a_terminal() -> None:
 
 
 def test_training_view_tells_of_few_steps() -> None:
-    view = TrainingView({"base": "base model"}, 100, lines=4)
+    view = TrainingView({"base": "base model"}, {"base": 100}, lines=4)
     steps = ({"event": "step", "model": "base", "step": n, "loss": 1.0, "tokens_per_s": 5.0} for n in range(100))
     lines = [line for line in (view.handle("base", step) for step in steps) if line]
     assert [line.split()[3] for line in lines] == ["25/100", "50/100", "75/100", "100/100"]
