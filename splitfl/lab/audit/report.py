@@ -9,8 +9,6 @@ from typing import Any
 from splitfl.lab.audit.scores import Interval
 from splitfl.lab.audit.updates import BagResult
 
-SLACK = 0.01  # of recovery: a stronger attack that is less far behind a simpler one is only unlucky
-
 
 @dataclass(frozen=True)
 class Row:
@@ -42,13 +40,16 @@ class AuditReport:
         return self.attacks[0]
 
     @property
-    def undertrained(self) -> list[str]:
-        """Attacks weaker than a simpler one beside them: their figure says little, the maximum holds."""
+    def outdone(self) -> list[str]:
+        """Attacks below a simpler one by more than their interval: undertrained, or public text is unlike the private.
+
+        Their figure says little; the maximum holds.
+        """
         found = {row.name: row.recovery.value for row in self.attacks}
         return [
             row.name
             for row in self.attacks
-            if any(row.recovery.value < found[name] - SLACK for name in row.simpler if name in found)
+            if any(row.recovery.high < found[name] for name in row.simpler if name in found)
         ]
 
     @property
@@ -65,7 +66,7 @@ class AuditReport:
         return {
             **asdict(self),
             "worst": asdict(self.worst),
-            "undertrained": self.undertrained,
+            "outdone": self.outdone,
             "statement": self.statement,
         }
 
@@ -76,7 +77,7 @@ class AuditReport:
         yield ""
         yield f"{'attack':<34}{'tokens recovered':<24}{'ROUGE-L':<24}seconds"
         for row in self.attacks:
-            yield line(row) + ("  UNDERTRAINED" if row.name in self.undertrained else "")
+            yield line(row) + ("  (weaker than a simpler one: take the maximum)" if row.name in self.outdone else "")
         yield "without any release:"
         for row in self.baselines:
             yield line(row)
