@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from splitfl.errors import DataError
 from splitfl.split.segment import Segment
 
 
@@ -27,6 +28,20 @@ def canary_exposure(model: Segment, canaries: Sequence[Tensor], candidates: Sequ
     others = torch.tensor([sequence_loss(model, candidate) for candidate in candidates])
     ranks = [1 + int((others < sequence_loss(model, canary)).sum()) for canary in canaries]
     return [math.log2(len(candidates) + 1) - math.log2(rank) for rank in ranks]
+
+
+def texts_like(canary: str, count: int, generator: torch.Generator) -> list[str]:
+    """``count`` texts of the canary's format: every digit drawn anew. Raises DataError for a text without digits."""
+    places = [place for place, letter in enumerate(canary) if letter.isdecimal()]
+    if not places:
+        raise DataError(f"the canary {canary!r} has no digits to vary", "Plant texts such as 'my code is 281265017'.")
+    texts = []
+    for digits in torch.randint(10, (count, len(places)), generator=generator).tolist():
+        letters = list(canary)
+        for place, digit in zip(places, digits, strict=True):
+            letters[place] = str(digit)
+        texts.append("".join(letters))
+    return texts
 
 
 @torch.no_grad()

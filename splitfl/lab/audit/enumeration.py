@@ -7,8 +7,8 @@ of gradients, each with a weight fitted on public text. Without noise this is ex
 2023 (Text Embeddings Reveal Almost As Much As Text) in spirit, but by search instead of a trained corrector; the same
 search on a language model's hidden states: Wan et al. 2024, Dong et al. 2025 (Depth Gives a False Sense of Privacy).
 
-Candidates come from a shortlist by the cheap evidence. Where none of it explains the observation within what the noise
-allows, the whole vocabulary is tried.
+Candidates come from a shortlist, for which the tokens' mean public states stand in for their states behind the prefix.
+Where none of it explains the observation within what the noise allows, the whole vocabulary is tried.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from splitfl.codec.tensors import CODECS
 from splitfl.lab.audit.evidence import Evidence, fit_weights
 from splitfl.lab.audit.mechanism import Mechanism
 from splitfl.lab.audit.model import Prefixes
+from splitfl.lab.audit.observed import pieces
 from splitfl.lab.audit.public import CHUNK, Knowledge
 
 GROUP = 8  # records decoded together
+TRIED_WIDTH = 4  # prefixes with which weights are compared
 LAG = 4  # tokens read on before one is decided
 TOLERANCE = 3e-3  # of a state's size: rounding and the clip's factor account for less
 DEVIATIONS = 6  # of the noise's chi-square beyond which a candidate does not explain an observation
@@ -33,10 +35,11 @@ DEVIATIONS = 6  # of the noise's chi-square beyond which a candidate does not ex
 
 @dataclass(frozen=True)
 class Search:
-    """``width``: prefixes kept for each record. ``shortlist``: tokens tried at each position."""
+    """``width``: prefixes kept for each record; up to ``widest`` while time is left. ``shortlist``: tokens tried."""
 
     width: int = 8
     shortlist: int = 48
+    widest: int = 128
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,17 @@ class Walk:
     def width(self) -> int:
         return len(self.tokens) // self.records
 
-    def features(self, position: int, forced: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Candidates (N, C) for ``position``, and their log-likelihoods by kind (N, C, F).
+    def features(self, position: int, weights: Tensor, forced: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Candidates (N, C) for ``position``, and their log-likelihoods by kind (N, C, F): state, prior, the rest.
 
         ``forced`` (N,) is a token that has to be among them, at the last place unless it is anyhow.
         """
-        kinds = [kind[:, position].repeat_interleave(self.width, 0) for kind in self.target.evidence.kinds()]
-        cheap = sum(kinds, 0.5 * self.prior)  # (N, V)
-        candidates = cheap.topk(self.shortlist).indices  # (N, C)
+        evidence = self.target.evidence
+        linear, *kinds = (
+            kind[:, position].repeat_interleave(self.width, 0) for kind in (evidence.linear, *evidence.kinds())
+        )
+        cheap = [weight * kind for weight, kind in zip(weights, [linear, self.prior, *kinds], strict=True)]
+        candidates = torch.stack(cheap).sum(0).topk(self.shortlist).indices  # (N, C)
         if forced is not None:
             absent = (candidates != forced[:, None]).all(-1)
             candidates[:, -1] = torch.where(absent, forced, candidates[:, -1])
@@ -121,8 +127,8 @@ class Walk:
             return
         best = rows * self.width + self.scores.view(self.records, -1).argmax(-1)[rows]
         prefixes = self.bottom.subset(best)
-        pieces = torch.arange(self.knowledge.model.vocab).split(CHUNK)
-        found = [self._distances(prefixes, piece.expand(len(rows), -1), position, rows) for piece in pieces]
+        vocabulary = pieces(torch.arange(self.knowledge.model.vocab), CHUNK)
+        found = [self._distances(prefixes, piece.expand(len(rows), -1), position, rows) for piece in vocabulary]
         nearest = torch.cat(found, dim=1).topk(self.shortlist, largest=False)
         candidates[best], distance[best] = nearest.indices, nearest.values
 
@@ -152,34 +158,80 @@ class Walk:
         self.tokens = torch.cat([self.tokens[parents], tokens[:, None]], dim=1)
 
 
-def fit_search(knowledge: Knowledge, mechanism: Mechanism, target: Target, ids: Tensor, mask: Tensor) -> Tensor:
-    """Weights (F,) of the evidence, from public records (B, T).
+def starting_weights(target: Target) -> Tensor:
+    """State and prior half, inverter half, gradients in full: no evidence counts twice."""
+    return torch.tensor([0.5, 0.5, 0.5, 1.0][: 2 + len(target.evidence.kinds())])
 
-    Fitted first behind the right prefixes, then behind those that a search with these weights finds: a prior that
-    relies on a prefix deserves less weight where half of it is wrong.
+
+def fit_search(
+    knowledge: Knowledge,
+    mechanism: Mechanism,
+    target: Target,
+    ids: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    *,
+    led: bool,
+) -> Tensor:
+    """Weights (F,) of the evidence, from public records (B, T): fitted behind the right prefixes where the search is
+    ``led``, else behind those that it finds itself with ``weights`` (a prior is worth less behind a wrong prefix)."""
+    walk = Walk(knowledge, mechanism, target, Search().shortlist)
+    features, answers = [], []
+    for position, tokens in enumerate(ids.T):
+        candidates, found = walk.features(position, weights, tokens)
+        real = mask[:, position]
+        features.append(found[real])
+        answers.append((candidates == tokens[:, None]).int().argmax(-1)[real])
+        if led:
+            walk.follow(torch.arange(len(ids)), tokens)
+        else:
+            walk.advance(candidates, found, weights, 1)
+    return fit_weights(torch.cat(features), torch.cat(answers))
+
+
+def choose_weights(
+    knowledge: Knowledge, mechanism: Mechanism, target: Target, ids: Tensor, mask: Tensor, cheap: Tensor
+) -> Tensor:
+    """The weights with which a search recovers most of public records (B, T).
+
+    A fit sees one position at a time; whether a search finds into the text, where its prior helps, or loses it is
+    another matter. So fitted weights are tried, and the starting ones, and ``cheap`` (F - 2,), the evidence of single
+    tokens alone: where nothing is gained by searching, the search must not lose either.
     """
-    weights = None
-    for _ in range(2):
+    start = starting_weights(target)
+    alone = torch.cat([torch.zeros(2), cheap])
+    led = fit_search(knowledge, mechanism, target, ids, mask, start, led=True)
+    own = fit_search(knowledge, mechanism, target, ids, mask, led, led=False)
+
+    def recovered(weights: Tensor) -> int:
         walk = Walk(knowledge, mechanism, target, Search().shortlist)
-        features, answers = [], []
-        for position, tokens in enumerate(ids.T):
-            candidates, found = walk.features(position, tokens)
-            real = mask[:, position]
-            features.append(found[real])
-            answers.append((candidates == tokens[:, None]).int().argmax(-1)[real])
-            if weights is None:
-                walk.follow(torch.arange(len(ids)), tokens)
-            else:
-                walk.advance(candidates, found, weights, 1)
-        weights = fit_weights(torch.cat(features), torch.cat(answers))
-    return torch.ones(0) if weights is None else weights
+        return int((decode(walk, weights, TRIED_WIDTH) == ids)[mask].sum())
+
+    return max((led, own, start, alone), key=recovered)
 
 
 def enumerate_tokens(
     knowledge: Knowledge, mechanism: Mechanism, target: Target, weights: Tensor, search: Search, deadline: float
 ) -> Tensor:
-    """Decode as many records as there is time for (``time.monotonic()``), at least a few: token ids (B, T)."""
-    guesses = []
+    """Decode as many records as there is time for (``time.monotonic()``), at least a few: token ids (B, T).
+
+    While four times as wide a beam would still be done in time, all of them are decoded anew with it.
+    """
+    width = search.width
+    while True:
+        began = clock.monotonic()
+        decoded = decode_all(knowledge, mechanism, target, weights, Search(width, search.shortlist), deadline)
+        now = clock.monotonic()
+        if not mechanism.sigma or width * 4 > search.widest or now + 4.5 * (now - began) > deadline:
+            return decoded
+        width *= 4
+
+
+def decode_all(
+    knowledge: Knowledge, mechanism: Mechanism, target: Target, weights: Tensor, search: Search, deadline: float
+) -> Tensor:
+    """Records a few at a time, until none is left or time runs out."""
+    guesses: list[Tensor] = []
     for start in range(0, len(target.released), GROUP):
         if guesses and clock.monotonic() > deadline:
             break
@@ -196,7 +248,7 @@ def decode(walk: Walk, weights: Tensor, width: int) -> Tensor:
     time = walk.target.released.shape[1]
     decided = []
     for position in range(time):
-        walk.advance(*walk.features(position), weights, width)
+        walk.advance(*walk.features(position, weights), weights, width)
         if position >= LAG:
             decided.append(walk.vote(position - LAG))
     return torch.stack(decided + [walk.vote(position) for position in range(len(decided), time)], dim=1)

@@ -25,16 +25,21 @@ Gradients = Sequence[tuple[Tensor, Tensor]]  # (hidden states, gradient), each (
 
 @dataclass(frozen=True)
 class Evidence:
-    """Log-likelihoods of every token at every position (B, T, V); ``labels`` only where gradients were released."""
+    """Log-likelihoods of every token at every position (B, T, V); ``labels`` only where gradients were released.
 
+    ``linear``: of the released state under the tokens' mean public states, without any prior (up to a constant).
+    """
+
+    linear: Tensor
     inverter: Tensor
-    labels: Tensor | None
+    labels: Tensor | None = None
 
     def kinds(self) -> list[Tensor]:
+        """What counts in a search beside state and prior."""
         return [self.inverter] if self.labels is None else [self.inverter, self.labels]
 
     def __getitem__(self, rows: slice) -> Evidence:
-        return Evidence(self.inverter[rows], None if self.labels is None else self.labels[rows])
+        return Evidence(self.linear[rows], self.inverter[rows], None if self.labels is None else self.labels[rows])
 
 
 def collect(
@@ -47,7 +52,8 @@ def collect(
 ) -> Evidence:
     """All per-token evidence of some records. ``mechanism``: of the gradients, None where there are none."""
     labels = None if mechanism is None or not gradients else token_scores(model, mechanism, gradients)
-    return Evidence(read(inverter, released, mask), labels)
+    linear = inverter.linear(released) - inverter.log_prior
+    return Evidence(linear, read(inverter, released, mask), labels)
 
 
 def token_scores(model: PublicModel, mechanism: Mechanism, gradients: Gradients) -> Tensor:
@@ -95,6 +101,6 @@ def fit_weights(features: Tensor, answers: Tensor) -> Tensor:
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    optimizer.step(loss)  # type: ignore[arg-type, no-untyped-call]
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
     weights = (roots.square() / size).detach()
     return weights if torch.isfinite(weights).all() else torch.ones_like(weights)

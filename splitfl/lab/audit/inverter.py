@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from splitfl.lab.audit.mechanism import Mechanism
+from splitfl.lab.audit.observed import pieces
 from splitfl.lab.audit.public import Knowledge, Texts
 
 RATE, LOWEST_RATE, WARMUP = 1e-3, 1e-4, 50  # step sizes; steps until the first is reached
@@ -53,6 +54,7 @@ class Inverter(nn.Module):
     offsets: Tensor
     spread: Tensor
     bank: Tensor
+    log_prior: Tensor
 
     def __init__(self, knowledge: Knowledge, sigma: float, width: int = 256, layers: int = 2) -> None:
         super().__init__()
@@ -63,6 +65,7 @@ class Inverter(nn.Module):
         self.register_buffer("offsets", knowledge.offsets)  # (T, R)
         self.register_buffer("spread", (knowledge.states.square().mean() + sigma**2).sqrt())
         self.register_buffer("bank", knowledge.bank)  # (V, R)
+        self.register_buffer("log_prior", knowledge.log_unigram)  # (V,)
         self.body = nn.Sequential(nn.Linear(2 * rank, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.GELU())
         self.head = nn.Linear(width, len(weight))
         nn.init.zeros_(self.head.weight)
@@ -73,7 +76,7 @@ class Inverter(nn.Module):
 
     def forward(self, released: Tensor, mask: Tensor) -> Tensor:
         """``mask`` (B, T): real tokens."""
-        centred = released - self.offsets[: released.shape[1]]  # (B, T, R)
+        centred = self.centred(released)
         linear = centred @ self.weight.T + self.bias  # (B, T, V)
         expected = linear.softmax(-1) @ self.bank  # (B, T, R): the state without noise, as far as one token tells
         features = self.body(torch.cat([centred, expected], dim=-1) / self.spread)  # (B, T, W)
@@ -81,6 +84,14 @@ class Inverter(nn.Module):
             features = self._with_context(features, mask)
         logits: Tensor = self.head(features) + linear
         return logits
+
+    def centred(self, released: Tensor) -> Tensor:
+        """Without what the position alone adds, (B, T, R)."""
+        return released - self.offsets[: released.shape[1]]
+
+    def linear(self, released: Tensor) -> Tensor:
+        """What the discriminant alone says, (B, T, R) -> (B, T, V)."""
+        return self.centred(released) @ self.weight.T + self.bias
 
     def _with_context(self, features: Tensor, mask: Tensor) -> Tensor:
         around = features + self.positions[: features.shape[1]]
@@ -214,8 +225,8 @@ def loss_of(inverter: Inverter, released: Tensor, texts: Texts) -> Tensor:
 @torch.no_grad()
 def read(inverter: Inverter, released: Tensor, mask: Tensor) -> Tensor:
     """Log-probabilities of the tokens behind released states, (B, T, R) -> (B, T, V)."""
-    pieces = zip(released.split(8), mask.split(8), strict=True)
-    return torch.cat([inverter(piece, real).log_softmax(-1) for piece, real in pieces])
+    groups = zip(pieces(released, 8), pieces(mask, 8), strict=True)
+    return torch.cat([inverter(piece, real).log_softmax(-1) for piece, real in groups])
 
 
 @contextmanager

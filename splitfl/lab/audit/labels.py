@@ -15,6 +15,7 @@ from torch import Tensor
 
 from splitfl.lab.audit.mechanism import Mechanism
 from splitfl.lab.audit.model import PublicModel
+from splitfl.lab.audit.observed import pieces
 from splitfl.split.loss import IGNORE
 from splitfl.split.segment import Segment
 
@@ -31,8 +32,8 @@ def label_scores(model: PublicModel, mechanism: Mechanism, hidden: Tensor, gradi
     and the second uses that. The noise is taken to be at least what the best labels leave unexplained, so that a head
     that has moved away from the public one weakens the evidence instead of falsifying it.
     """
-    pieces = zip(hidden.float().split(GROUP), gradient.float().split(GROUP), strict=True)
-    return torch.cat([scores_of_few(model, mechanism, *piece) for piece in pieces])
+    groups = zip(pieces(hidden.float(), GROUP), pieces(gradient.float(), GROUP), strict=True)
+    return torch.cat([scores_of_few(model, mechanism, *group) for group in groups])
 
 
 def scores_of_few(model: PublicModel, mechanism: Mechanism, hidden: Tensor, gradient: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class HeadGradients:
         misfit = self._misfit(flat, None if scale is None else scale.flatten(0, 1))  # (P, V)
         unexplained = misfit.amin(-1).mean() / flat.shape[-1]
         variance = max(sigma**2, float(unexplained), 1e-10 * float(flat.square().mean()))
-        return (-misfit / (2 * variance)).unflatten(0, self.shape[:2])
+        return (-misfit / (2 * variance)).view(*self.shape[:2], -1)
 
     def _misfit(self, gradient: Tensor, scale: Tensor | None) -> Tensor:
         """Squared distances between gradients (P, D) and what each label would have given, (P, V).

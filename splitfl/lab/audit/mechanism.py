@@ -30,13 +30,14 @@ class Mechanism:
 
     def encode(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., R); as it is where there is no encoder."""
-        return hidden if self.encoder is None else hidden @ self.encoder.T
+        return hidden if self.encoder is None else torch.matmul(hidden, self.encoder.T)
 
     def scale(self, encoded: Tensor) -> Tensor:
         """The factors that clip ``encoded`` (B, T, R): (B, 1, 1) for records, (B, T, 1) for tokens."""
         dims = (-2, -1) if self.clip == "record" else (-1,)
         norm = torch.linalg.vector_norm(encoded, dim=dims, keepdim=True)
-        return (self.clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0)
+        factor: Tensor = self.clip_norm / norm.clamp_min(1e-12)
+        return factor.clamp_max(1.0)
 
     def clean(self, hidden: Tensor) -> Tensor:
         """What would be released of (B, T, D) without noise: (B, T, R)."""

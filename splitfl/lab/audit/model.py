@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from splitfl.cut import Cut
+from splitfl.lab.audit.observed import pieces
 from splitfl.split.checkpoint import TensorSource, load_segment
 from splitfl.split.loss import IGNORE
 from splitfl.split.segment import Piece, Segment
@@ -38,17 +39,17 @@ class PublicModel:
     @torch.no_grad()
     def hidden(self, ids: Tensor) -> Tensor:
         """The bottom's output for token ids (B, T): (B, T, D), in pieces of a few records."""
-        return torch.cat([self.bottom(self.bottom.embed(piece)) for piece in ids.split(16)])
+        return torch.cat([self.bottom(self.bottom.embed(piece)) for piece in pieces(ids, 16)])
 
     @torch.no_grad()
     def next_log_probs(self, ids: Tensor) -> Tensor:
         """Log-probabilities of the token after each position, (B, T) -> (B, T, V)."""
-        return torch.cat([self._log_probs(piece) for piece in ids.split(4)])
+        return torch.cat([self._log_probs(piece) for piece in pieces(ids, 4)])
 
     def _log_probs(self, ids: Tensor) -> Tensor:
         final: Tensor = self.whole(self.whole.embed(ids))  # (B, T, D)
-        logits = self.whole.logits(final.flatten(0, 1)).unflatten(0, ids.shape)
-        return logits.float().log_softmax(-1)
+        logits = self.whole.logits(final.flatten(0, 1)).float().log_softmax(-1)
+        return logits.view(*ids.shape, -1)
 
     def top_gradient(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Gradient of the summed loss at the trunk's output (B, T, D), for labels (B, T) that are already shifted."""
@@ -74,10 +75,7 @@ def shifted(ids: Tensor, lengths: Tensor) -> Tensor:
 
 
 class Prefixes:
-    """N token sequences of equal length t in a segment with the embedding, with the keys and values of their blocks.
-
-    Families with a sliding window shorter than the sequence see all of it here.
-    """
+    """N token sequences of equal length t in a segment with the embedding, with the keys and values of their blocks."""
 
     def __init__(self, segment: Segment, count: int) -> None:
         self.segment = segment
@@ -121,9 +119,24 @@ class Prefixes:
         )
         return output.last_hidden_state, [(layer.keys, layer.values) for layer in cache.layers]
 
-    def _mask(self, tokens: int) -> Tensor:
-        """Each token sees its sequence and itself, no other token: (N, 1, C, t + C), added to the scores."""
+    def _mask(self, tokens: int) -> Tensor | dict[str, Tensor]:
+        """Each token sees its sequence and itself, no other token: (N, 1, C, t + C), added to the scores.
+
+        One mask for each kind of block where a family mixes blocks that see everything with such that see a window.
+        """
+        config = self.segment.model.config
+        window = getattr(config, "sliding_window", None)
+        everything, near = (self._mask_of(tokens, reach) for reach in (None, window))
+        if getattr(config, "layer_types", None):
+            return {"full_attention": everything, "sliding_attention": near}
+        return near
+
+    def _mask_of(self, tokens: int, window: int | None) -> Tensor:
+        """For blocks that see ``window`` tokens, themselves included; None: all."""
         lowest = torch.finfo(torch.float32).min
         itself = torch.full((tokens, tokens), lowest).fill_diagonal_(0.0)
-        mask = torch.cat([torch.zeros(tokens, self.length), itself], dim=1)
+        before = torch.zeros(tokens, self.length)
+        if window is not None:
+            before[:, : max(0, self.length + 1 - window)] = lowest
+        mask = torch.cat([before, itself], dim=1)
         return mask.expand(self.count, 1, *mask.shape)

@@ -89,6 +89,11 @@ def stack(observed: Sequence[Observed]) -> Sample:
     )
 
 
+def pieces(tensor: Tensor, size: int) -> list[Tensor]:
+    """Consecutive parts of at most ``size`` rows."""
+    return [tensor[start : start + size] for start in range(0, len(tensor), size)]
+
+
 def pad(tensor: Tensor, time: int) -> Tensor:
     """(t, D) -> (time, D), zeros below."""
     return torch.nn.functional.pad(tensor, (0, 0, 0, time - len(tensor)))

@@ -15,10 +15,11 @@ from torch import Tensor
 from splitfl.errors import DataError
 from splitfl.lab.audit.mechanism import Mechanism
 from splitfl.lab.audit.model import Prefixes, PublicModel
+from splitfl.lab.audit.observed import pieces
 
 CONTEXTS, CONTEXT_TOKENS = 6, 8  # public beginnings behind which every token of the vocabulary is tried
 CHUNK = 256  # tokens of the vocabulary that are tried at once
-HELD_OUT = 16  # public records that nothing is trained on: for early stopping, and to weigh evidence
+HELD_OUT, HELD_OUT_TOKENS = 16, 2048  # at least; nothing is trained on them: for early stopping, to weigh evidence
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Texts:
 class Knowledge:
     """Public model, mechanism and public text, and what follows from them. ``time``: tokens of a padded record.
 
-    The first records are held out; put them in random order beforehand. Raises DataError when there are too few public records to learn from.
+    The first records are held out; put them in random order beforehand. Raises DataError when there are too few to
+    learn from.
     """
 
     def __init__(
@@ -67,7 +69,8 @@ class Knowledge:
                 f"Name public text of at least {2 * HELD_OUT} records.",
             )
         self.model, self.mechanism, self.pad_token_id = model, mechanism, pad_token_id
-        self.train, self.held_out = texts[HELD_OUT:], texts[:HELD_OUT]
+        aside = max(HELD_OUT, min(HELD_OUT_TOKENS // time, len(texts.ids) // 4))
+        self.train, self.held_out = texts[aside:], texts[:aside]
         self.log_unigram = log_frequencies(self.train, model.vocab)  # (V,)
         encoded = mechanism.encode(model.hidden(self.train.ids))  # (N, T, R)
         scale = mechanism.scale(encoded)
@@ -82,8 +85,8 @@ class Knowledge:
         prefixes = Prefixes(self.model.bottom, len(contexts))
         for tokens in contexts[:, : min(CONTEXT_TOKENS, contexts.shape[1] // 2)].T:
             prefixes.extend(tokens)
-        pieces = torch.arange(self.model.vocab).split(CHUNK)
-        states = [prefixes.alternatives(piece.expand(len(contexts), -1)) for piece in pieces]
+        vocabulary = pieces(torch.arange(self.model.vocab), CHUNK)
+        states = [prefixes.alternatives(piece.expand(len(contexts), -1)) for piece in vocabulary]
         return self.clipped_alone(torch.cat(states, dim=1)).mean(0)
 
     def clipped_alone(self, hidden: Tensor, scale: Tensor | float | None = None) -> Tensor:

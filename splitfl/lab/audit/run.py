@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time as clock
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from splitfl.errors import DataError
 from splitfl.lab.audit.baselines import informed_guess, majority_guess, own_guess
-from splitfl.lab.audit.enumeration import Search, enumerate_tokens, fit_search, make_target
+from splitfl.lab.audit.enumeration import Search, choose_weights, enumerate_tokens, make_target
 from splitfl.lab.audit.evidence import Evidence, Gradients, collect, fit_weights, rehearse
 from splitfl.lab.audit.inverter import Inverter, Training, read, two_stages
 from splitfl.lab.audit.mechanism import Mechanism
@@ -25,17 +25,18 @@ from splitfl.lab.audit.updates import bag_from_update, score_bag
 
 NEAREST, MLP, TRANSFORMER = "nearest neighbour", "inverter, MLP", "inverter, transformer"
 LABELS, JOINT, SEARCH = "labels from gradients", "inverter and gradients", "enumeration, beam and LM prior"
-REHEARSED = HELD_OUT // 2  # held-out public records that evidence is weighed on
-SHARES = (0.2, 0.5)  # of the time, by which the MLP and the transformer have to be trained
+MOST_PUBLIC = 2_000  # public records, drawn at random: more bring little in the time there is
+REHEARSED_TOKENS = 1024  # of held-out public text, that evidence is weighed on
+SHARES = (0.1, 0.35)  # of the time, by which the MLP and the transformer have to be trained
 
 
 @dataclass(frozen=True)
 class Plan:
     """How hard to try: seconds in all, steps of training of each stage, and how widely to search."""
 
-    seconds: float = 180.0
+    seconds: float = 150.0
     steps: int = 2000
-    search: Search = Search()
+    search: Search = field(default_factory=Search)
 
 
 class Audit:
@@ -78,10 +79,10 @@ class Audit:
 
     def baselines(self) -> Iterator[Row]:
         """Guesses that need no release."""
-        shape = self.sample.released.shape[:2]
+        shape = (len(self.truths), self.sample.released.shape[1])
         padded = torch.nn.utils.rnn.pad_sequence(self.truths, batch_first=True)
         yield self.row("commonest token", majority_guess(self.knowledge, shape))
-        yield self.row("language model, own text", own_guess(self.knowledge, padded.shape))
+        yield self.row("language model, own text", own_guess(self.knowledge, shape))
         yield self.row("language model, told the true prefix", informed_guess(self.knowledge, padded))
 
     def attacks(self) -> Iterator[Row]:
@@ -98,18 +99,19 @@ class Audit:
         """Those that use activations and gradients together, with weights fitted on public text."""
         evidence = self.evidence(inverter, self.sample.released, self.sample.mask, self.sample.gradients)
         rehearsal, rehearsed, ids, mask = self.rehearsal(inverter)
-        guesses = evidence.inverter.argmax(-1)
+        guesses, cheap = evidence.inverter.argmax(-1), torch.ones(1)
         simpler: tuple[str, ...] = (NEAREST, MLP, TRANSFORMER)
         if evidence.labels is not None:
             yield self.row(LABELS, from_labels(evidence.labels), note="never the first token")
             kinds = torch.stack([kind[mask] for kind in rehearsed.kinds()], dim=-1)  # (P, V, 2)
-            guesses = (torch.stack(evidence.kinds(), dim=-1) @ fit_weights(kinds, ids[mask])).argmax(-1)
+            cheap = fit_weights(kinds, ids[mask])
+            guesses = (torch.stack(evidence.kinds(), dim=-1) @ cheap).argmax(-1)
             yield self.row(JOINT, guesses, simpler)
             simpler = (*simpler, JOINT)
         knowledge, mechanism = self.knowledge, self.mechanism
-        weights = fit_search(
-            knowledge, mechanism, make_target(knowledge, mechanism, rehearsal, mask, rehearsed), ids, mask
-        )
+        practice = make_target(knowledge, mechanism, rehearsal, mask, rehearsed)
+        weights = choose_weights(knowledge, mechanism, practice, ids, mask, cheap)
+        self.say("weights of state, prior, inverter, gradients: " + ", ".join(f"{w:.2f}" for w in weights.tolist()))
         target = make_target(knowledge, mechanism, self.sample.released, self.sample.mask, evidence)
         decoded = enumerate_tokens(knowledge, mechanism, target, weights, self.plan.search, self.deadline(1.0))
         count = len(decoded)
@@ -120,7 +122,8 @@ class Audit:
 
     def rehearsal(self, inverter: Inverter) -> tuple[Tensor, Evidence, Tensor, Tensor]:
         """Held-out public records as if released: states, evidence, and the truth about them (ids, mask)."""
-        texts = self.knowledge.held_out[:REHEARSED]
+        held_out = self.knowledge.held_out
+        texts = held_out[: max(HELD_OUT // 2, REHEARSED_TOKENS // held_out.ids.shape[1])]
         count = len(self.sample.gradients)
         released, gradients = rehearse(
             self.knowledge, texts, self.mechanism, self.gradient_mechanism, count, self.generator
@@ -155,15 +158,16 @@ def run_audit(
     """Attack ``observed`` with everything there is.
 
     ``model``: the public base, cut as the run was. ``mechanism`` and ``gradient_mechanism``: how activations and
-    gradients were released. ``public``: token ids (t,) of public records, unlike the private ones. ``say`` hears of
-    progress. Raises DataError when there is nothing to attack or too little public text.
+    gradients were released. ``public``: token ids (t,) of public records; best not what the base was trained on, or its
+    prior seems better than it is. ``say`` hears of progress. Raises DataError when there is nothing to attack or too
+    little public text.
     """
     if not observed:
         raise DataError("no releases were kept, so there is nothing to attack", "Let a run keep a sample of records.")
     plan = plan or Plan()
     started = clock.monotonic()
     time = max(len(record.token_ids) for record in observed)
-    order = torch.randperm(len(public), generator=generator).tolist()
+    order = torch.randperm(len(public), generator=generator)[:MOST_PUBLIC].tolist()
     knowledge = Knowledge(model, mechanism, [public[index] for index in order], time, pad_token_id)
     audit = Audit(observed, knowledge, gradient_mechanism, plan, generator, say)
     audit.started = started

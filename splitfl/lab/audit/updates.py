@@ -48,7 +48,7 @@ def mean_final_state(knowledge: Knowledge) -> Tensor:
 
 def score_bag(knowledge: Knowledge, named: Tensor, update: HeadUpdate) -> BagResult:
     """Precision and recall of ``named`` against the tokens that were trained on."""
-    truth = set(update.token_ids.unique().tolist())
+    truth = set(update.token_ids.tolist())
     precision, recall, f1 = set_scores(set(named.tolist()), truth)
     common = knowledge.log_unigram.topk(len(named)).indices
     return BagResult(precision, recall, f1, set_scores(set(common.tolist()), truth)[2])
