@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from splitfl.console import command, note, print_json
+from splitfl.cut import Cut
 from splitfl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def bench(
         int | None, typer.Option(help="Timed steps (overhead; 20), or public steps of every contender (privacy; 1000).")
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Checkpoint to measure on (privacy); none: one is made.")] = None,
+    cut: Annotated[str, typer.Option(help="BOTTOM,TOP: blocks that the client keeps (privacy).")] = "1,2",
     seeds: Annotated[int, typer.Option(help="How often everything is repeated (privacy).")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
@@ -32,7 +34,7 @@ def bench(
     with command(verbose=verbose):
         if name not in NAMES:
             raise ConfigError(f"there is no benchmark {name!r}", f"Choose one of {', '.join(NAMES)}.")
-        result = run_named(name, steps, model, seeds)
+        result = run_named(name, steps, model, Cut.parse(cut), seeds)
         value = result.as_json()
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
@@ -48,7 +50,7 @@ def bench(
             print(f"{'holds' if bar.holds else 'FAILS'}: {bar.name} {bar.value:.3f} {sign} {bar.bar:g}")
 
 
-def run_named(name: str, steps: int | None, model: Path | None, seeds: int) -> Result:
+def run_named(name: str, steps: int | None, model: Path | None, cut: Cut, seeds: int) -> Result:
     """Run one benchmark."""
     from splitfl.lab.bench import memory, overhead, privacy, startup
     from splitfl.lab.bench.contenders import Effort
@@ -59,7 +61,7 @@ def run_named(name: str, steps: int | None, model: Path | None, seeds: int) -> R
         case "startup":
             return startup.run(say=note)
         case "privacy":
-            scope, effort = privacy.Scope(seeds=seeds), Effort(public_steps=steps or Effort.public_steps)
+            scope, effort = privacy.Scope(cut, seeds=seeds), Effort(public_steps=steps or Effort.public_steps)
             return privacy.run(model=model, scope=scope, effort=effort, say=note)
         case _:
             return overhead.run(steps=steps or 20, say=note)
