@@ -15,6 +15,10 @@ def audit(
     model: Annotated[Path, typer.Option(help="Folder of the public base model, with its tokenizer.")],
     data: Annotated[Path, typer.Option(help="The client's own text, to compare with: it stays here.")],
     key: Annotated[Path | None, typer.Option(help="The client's key file, where join was given one.")] = None,
+    prior: Annotated[
+        Path | None,
+        typer.Option(help="The attacker's language model, where --model was adapted to a narrow release."),
+    ] = None,
     public: Annotated[
         Path | None,
         typer.Option(help="Public text that the attacker learns from; the default is Python's help topics."),
@@ -34,7 +38,7 @@ def audit(
         from splitfl.lab.audit.command import Inputs, audit_state, exposures, remember
         from splitfl.lab.audit.picture import draw
 
-        inputs = Inputs(state, model, data, key, public, exported, canaries)
+        inputs = Inputs(state, model, data, key, prior, public, exported, canaries)
         report = audit_state(inputs, seconds, seed, say=note)
         remember(state, report)
         found = exposures(inputs, seed)

@@ -33,6 +33,7 @@ class Inputs:
     model: Path
     data: Path
     key: Path | None = None
+    prior: Path | None = None
     public: Path | None = None
     exported: Path | None = None
     canaries: Path | None = None
@@ -46,9 +47,10 @@ def audit_state(inputs: Inputs, seconds: float, seed: int, *, say: Callable[[str
     """Attack the kept releases of a state folder. Raises ConfigError, CheckpointError, DataError."""
     kept = load_observed(inputs.state, inputs.data, inputs.model, inputs.key)
     tokenizer = open_tokenizer(inputs.model)
+    prior = None if inputs.prior is None else CheckpointFolder(inputs.prior)
     return run_audit(
         kept.observed,
-        PublicModel(CheckpointFolder(inputs.model), kept.cut),
+        PublicModel(CheckpointFolder(inputs.model), kept.cut, prior),
         kept.mechanism,
         public_records(public_texts(inputs.public), tokenizer, kept.max_length),
         generator=torch.Generator().manual_seed(seed),

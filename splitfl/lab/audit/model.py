@@ -22,9 +22,13 @@ KeysAndValues = tuple[Tensor, Tensor]  # each (N, heads, t, head dimension)
 
 
 class PublicModel:
-    """The segments of a base checkpoint as one federation cuts it. Raises CheckpointError, ConfigError."""
+    """The segments of a base checkpoint as one federation cuts it. Raises CheckpointError, ConfigError.
 
-    def __init__(self, source: TensorSource, cut: Cut) -> None:
+    ``prior`` is the language model that tells likely text, where it is another one: a checkpoint that was adapted to a
+    narrow release is a poor one, for its trunk has learned to read noise.
+    """
+
+    def __init__(self, source: TensorSource, cut: Cut, prior: TensorSource | None = None) -> None:
         layers: int = source.config.num_hidden_layers
         trunk = cut.trunk(layers)
         self.cut = cut
@@ -33,7 +37,7 @@ class PublicModel:
         # eager: gradients of gradients go through these
         self.top_blocks = frozen(source, Piece(trunk.stop, layers), attention="eager")
         self.head = frozen(source, Piece(layers, layers, head=True))
-        self.whole = frozen(source, Piece(0, layers, embedding=True, head=True))
+        self.whole = whole_model(source if prior is None else prior)
         self.vocab: int = self.bottom.embedding.num_embeddings
 
     @torch.no_grad()
@@ -61,6 +65,10 @@ class PublicModel:
         )
         (gradient,) = torch.autograd.grad(loss, hidden)
         return gradient
+
+
+def whole_model(source: TensorSource) -> Segment:
+    return frozen(source, Piece(0, source.config.num_hidden_layers, embedding=True, head=True))
 
 
 def frozen(source: TensorSource, piece: Piece, attention: str | None = None) -> Segment:

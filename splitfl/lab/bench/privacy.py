@@ -42,6 +42,7 @@ from splitfl.lab.bench.contenders import (
 )
 from splitfl.lab.bench.harness import Bar, Result, spread
 from splitfl.lab.bench.texts import Texts, docstrings, python_texts
+from splitfl.privacy.accounting import epsilon_of
 from splitfl.split.checkpoint import CheckpointFolder
 from splitfl.split.create import create_checkpoint
 
@@ -165,7 +166,7 @@ class Frontier:
             "loss_clean": spread(found.clean),
             "recovery": spread(found.recovery),
             "strongest_attack": max(set(attacks), key=attacks.count),
-            "epsilon_per_record": record_epsilon(2 * math.sqrt(self.effort.length) / level),
+            "epsilon_per_record": epsilon_of(2 * math.sqrt(self.effort.length) / level, DELTA),
             "bytes_per_token": 2 * rank,
         }
 
@@ -189,9 +190,7 @@ class Frontier:
         """What the attacker has: the published bottom, and the base as its language model: that never learned noise."""
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             model.save(Path(folder) / "published")
-            public = PublicModel(CheckpointFolder(Path(folder) / "published"), self.scope.cut)
-        public.whole = PublicModel(self.source, self.scope.cut).whole
-        return public
+            return PublicModel(CheckpointFolder(Path(folder) / "published"), self.scope.cut, self.source)
 
     def sample(self, tuning: TopTuning) -> Sequence[tuple[Record, Any]]:
         """Records to attack, spread over the training text, with what was released of them."""
@@ -201,22 +200,6 @@ class Frontier:
 
 def observed(record: Record, sent: torch.Tensor) -> Observed:
     return Observed(torch.from_numpy(record.input_ids), len(record), (sent,))
-
-
-def record_epsilon(mu: float) -> float:
-    """Epsilon at ``DELTA`` of a Gaussian release of sensitivity / sigma ``mu`` (Balle and Wang 2018, theorem 8)."""
-
-    def log_delta(epsilon: float) -> float:
-        at = torch.tensor([mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu], dtype=torch.double)
-        first, second = torch.special.log_ndtr(at).tolist()
-        second += epsilon
-        return float(first + math.log(-math.expm1(min(second - first, -1e-300))))
-
-    low, high = 0.0, mu * mu + 10 * mu + 10
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if log_delta(middle) > math.log(DELTA) else (low, middle)
-    return high
 
 
 def bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
