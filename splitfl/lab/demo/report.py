@@ -34,7 +34,7 @@ ADAPTED = (
     "(release.json, release.safetensors) it is a worse model than measured here."
 )
 AUDIT = """    splitfl audit --state clients/{client}/state --key clients/{client}/key \\
-        --model published --data notes/{client}.jsonl --public notes/general.jsonl"""
+        --model published --prior base --data notes/{client}.jsonl --public notes/general.jsonl"""
 
 
 @dataclass(frozen=True)
