@@ -50,7 +50,7 @@ class Mechanism:
         """Records (B, T, D) -> clipped and noised, float32 on the CPU."""
         bounded = self.clipped(hidden)
         if self.sigma > 0:
-            bounded += self.sigma * noise.normal(tuple(bounded.shape))
+            bounded.add_(noise.normal(tuple(bounded.shape)), alpha=self.sigma)
         return bounded.float()
 
 
