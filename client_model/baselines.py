@@ -15,8 +15,11 @@ from client_model.ends import Ends
 from client_model.records import ClientData, Spend
 from client_model.trainer import Asker, MissedStepError, Trainer
 from splitfl.config import Federation
+from splitfl.cut import Cut
 from splitfl.data.packing import Batch
+from splitfl.errors import PrivacyError
 from splitfl.privacy.gate import Gate, RecordRef
+from splitfl.split.modes import bottom_trains
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,16 @@ class Baselines:
         return all(self.federated < loss for loss in others)
 
 
-def wanted(settings: Federation) -> tuple[bool, bool]:
-    """Whether ends-only and top-only are to be measured. The trunk must be as published for the latter."""
+def wanted(settings: Federation, cut: Cut) -> tuple[bool, bool]:
+    """Whether ends-only and top-only are to be measured.
+
+    For the latter the trunk must be as published, and with privacy on every record released for good.
+    """
     chosen = settings.evaluation.baselines
     if chosen == "auto":
         chosen = "all" if settings.privacy.on else "none"
-    return chosen != "none", chosen == "all" and not settings.trains_trunk
+    costs_nothing = not settings.privacy.on or not bottom_trains(settings, cut)
+    return chosen != "none", chosen == "all" and not settings.trains_trunk and costs_nothing
 
 
 class BaselineRun:
@@ -65,21 +72,21 @@ class BaselineRun:
         """Held-out loss of the ends alone; None when it is no number."""
         ends = self.fresh()
         ends.leave_trunk_out()
-        return self._run(ends)
+        return self._run(ends, None)
 
     def top_only(self) -> float | None:
         """Held-out loss of a top that this client trained alone, on the trunk as it was published."""
-        return self._run(self.fresh())
+        return self._run(self.fresh(), self._paid_for())
 
-    def _run(self, ends: Ends) -> float | None:
+    def _run(self, ends: Ends, spend: Spend | None) -> float | None:
         settings, trainer = self.data.settings, Trainer(ends, self.link, self.gate)
         order, rounds = self.data.order(self.name), settings.rounds
         try:
             for round_ in range(rounds.count):
                 for step in range(rounds.local_steps):
-                    trainer.step(round_, step, self.data.step(order, self._paid_for()))
+                    trainer.step(round_, step, self.data.step(order, spend))
             loss = trainer.evaluate(rounds.count, self.evaluation)
-        except MissedStepError:
+        except (MissedStepError, PrivacyError):  # or too few records whose release is paid for
             return None
         mean = loss.total / max(1, loss.tokens)
         return mean if math.isfinite(mean) else None

@@ -418,7 +418,7 @@ class Participant:
 
     def _baselines(self) -> Baselines | None:
         """What this client would have reached without the split; None where that is not asked for."""
-        ends_too, top_too = wanted(self.settings)
+        ends_too, top_too = wanted(self.settings, self.cut)
         if not (self.evaluation and self.losses and (ends_too or top_too)) or self.ends.trunk_is_empty:
             return None
         run = BaselineRun(self.name, self.data, self.evaluation, self.link, self.gate, self._fresh_ends)

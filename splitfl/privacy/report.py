@@ -26,7 +26,7 @@ def privacy_report(
 ) -> dict[str, Any]:
     """What left by kind, its epsilons, and who is protected against whom. ``audit`` is an earlier audit's result."""
     alone, whole = epsilons(policy, ledger, simulated=simulated)
-    mu = mu_for(whole, policy.delta) if whole else math.inf if whole is None else 0.0
+    mu = math.inf if whole is None else kept_mu(policy, ledger)
     report: dict[str, Any] = {
         "mode": policy.mode,
         "statement": statement(policy, whole, alone, mu, audit, simulated=simulated),
@@ -49,6 +49,11 @@ def privacy_report(
     if policy.private:
         report["several_records"] = several_records(ledger)
     return report
+
+
+def kept_mu(policy: Policy, ledger: Ledger) -> float:
+    """mu that the budgets keep; without a target, of what the unit that spent most has spent."""
+    return math.sqrt(most_spent(policy, ledger)) if policy.epsilon is None else mu_for(policy.epsilon, policy.delta)
 
 
 def epsilons(policy: Policy, ledger: Ledger, *, simulated: bool) -> tuple[float | None, float | None]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello, NextRound
 
 HIDDEN, LAYERS, VOCAB, RECORDS, LENGTH = 512, 10, 2048, 8, 128
 WARMUP = 2
-BAR = 1.0
+BAR, PRIVACY_BAR = 1.0, 1.05
 BASELINES = ("plain", "fused")
 
 SETTINGS = """
@@ -58,6 +60,13 @@ learning_rate = 1e-4
 max_grad_norm = 0
 [wire]
 codec = "{codec}"
+"""
+FROZEN = SETTINGS.replace("freeze_below = 0", "freeze_below = 1").replace("{codec}", "bf16")
+PRIVATE = """
+[privacy]
+mode = "measured"
+clip_norm = 20.0
+gradients = "noised"
 """
 
 
@@ -82,7 +91,40 @@ def run(*, steps: int = 20, say: Callable[[str], None] = lambda _: None) -> Resu
             say(f"codec {codec}: split / whole = {plain:.3f} (whole with fused AdamW: {fused:.3f})")
             result.rows.append(row)
             result.bars.append(Bar(f"step time ratio, {codec}", plain, BAR, "lower"))
+        row = measure_privacy(model, steps)
+        ratio = row["ratio_to_off"]["median"]
+        say(f"clip, noise and ledger: private / off = {ratio:.3f}")
+        result.rows.append(row)
+        result.bars.append(Bar("step time ratio, privacy measured / off", ratio, PRIVACY_BAR, "lower"))
     return result
+
+
+def measure_privacy(model: Path, steps: int) -> dict[str, Any]:
+    """Interleaved split steps without privacy and with it; all records are new in each step, as in a first epoch."""
+    texts = [FROZEN.format(records=RECORDS, length=LENGTH), FROZEN.format(records=RECORDS, length=LENGTH) + PRIVATE]
+    with ExitStack() as stack:
+        runners = []
+        for text in texts:
+            url, _ = stack.enter_context(served(model, text))
+            state = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            runners.append(SplitStep(model, parse_settings(text), url, state))
+            stack.callback(runners[-1].close)
+        plain = random_batch()
+        taken = []
+        for step in range(WARMUP + steps):
+            keys = tuple(bytes([step, row]) * 8 for row in range(RECORDS))
+            private = replace(plain, keys=keys, padded_lengths=(LENGTH,) * RECORDS)
+            taken.append((runners[0](plain)[0], runners[1](private)[0]))
+        rows = runners[1].trainer.gate.ledger.count
+    off, private_s = ([pair[number] for pair in taken[WARMUP:]] for number in (0, 1))
+    return {
+        "codec": "bf16",
+        "privacy": "measured, gradients noised, every record new",
+        "off_s": spread(off),
+        "private_s": spread(private_s),
+        "ratio_to_off": spread([b / a for a, b in zip(off, private_s, strict=True)]),
+        "ledger_rows": rows,
+    }
 
 
 def measure(model: Path, codec: str, steps: int) -> dict[str, Any]:

@@ -11,9 +11,12 @@ import torch
 from client_model.baselines import Baselines, wanted
 from client_model.cli import beside, not_earned
 from splitfl.config import Federation, parse_federation
+from splitfl.cut import Cut
 from splitfl.data.notes import generate_notes, write_notes
 from splitfl.lab.federation import FederationResult, run_federation
 from splitfl.split.create import create_checkpoint
+
+CUT = Cut(1, 1)
 
 
 def settings(baselines: str, **privacy: Any) -> Federation:
@@ -63,10 +66,10 @@ def test_top_only_is_not_measured_where_the_trunk_has_moved(model: Path, tmp_pat
 
 
 def test_auto_means_all_with_privacy_on_and_none_else() -> None:
-    assert wanted(settings("auto")) == (True, True)
-    assert wanted(settings("auto", gradients="noised")) == (True, False)
-    assert wanted(settings("ends")) == (True, False)
-    assert wanted(Federation()) == (False, False)
+    assert wanted(settings("auto"), CUT) == (True, True)
+    assert wanted(settings("auto", gradients="noised"), CUT) == (True, False)
+    assert wanted(settings("ends"), CUT) == (True, False)
+    assert wanted(Federation(), CUT) == (False, False)
 
 
 @pytest.mark.parametrize(("ends_only", "top_only", "earned"), [(3.0, 3.1, True), (3.0, 1.9, False), (1.9, None, False)])

@@ -100,9 +100,19 @@ def app() -> Typer:
 def test_the_command_attacks_a_state_folder(
     app: Typer, tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("splitfl.lab.audit.command.load_observed", lambda _: kept_of(small_model))
+    monkeypatch.setattr("splitfl.lab.audit.command.load_observed", lambda *_: kept_of(small_model))
     (tmp_path / "canaries.txt").write_text("my code is 1234\n")
-    arguments = ["--state", str(tmp_path), "--model", str(small_model), "--seconds", "1", "--json"]
+    arguments = [
+        "--state",
+        str(tmp_path),
+        "--data",
+        str(tmp_path),
+        "--model",
+        str(small_model),
+        "--seconds",
+        "1",
+        "--json",
+    ]
     arguments += ["--out", str(tmp_path / "picture.png"), "--exported", str(small_model)]
     result = CliRunner().invoke(app, [*arguments, "--canaries", str(tmp_path / "canaries.txt")])
     assert result.exit_code == 0, result.output
@@ -126,13 +136,22 @@ def kept_of(folder: Path) -> Kept:
 
 
 def test_the_command_says_when_a_run_kept_nothing(app: Typer, tmp_path: Path, small_model: Path) -> None:
-    result = CliRunner().invoke(app, ["--state", str(tmp_path), "--model", str(small_model)])
+    result = CliRunner().invoke(app, ["--state", str(tmp_path), "--data", str(tmp_path), "--model", str(small_model)])
     assert result.exit_code == ConfigError.exit_code
     assert "kept no releases" in result.stderr
 
 
 def test_the_command_wants_canaries_and_a_model_together(app: Typer, tmp_path: Path, small_model: Path) -> None:
-    arguments = ["--state", str(tmp_path), "--model", str(small_model), "--canaries", str(tmp_path / "x")]
+    arguments = [
+        "--state",
+        str(tmp_path),
+        "--data",
+        str(tmp_path),
+        "--model",
+        str(small_model),
+        "--canaries",
+        str(tmp_path / "x"),
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == ConfigError.exit_code
     assert "go together" in result.stderr
