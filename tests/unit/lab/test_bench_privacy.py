@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,8 +162,8 @@ def test_picture_is_drawn(tmp_path: Path) -> None:
 def test_benchmark_measures_every_contender(small_model: Path) -> None:
     """On a model that knows nothing: that it runs, and that plain noise this small hides nothing."""
     levels = {"narrow_levels": (0.5,), "plain_levels": (0.01,)}
-    scope = Scope(Cut(1, 1), rank=8, seeds=1, audited=8, audit_public=80, audit_seconds=15, **levels)
-    result = run(model=small_model, scope=scope, effort=QUICK)
+    scope = Scope(Cut(1, 1), rank=8, seeds=1, audited=8, audit_public=300, audit_seconds=15, **levels)
+    result = run(model=small_model, scope=scope, effort=replace(QUICK, public_steps=80))
     assert [row["mechanism"] for row in result.rows] == [
         "no fine-tuning",
         "ends-only",
