@@ -217,15 +217,23 @@ def without_noise(model: NarrowModel) -> Release:
     return lambda encoded: clip_tokens(encoded, model.narrow.spec.clip_norm)
 
 
+def blanked(release: Release) -> Release:
+    """The same noise on nothing."""
+    return lambda encoded: release(torch.zeros_like(encoded))
+
+
 class TopTuning:
     """The client's top and mixing weights, tuned on private records that were each released once.
 
-    The trunk is frozen and no gradient leaves. ``seed`` draws noise and order.
+    The trunk is frozen and no gradient leaves. ``seed`` draws noise and order. ``blank`` is the control: noise alone is
+    sent, so that whatever the other one gains beyond it, and nothing else, is owed to the release.
     """
 
-    def __init__(self, model: NarrowModel, texts: Texts, effort: Effort, seed: int) -> None:
+    def __init__(self, model: NarrowModel, texts: Texts, effort: Effort, seed: int, *, blank: bool = False) -> None:
         self.model, self.texts, self.effort, self.seed = model, texts, effort, seed
         noise = public_release(model.narrow.spec, torch.Generator().manual_seed(seed))
+        if blank:
+            noise = blanked(noise)
         self.train = release_once(model, texts.train, noise)
         self.held_out = release_once(model, texts.held_out, noise)
         self.held_out_clean = release_once(model, texts.held_out, without_noise(model))

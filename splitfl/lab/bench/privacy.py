@@ -6,6 +6,9 @@ skip. Every record is released once, the trunk is frozen and no gradient leaves.
 a figure says nothing: no fine-tuning, ends-only (nothing leaves), top-only and the noise-free split (the server can
 read all).
 
+One control decides whether a leak is earned: the same client with the same training, to whose server noise alone is
+sent. A release that does no better than that gives text away for nothing, however good its loss looks.
+
 Private and public text come from this machine's own Python (:mod:`splitfl.lab.bench.texts`). Noise is drawn from seeded
 generators, for nothing here is a secret. A recovery is a lower bound and no guarantee.
 """
@@ -73,6 +76,7 @@ class Found:
 
     noisy: list[float]
     clean: list[float]
+    blank: list[float]
     recovery: list[float]
 
 
@@ -146,7 +150,7 @@ class Frontier:
 
     def measure(self, name: str, level: float, make: Callable[[float, int], NarrowModel]) -> dict[str, Any]:
         """One mechanism at one level, over the seeds: each adapts, tunes and is attacked on its own."""
-        found = Found([], [], [])
+        found = Found([], [], [], [])
         attacks: list[str] = []
         for seed in range(self.scope.seeds):
             model = make(level, seed)
@@ -155,6 +159,7 @@ class Frontier:
             recovery, attack = self.attack(model, tuning, plain=name.startswith("plain"), seed=seed)
             found.noisy.append(losses.noisy)
             found.clean.append(losses.clean)
+            found.blank.append(TopTuning(model, self.texts, self.effort, seed, blank=True).run().noisy)
             found.recovery.append(recovery)
             attacks.append(attack)
             self.say(f"{name}, level {level}: loss {losses.noisy:.3f}, recovery {recovery:.3f} ({attack})")
@@ -164,6 +169,7 @@ class Frontier:
             "level": level,
             "loss_noisy": spread(found.noisy),
             "loss_clean": spread(found.clean),
+            "loss_if_noise_alone_is_sent": spread(found.blank),
             "recovery": spread(found.recovery),
             "strongest_attack": max(set(attacks), key=attacks.count),
             "epsilon_per_record": epsilon_of(2 * math.sqrt(self.effort.length) / level, DELTA),
@@ -219,4 +225,10 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
         Bar("narrow: loss / noise-free split", reached / split, MOST_LOSS, "lower"),
         Bar("narrow: loss / ends-only", reached / loss["ends-only"], 1.0, "lower"),
         Bar("narrow: loss / top-only without noise", reached / loss["top-only"], 1.0, "lower"),
+        Bar(
+            "narrow: loss / with noise alone sent",
+            reached / best["loss_if_noise_alone_is_sent"]["median"],
+            1.0,
+            "lower",
+        ),
     ]
