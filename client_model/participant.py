@@ -23,6 +23,7 @@ import torch
 from client_model.assets import PIECE_BYTES, Assets, RemoteSource
 from client_model.baselines import BaselineRun, Baselines, wanted
 from client_model.ends import Ends
+from client_model.entry import records_of
 from client_model.floor import Floor
 from client_model.guard import Accept, Guard
 from client_model.link import SessionLostError
@@ -34,7 +35,7 @@ from splitfl.codec.tensors import check_finite
 from splitfl.config import Federation, parse_federation
 from splitfl.cut import Cut
 from splitfl.data.packing import Batch, DataOrder
-from splitfl.errors import ConfigError, NumericalError, ProtocolError, SplitFLError
+from splitfl.errors import ConfigError, NumericalError, PrivacyError, ProtocolError, SplitFLError
 from splitfl.federation.agreement import Terms
 from splitfl.files import sha256_of
 from splitfl.privacy.policy import DpSgd
@@ -112,6 +113,7 @@ class Participant:
     started: float = field(default_factory=time.monotonic)
     in_step: bool = False  # steps are under way: Ctrl-C waits for the end of the one that is
     tally: Tally | None = None
+    shared_loss: float | None = None  # what the next update tells of the held-out records
     agreed: tuple[object, ...] = ()  # what of Welcome everything here was prepared for
 
     def run(self, link: Connection, welcome: Welcome, url: str) -> dict[str, Any]:
@@ -336,7 +338,8 @@ class Participant:
         if round_ == 0 and self.gate.keepsakes.chosen:
             self.gate.keepsakes.keep_head(shared.get(self.ends.head_name), self.labels)
         self.notary.mark()
-        answer = self.link.ask(Update(0, 0, round_, tokens, digest))
+        answer = self.link.ask(Update(0, 0, round_, tokens, digest, self.shared_loss))
+        self.shared_loss = None
         if not isinstance(answer, RoundDurable):
             raise ProtocolError(f"{type(answer).__name__} instead of a merged round")
         self._take_merge(answer.weights)
@@ -379,8 +382,14 @@ class Participant:
         last = round_ == self.settings.rounds.count
         if not self.evaluation or not (round_ == 0 or last or (every and round_ % every == 0)):
             return
+        each: list[float] | None = [] if self.settings.evaluation.share_metrics else None
+        self.shared_loss = None
         try:
-            loss = self.trainer.evaluate(round_, self.evaluation)
+            loss = self.trainer.evaluate(round_, self.evaluation, each)
+            if each and not last:
+                records = [record for batch in self.evaluation for record in records_of(batch)]
+                with contextlib.suppress(PrivacyError):  # a round that is done again has no budget for it
+                    self.shared_loss = self.gate.release_metric(round_, each, records)
             self.notary.mark()
             check_finite(torch.tensor(loss.total), "the loss")
         except (MissedStepError, NumericalError) as error:  # weights that overflow must not end the federation

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -74,6 +74,7 @@ class Sum:
     loss: float = 0.0
     tokens: int = 0
     tops: int = 0  # micro-batches whose loss is known and whose gradient is on its way
+    each: list[float] | None = None  # where records are wanted one by one
 
     def add(self, loss: HeadLoss) -> None:
         """Count one more micro-batch."""
@@ -135,9 +136,12 @@ class Trainer:
             return sum(batch.label_tokens for batch in micro_batches)
         return self.ends.settings.batch.records
 
-    def evaluate(self, round_: int, batches: Sequence[Batch]) -> HeadLoss:
-        """Summed loss over held-out batches; their activations pass the gate like any others."""
-        done = Sum()
+    def evaluate(self, round_: int, batches: Sequence[Batch], each: list[float] | None = None) -> HeadLoss:
+        """Summed loss over held-out batches; their activations pass the gate like any others.
+
+        ``each`` takes every record's own mean loss, in order.
+        """
+        done = Sum(each=each)
         crossings = (self._judge(Place(round_, 0, number), batch, done) for number, batch in enumerate(batches))
         for _ in in_turn(crossings, self.in_flight):
             pass
@@ -183,7 +187,15 @@ class Trainer:
         else:
             kind = ReleaseKind.HELD_OUT_ACTIVATION
             hidden = self._decoded((yield from self._cross(kind, place, batch, run_bottom, keep_graph=False)), batch)
-        done.add(ends.run_top(hidden, run_bottom, lengths, labels, train=False))
+        if done.each is None:
+            done.add(ends.run_top(hidden, run_bottom, lengths, labels, train=False))
+            return
+        for row in range(len(labels)):
+            one = slice(row, row + 1)
+            own = partial(row_of, run_bottom, one)
+            loss = ends.run_top(hidden[one], own, None if lengths is None else lengths[one], labels[one], train=False)
+            done.add(loss)
+            done.each.append(loss.total / max(1, loss.tokens))
 
     def _cross(
         self, kind: ReleaseKind, place: Place, batch: Batch, hidden: Callable[[], Tensor], *, keep_graph: bool
@@ -232,6 +244,11 @@ def in_turn(crossings: Iterable[Crossing], in_flight: int) -> Iterator[None]:
         else:
             under_way.append(crossing)
         yield
+
+
+def row_of(hidden: Callable[[], Tensor], row: slice) -> Tensor:
+    """Some rows of a batch (B, T, D)."""
+    return hidden()[row]
 
 
 def answered(reply: Future[Answer]) -> Answer:

@@ -174,6 +174,9 @@ def report_text(progress: Progress) -> None:
         case "sat_out":
             place = f"round {as_number(facts['round'])} step {as_number(facts['step'])}"
             note(f"{place} goes on without {facts['client']}: {facts['reason']}")
+        case "held_out_loss":
+            loss, before = float(str(facts["loss"])), as_number(facts["round"])
+            note(f"{facts['client']}: held-out loss {loss:.3f} before round {before}")
         case "storage_error":
             note(f"round {as_number(facts['round'])} cannot be written, trying again: {facts['error']}")
         case "unencrypted":

@@ -146,6 +146,8 @@ class Rounds:
             self._desk.update.pop(member.name, None)
             raise
         self._updates[member.name] = update
+        if request.held_out_loss is not None:
+            self.say("held_out_loss", client=member.name, round=request.round, loss=request.held_out_loss)
         self.engine.leave_round(member.name)
         try:
             actions = self.machine.update(member.name, request.round, request.tokens, self.clock())

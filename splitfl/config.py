@@ -146,6 +146,11 @@ class Evaluation(Section):
         64, ge=0, description="held-out records that pass the trunk, at most, spread over all of them; 0 = none"
     )
     every_rounds: int = Field(1, ge=0, description="rounds between evaluations; 0 = before and after training alone")
+    share_metrics: bool = Field(
+        False,
+        description="whether clients tell the server their held-out loss with each update, clipped and, with privacy "
+        "on, noised",
+    )
     baselines: Literal["auto", "none", "ends", "all"] = Field(
         "auto",
         description="what each client trains beside the federation's result, after the last round: its ends without "
@@ -214,6 +219,9 @@ class Privacy(Section):
     dp_sgd: bool = Field(False, description="whether the client's own weights are trained with DP-SGD")
     dp_max_grad_norm: float = Field(1.0, gt=0, description="DP-SGD: L2 norm of a record's own gradient, at most")
     dp_noise_multiplier: float = Field(1.0, gt=0, description="measured: DP-SGD's noise in dp_max_grad_norms")
+    metric_noise_multiplier: float = Field(
+        1.0, gt=0, description="measured: the noise of a shared held-out loss, in what one record can change it by"
+    )
     audit_records: int = Field(
         24, ge=0, description="records of which a client keeps every release, encrypted, for `splitfl audit`"
     )

@@ -30,6 +30,7 @@ from splitfl.privacy.policy import Policy
 from splitfl.privacy.vault import Vault, pack, unpack
 from splitfl.wire.messages import TensorBytes
 
+MOST_LOSS = 20.0  # nats a token: a loss above it says no more than that it is bad
 NO_NOISE = (1.0, 0.0)  # sensitivity and sigma of what travels as it is: no bound
 POST_PROCESSING = (0.0, 0.0)  # of what is computed from releases that are paid for
 
@@ -42,6 +43,7 @@ class ReleaseKind(Enum):
     GRADIENT = "gradients"
     DP_SGD = "steps of DP-SGD"
     WEIGHTS = "weights"
+    METRIC = "held-out losses"
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,24 @@ class Gate:
         payload = hashlib.sha256(data).digest()
         self._charge([Row(EVERYTHING, ReleaseKind.WEIGHTS.value, *bounds, round_, plain, payload, len(data))])
         return data
+
+    def release_metric(self, round_: int, losses: Sequence[float], records: Sequence[RecordRef]) -> float:
+        """The mean of held-out records' losses, each clipped to [0, MOST_LOSS] nats, noised with privacy on.
+
+        Replacing one of n records changes it by MOST_LOSS / n at most. Raises PrivacyError, StorageError.
+        """
+        clipped = [min(max(loss, 0.0), MOST_LOSS) if loss == loss else MOST_LOSS for loss in losses]
+        mean, one = sum(clipped) / len(clipped), MOST_LOSS / len(clipped)
+        kind, payload = ReleaseKind.METRIC.value, secrets.token_bytes(32)
+        if not self.policy.private:
+            self._charge([Row(EVERYTHING, kind, *NO_NOISE, round_, self.trained, payload, 8)])
+            return mean
+        keys, sensitivity = [record.key for record in records], one
+        if self.policy.unit == "client":
+            keys, sensitivity = [EVERYTHING], MOST_LOSS
+        sigma, tainted = self.policy.metric_noise * sensitivity, self.trained and self.policy.dp_sgd is None
+        self._charge([Row(key, kind, sensitivity, sigma, round_, tainted, payload, 8) for key in keys])
+        return mean + sigma * float(self.noise.normal((1,)))
 
     # -- what it costs -----------------------------------------------------------------------------------------------
 

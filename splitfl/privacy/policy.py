@@ -49,6 +49,7 @@ class Policy:
     gradients: Mechanism | None
     dp_sgd: DpSgd | None
     sends_gradients: bool
+    metric_noise: float  # sigma of a shared held-out loss, in its sensitivity; 0 = none
     record_budget: float  # mu^2; infinite without a target
     run_budget: float  # mu^2 of the client as a whole
     delta: float
@@ -88,7 +89,7 @@ def policy_of(settings: Federation, work: Workload) -> Policy:
     """The policy of a client with that workload. Raises ConfigError for a target that no noise reaches."""
     privacy = settings.privacy
     if not privacy.on:
-        return Policy("off", privacy.unit, None, None, None, True, math.inf, math.inf, privacy.delta)
+        return Policy("off", privacy.unit, None, None, None, True, 0.0, math.inf, math.inf, privacy.delta)
     if privacy.clip_norm is None:
         raise ConfigError("privacy.clip_norm is not settled", "The server measures it at its start; or set it.")
     noise = certified_noise(settings, work) if privacy.mode == "certified" else measured_noise(settings)
@@ -104,6 +105,7 @@ def policy_of(settings: Federation, work: Workload) -> Policy:
         gradients=gradients if trains else None,
         dp_sgd=DpSgd(privacy.dp_max_grad_norm, noise.dp_sgd) if privacy.dp_sgd else None,
         sends_gradients=trains,
+        metric_noise=noise.metrics,
         record_budget=budget,
         run_budget=budget if privacy.unit == "client" else math.inf,
         delta=privacy.delta,
@@ -118,20 +120,23 @@ class NoiseMultipliers:
     activations: float
     gradients: float
     dp_sgd: float
+    metrics: float  # in its sensitivity
 
 
 def measured_noise(settings: Federation) -> NoiseMultipliers:
     """Mode "measured": as the settings name it."""
     privacy = settings.privacy
     chosen = LEVELS[privacy.level] if privacy.noise_multiplier is None else privacy.noise_multiplier
-    return NoiseMultipliers(chosen, privacy.gradient_noise_multiplier, privacy.dp_noise_multiplier)
+    return NoiseMultipliers(
+        chosen, privacy.gradient_noise_multiplier, privacy.dp_noise_multiplier, privacy.metric_noise_multiplier
+    )
 
 
 def certified_noise(settings: Federation, work: Workload) -> NoiseMultipliers:
     """Mode "certified": noise that keeps every unit within (epsilon, delta), each kind with an equal part of mu^2."""
     privacy = settings.privacy
     assert privacy.epsilon is not None
-    kinds = 1 + (privacy.gradients != "none") + privacy.dp_sgd
+    kinds = 1 + (privacy.gradients != "none") + privacy.dp_sgd + settings.evaluation.share_metrics
     part = mu_for(privacy.epsilon, privacy.delta) ** 2 / kinds
     whole_client = privacy.unit == "client"
     rows = work.padded_length if privacy.clip == "token" else 1
@@ -144,4 +149,5 @@ def certified_noise(settings: Federation, work: Workload) -> NoiseMultipliers:
         activations=2 * math.sqrt(rows * once / part),
         gradients=2 * math.sqrt(again / part),
         dp_sgd=2 * math.sqrt(joint / part),
+        metrics=math.sqrt(settings.rounds.count / part),
     )

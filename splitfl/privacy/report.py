@@ -38,7 +38,7 @@ def privacy_report(
         "mean_bits": mean_bits(mu) if whole is not None else None,
         "guess_bound": guess_bound(mu, 0.5) if whole is not None else None,
         "most_spent": most_spent(policy, ledger) if whole is not None else None,
-        "stayed": stayed(policy),
+        "stayed": stayed(policy, ledger),
         "told": told(policy),
         "left": {
             kind: {"releases": ledger.releases[kind], "bytes": ledger.bytes[kind]} for kind in sorted(ledger.releases)
@@ -127,10 +127,11 @@ def shown(epsilon: float | None) -> str:
     return "none" if epsilon is None else f"{epsilon:.4g}"
 
 
-def stayed(policy: Policy) -> list[str]:
-    """What never leaves."""
+def stayed(policy: Policy, ledger: Ledger) -> list[str]:
+    """What never left."""
+    losses = [] if ledger.releases[ReleaseKind.METRIC.value] else ["losses"]
     lengths = ["true lengths of records"] if policy.private else []
-    return ["the data file", "label ids", "losses", "moments of the optimizer", *lengths]
+    return ["the data file", "label ids", *losses, "moments of the optimizer", *lengths]
 
 
 def told(policy: Policy) -> list[str]:

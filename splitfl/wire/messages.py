@@ -274,7 +274,8 @@ class Upload:
 class Update:
     """This client's weights after a round, as the uploaded blob ``sha256`` ("" when it shares none).
 
-    ``tokens`` label tokens weigh it in the merge. Answered by RoundDurable, once the merge is on disk.
+    ``tokens`` label tokens weigh it in the merge. ``held_out_loss``, if it is shared, is what the client measured at
+    the round's start, in nats a token. Answered by RoundDurable, once the merge is on disk.
     """
 
     seq: Count
@@ -282,6 +283,7 @@ class Update:
     round: Index
     tokens: Count
     sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+    held_out_loss: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
 
 
 @dataclass(frozen=True)

@@ -50,16 +50,17 @@ MODES: dict[str, dict[str, Any]] = {
     "measured": {"mode": "measured"},
     "gradients": {"mode": "measured", "gradients": "noised"},
     "dp_sgd": {"mode": "measured", "gradients": "noised", "dp_sgd": True},
+    "metrics": {"mode": "measured"},
     "certified": {"mode": "certified", "epsilon": 8.0, "dp_sgd": True, "gradients": "noised"},
 }
 PLACES = {"seq", "ack", "round", "step", "micro", "train"}  # numbers that the schedule alone decides
 
 
-def settings(privacy: dict[str, Any]) -> Federation:
+def settings(privacy: dict[str, Any], *, metrics: bool = False) -> Federation:
     tables: dict[str, Any] = {
         "rounds": {"count": 2, "local_steps": 4},
         "batch": {"records": 4, "micro_batches": 2, "max_length": 32},
-        "evaluation": {"records": 4},
+        "evaluation": {"records": 4, "share_metrics": metrics},
         "privacy": privacy,
     }
     return parse_federation(tables, "the test")
@@ -106,8 +107,17 @@ class WatchedLink(MemoryLink):
             assert isinstance(message, Update), f"{type(message).__name__} is not known here: what does it tell?"
             assert self.knows(bytes(self.blob))
             assert hashlib.sha256(self.blob).hexdigest() == message.sha256
+            self.check_metric(message)
             if private:  # records x padded length, whatever the records say
                 assert message.tokens % 32 == 0
+
+    def check_metric(self, message: Update) -> None:
+        """A loss goes along only where that was agreed, and its rows are there already."""
+        assert (message.held_out_loss is not None) == self.settings.evaluation.share_metrics
+        ledger = Ledger(self.ledger_file)
+        rounds = {row.round for row, _, _ in ledger.rows() if row.kind == "held-out losses"}
+        ledger.close()
+        assert (message.round in rounds) == self.settings.evaluation.share_metrics
 
     def check_forward(self, message: Forward) -> None:
         if not self.settings.privacy.on:
@@ -129,7 +139,7 @@ def test_every_request_is_thought_about() -> None:
 def test_nothing_reaches_the_link_but_what_the_ledger_knows_and_messages_without_data(
     mode: str, small_model: Path, wards: dict[str, Path], tmp_path: Path
 ) -> None:
-    chosen = settings(MODES[mode])
+    chosen = settings(MODES[mode], metrics=mode in ("metrics", "certified"))
     coordinator = Coordinator(small_model, chosen, tmp_path / "server", device=torch.device("cpu"))
     client = Participant(
         "a", wards["a"], ClientStore(tmp_path / "client"), tmp_path / "cache", torch.device("cpu"), accept=agree
@@ -139,7 +149,7 @@ def test_nothing_reaches_the_link_but_what_the_ledger_knows_and_messages_without
         report = client.run(link, link.open(), URL)
     assert {Forward, Countersign, Upload, Update, Fetch, NextRound, Bye} <= link.seen
     assert (Release in link.seen) == chosen.privacy.on
-    assert (Backward in link.seen) == (mode not in ("measured",))
+    assert (Backward in link.seen) == (mode not in ("measured", "metrics"))
     kinds = set(report["privacy"]["left"])
     assert kinds >= {"activations", "activations of held-out records", "weights"}
     assert (report["privacy"]["epsilon"] is not None) == (mode in ("dp_sgd", "certified"))

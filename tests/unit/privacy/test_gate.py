@@ -262,6 +262,21 @@ def test_weights_without_dp_leave_no_epsilon_and_with_dp_sgd_they_are_paid_for_b
     assert whole == pytest.approx(epsilon_of(math.sqrt(mu_squared), 1e-5))
 
 
+# metrics
+
+
+def test_shared_loss_is_clipped_for_each_record_and_noised_by_what_one_can_change(tmp_path: Path) -> None:
+    gate = open_gate(tmp_path, "measured", metric_noise_multiplier=1e-9)
+    shared = gate.release_metric(3, [1.0, math.inf, math.nan, -5.0], [ref(n) for n in range(4)])
+    assert shared == pytest.approx((1 + 20 + 20 + 0) / 4, abs=1e-6)
+    rows = [row for row, _, _ in gate.ledger.rows()]
+    assert [(row.record, row.round) for row in rows] == [(ref(n).key, 3) for n in range(4)]
+    assert all(row.sensitivity == 5.0 and row.sigma == pytest.approx(5e-9) for row in rows)
+    noisy = open_gate(tmp_path / "noisy", "measured")
+    assert noisy.release_metric(0, [1.0, 1.0], [ref(1), ref(2)]) != 1.0
+    assert "losses" not in privacy_report(noisy.policy, noisy.ledger)["stayed"]
+
+
 # budgets
 
 

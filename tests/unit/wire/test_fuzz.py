@@ -55,6 +55,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     }
     if base is int:
         return st.integers(limit["ge"], limit["le"]) | st.sampled_from([limit["ge"], limit["le"]])
+    if base is float:
+        return st.floats(limit["ge"], limit["le"])
     assert base is str
     if "pattern" in limit:
         return st.from_regex(limit["pattern"].removeprefix("^").removesuffix("$"), fullmatch=True)
