@@ -50,8 +50,8 @@ class DemoScale:
     base_rate: float = 3e-3  # peak step size
     rank: int = 16  # numbers a token that leave a client
     noise: float = 0.5  # their noise, in clip norms
-    ends_steps: int = 150  # of the publisher, on the ends alone
-    adapt_steps: int = 200  # of the publisher, on trunk and top through the noise
+    ends_steps: int = 100  # of the publisher, on the ends alone
+    adapt_steps: int = 120  # of the publisher, on trunk and top through the noise
     adapt_records: int = 8  # in one of those steps
     adapt_rate: float = 2e-3  # peak step size
     rounds: int = 6
