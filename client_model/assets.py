@@ -12,28 +12,23 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from client_model.asking import Asker
 from client_model.offers import MAX_LIST_BYTES, OfferedTensor, read_manifest, read_weights
 from splitfl.cut import Cut
 from splitfl.errors import CheckpointError, ProtocolError, StorageError
 from splitfl.files import appending_alone, storage_errors, sync, write_file
 from splitfl.split.checkpoint import DTYPES, CheckpointFolder, read_config
 from splitfl.split.shares import ends_names
-from splitfl.wire.messages import Answer, Chunk, Fetch, Request
+from splitfl.wire.messages import Answer, Chunk, Fetch
 
 PIECE_BYTES = 1 << 20
 PIECES_IN_FLIGHT = 8
-
-
-class Asker(Protocol):
-    """The part of a link that fetching needs."""
-
-    def request(self, message: Request) -> Future[Answer]: ...
 
 
 class Assets:

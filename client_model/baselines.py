@@ -11,9 +11,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from client_model.asking import Asker
 from client_model.ends import Ends
 from client_model.records import ClientData, Spend
-from client_model.trainer import Asker, MissedStepError, Trainer
+from client_model.trainer import MissedStepError, Trainer
 from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.data.packing import Batch

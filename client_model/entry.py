@@ -14,16 +14,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from client_model.asking import Asker
 from splitfl.data.packing import Batch
 from splitfl.errors import ProtocolError
 from splitfl.privacy.gate import Gate, RecordRef, ReleaseKind
-from splitfl.wire.messages import Answer, AskHeld, Forward, Held, Missing, Release, Request, TensorBytes
-
-
-class Asker(Protocol):
-    """The part of a link that this needs."""
-
-    def request(self, message: Request) -> Future[Answer]: ...
+from splitfl.wire.messages import Answer, AskHeld, Forward, Held, Missing, Release, TensorBytes
 
 
 class Entry(Protocol):

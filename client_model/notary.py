@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future
-from typing import Protocol
 
+from client_model.asking import Asker
 from splitfl.errors import LinkError, ProtocolError
 from splitfl.privacy.ledger import Ledger
 from splitfl.privacy.witness import Mark, check_signature
-from splitfl.wire.messages import Answer, Countersign, Countersigned, Request
-
-
-class Asker(Protocol):
-    """The part of a link that this needs."""
-
-    def request(self, message: Request) -> Future[Answer]: ...
+from splitfl.wire.messages import Answer, Countersign, Countersigned
 
 
 class Notary:

@@ -15,11 +15,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from client_model.asking import Asker
 from client_model.ends import Ends
 from client_model.entry import DirectEntry, Entry, OnceEntry, records_of
 from splitfl.codec.tensors import decode_tensor
@@ -35,19 +35,12 @@ from splitfl.wire.messages import (
     Gradient,
     Hidden,
     Missing,
-    Request,
     SitOut,
     StepMissed,
     TensorBytes,
 )
 
 MOST_REPEATS = 4  # of one micro-batch whose records the server turned out not to hold
-
-
-class Asker(Protocol):
-    """The part of a link that training needs."""
-
-    def request(self, message: Request) -> Future[Answer]: ...
 
 
 class MissedStepError(Exception):

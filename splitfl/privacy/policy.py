@@ -48,7 +48,6 @@ class Policy:
     activations: Mechanism | None
     gradients: Mechanism | None
     dp_sgd: DpSgd | None
-    sends_gradients: bool
     metric_noise: float  # sigma of a shared held-out loss, in its sensitivity; 0 = none
     record_budget: float  # mu^2; infinite without a target
     run_budget: float  # mu^2 of the client as a whole
@@ -89,7 +88,7 @@ def policy_of(settings: Federation, work: Workload) -> Policy:
     """The policy of a client with that workload. Raises ConfigError for a target that no noise reaches."""
     privacy = settings.privacy
     if not privacy.on:
-        return Policy("off", privacy.unit, None, None, None, True, 0.0, math.inf, math.inf, privacy.delta)
+        return Policy("off", privacy.unit, None, None, None, 0.0, math.inf, math.inf, privacy.delta)
     if privacy.clip_norm is None:
         raise ConfigError("privacy.clip_norm is not settled", "The server measures it at its start; or set it.")
     noise = certified_noise(settings, work) if privacy.mode == "certified" else measured_noise(settings)
@@ -104,7 +103,6 @@ def policy_of(settings: Federation, work: Workload) -> Policy:
         activations=Mechanism(privacy.clip, privacy.clip_norm, noise.activations * privacy.clip_norm),
         gradients=gradients if trains else None,
         dp_sgd=DpSgd(privacy.dp_max_grad_norm, noise.dp_sgd) if privacy.dp_sgd else None,
-        sends_gradients=trains,
         metric_noise=noise.metrics,
         record_budget=budget,
         run_budget=budget if privacy.unit == "client" else math.inf,
