@@ -207,24 +207,54 @@ def adapt(
 
     Raises NumericalError when the loss is no longer a number; the model is then worthless.
     """
-    generator = torch.Generator().manual_seed(adaptation.seed + 1)
-    sample = collate([records[index] for index in range(min(SAMPLE, len(records)))], None, pad)
+    sample = public_sample(records, pad)
     wanted = public_states(model, sample)
+    size, seed = adaptation.records, adaptation.seed
+    learn_ends(model, adaptation, drawn(records, adaptation.ends_steps, size, seed, pad), report)
+    batches_ = drawn(records, adaptation.steps, size, seed + 1, pad)
+    learn_release(model, adaptation, batches_, sample, wanted, report)
+
+
+def learn_ends(
+    model: NarrowModel, adaptation: Adaptation, batches_: Iterable[Batch], report: Report = lambda *_: None
+) -> None:
+    """The first stage: bottom, top and skip as a small model of their own, a step a batch."""
     with torch.no_grad():
         model.narrow.skip.own.weight.copy_(torch.eye(model.narrow.spec.hidden))
-    order = DataOrder(len(records), adaptation.seed)
-
-    def batches_of(steps: int) -> Iterator[Batch]:
-        return (drawn(records, order, adaptation.records, pad) for _ in range(steps))
-
     settings = with_steps(model.settings, adaptation.ends_steps)
-    train(model.ends_loss, model.bottom_parts, settings, batches_of(adaptation.ends_steps), report)
+    train(model.ends_loss, model.bottom_parts, settings, batches_, report)
+
+
+def learn_release(
+    model: NarrowModel,
+    adaptation: Adaptation,
+    batches_: Iterable[Batch],
+    sample: Batch,
+    wanted: Tensor,
+    report: Report = lambda *_: None,
+) -> None:
+    """The second stage: trunk, top and release through the noise, a step a batch; the bottom is frozen.
+
+    ``wanted``: what the bottom made of ``sample`` before the ends were trained (N, D); the trunk is used to that.
+    """
+    generator = torch.Generator().manual_seed(adaptation.seed + 1)
     skip = model.narrow.skip.own.weight.detach().clone()
     model.narrow.cpu().start_from(public_states(model, sample), wanted, generator)
     model.narrow.to(model.device).skip.own.weight.data.copy_(skip)
-    release = public_release(model.narrow.spec, generator)
-    noised = partial(model.loss, release=release)
-    train(noised, model.joint_parts, model.settings, batches_of(adaptation.steps), report)
+    noised = partial(model.loss, release=public_release(model.narrow.spec, generator))
+    train(noised, model.joint_parts, model.settings, batches_, report)
+
+
+def drawn(records: Records, steps: int, size: int, seed: int, pad: int) -> Iterator[Batch]:
+    """Batches of ``size`` records for ``steps`` steps, in a seeded order."""
+    order = DataOrder(len(records), seed)
+    for _ in range(steps):
+        yield collate([records[int(index)] for index in order.take(size)], None, pad)
+
+
+def public_sample(records: Records, pad: int) -> Batch:
+    """The public records from which encoder and decoder start."""
+    return collate([records[index] for index in range(min(SAMPLE, len(records)))], None, pad)
 
 
 def with_steps(settings: Federation, steps: int) -> Federation:
@@ -269,11 +299,6 @@ def evaluate(model: NarrowModel, records: Records, pad: int, release: Release) -
     """Mean loss of records in nats per token, each released once."""
     losses = [model.loss(batch, release) for batch in batches(records, model.settings, pad)]
     return sum(loss.total for loss in losses) / max(1, sum(loss.tokens for loss in losses))
-
-
-def drawn(records: Records, order: DataOrder, count: int, pad: int) -> Batch:
-    """The next ``count`` records in ``order`` as one batch."""
-    return collate([records[int(index)] for index in order.take(count)], None, pad)
 
 
 def open_public(paths: Sequence[Path], tokenizer: Any, max_length: int, *, skip_bad: bool = False) -> Records:

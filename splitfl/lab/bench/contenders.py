@@ -8,24 +8,36 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from client_model.ends import trainable
 from client_model.records import batches
 from client_model.trainer import on_device
 from splitfl.config import Federation, parse_federation
 from splitfl.cut import Cut
-from splitfl.data.packing import Batch, DataOrder, collate
+from splitfl.data.packing import DataOrder, collate
 from splitfl.data.records import Record
 from splitfl.federation.schedule import learning_rate
-from splitfl.lab.adapt import Adaptation, NarrowModel, Release, adapt, clip_tokens, narrow_model, public_release
+from splitfl.lab.adapt import (
+    Adaptation,
+    NarrowModel,
+    Release,
+    clip_tokens,
+    drawn,
+    learn_ends,
+    learn_release,
+    narrow_model,
+    public_release,
+    public_sample,
+    public_states,
+)
 from splitfl.lab.bench.texts import Texts
 from splitfl.lab.whole import WholeModel
 from splitfl.split.checkpoint import CheckpointFolder
@@ -88,13 +100,6 @@ class Losses:
     clean: float
 
 
-def drawn(records: Sequence[Record], steps: int, effort: Effort, seed: int) -> Iterator[Batch]:
-    """Batches of ``steps`` steps, in a seeded order."""
-    order = DataOrder(len(records), seed)
-    for _ in range(steps):
-        yield collate([records[int(index)] for index in order.take(effort.records)], None, 0)
-
-
 def mean(loss: HeadLoss) -> float:
     return loss.total / max(1, loss.tokens)
 
@@ -103,7 +108,7 @@ def train_publicly(folder: Path, out: Path, texts: Texts, effort: Effort, seed: 
     """The whole checkpoint in ``folder`` after the public steps, to a new folder."""
     settings = effort.settings(effort.public_rate, steps=effort.public_steps, schedule="cosine")
     model = WholeModel(folder, settings, CPU)
-    for step, batch in enumerate(drawn(texts.public, effort.public_steps, effort, seed)):
+    for step, batch in enumerate(drawn(texts.public, effort.public_steps, effort.records, seed, 0)):
         model.step([batch], learning_rate(settings, 0, step))
     model.save(out)
 
@@ -125,7 +130,7 @@ def tuned(folder: Path, texts: Texts, effort: Effort, seed: int, *, n_top: int |
     for rate in effort.rates:
         settings = effort.settings(rate, freeze_below=below, n_top=top, steps=effort.private_steps)
         model = WholeModel(folder, settings, CPU)
-        for batch in drawn(texts.train, effort.private_steps, effort, seed):
+        for batch in drawn(texts.train, effort.private_steps, effort.records, seed, 0):
             model.step([batch], rate)
         losses.append(mean(model.evaluate(batches(texts.held_out, settings, 0))))
     return min(losses)
@@ -181,13 +186,33 @@ def plain_model(folder: Path, texts: Texts, effort: Effort, cut: Cut, noise_mult
     return model
 
 
-def adapted_model(
-    folder: Path, texts: Texts, effort: Effort, cut: Cut, rank: int, noise_multiplier: float, seed: int
-) -> NarrowModel:
-    """A narrow release, adapted on the public text."""
-    adaptation = effort.adaptation(cut, rank, noise_multiplier, seed)
+def learn_ends_alone(folder: Path, texts: Texts, effort: Effort, cut: Cut, rank: int, out: Path) -> None:
+    """The first stage of an adaptation, which no noise level enters: the ends, to one file."""
+    adaptation = effort.adaptation(cut, rank, 1.0, 0)
     model = narrow_model(folder, adaptation, CPU)
-    adapt(model, adaptation, texts.public, 0)
+    learn_ends(model, adaptation, drawn(texts.public, effort.public_steps, effort.records, 0, 0))
+    save_file({name: weight.detach().contiguous() for name, weight in ends_weights(model).items()}, out)
+
+
+def ends_weights(model: NarrowModel) -> dict[str, nn.Parameter]:
+    """All that the first stage trains, by names of its own."""
+    parts = {"bottom": model.bottom, "top": model.top, "own": model.narrow.skip.own}
+    return {f"{part}.{name}": weight for part, module in parts.items() for name, weight in module.named_parameters()}
+
+
+def adapted_model(
+    folder: Path, ends: Path, texts: Texts, effort: Effort, cut: Cut, rank: int, noise_multiplier: float
+) -> NarrowModel:
+    """A narrow release, adapted on the public text from ``ends`` that were learned before."""
+    adaptation = effort.adaptation(cut, rank, noise_multiplier, 0)
+    model = narrow_model(folder, adaptation, CPU)
+    sample = public_sample(texts.public, 0)
+    wanted = public_states(model, sample)
+    learned = load_file(ends)
+    for name, weight in ends_weights(model).items():
+        weight.data.copy_(learned[name])
+    batches_ = drawn(texts.public, effort.public_steps, effort.records, 1, 0)
+    learn_release(model, adaptation, batches_, sample, wanted)
     return model
 
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import psutil
 import torch
 
 from splitfl.errors import SplitFLError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,16 @@ def processor() -> str:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Minimum, median and maximum."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def in_parallel(tasks: Sequence[Callable[[], T]], jobs: int) -> list[T]:
+    """What all tasks give, in their order; ``jobs`` at once, in processes of their own that share the cores evenly."""
+    if jobs == 1:
+        return [task() for task in tasks]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        return [future.result() for future in [pool.submit(task) for task in tasks]]
 
 
 @contextmanager

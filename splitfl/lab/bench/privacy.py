@@ -19,6 +19,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 
 from client_model.records import open_tokenizer
+from splitfl.config import LEVELS
 from splitfl.cut import Cut
 from splitfl.data.records import Record
 from splitfl.lab.adapt import NarrowModel
@@ -37,13 +39,14 @@ from splitfl.lab.bench.contenders import (
     Effort,
     TopTuning,
     adapted_model,
+    learn_ends_alone,
     plain_model,
     train_publicly,
     tuned,
     untouched,
     write_ends,
 )
-from splitfl.lab.bench.harness import Bar, Result, spread
+from splitfl.lab.bench.harness import Bar, Result, in_parallel, spread
 from splitfl.lab.bench.texts import Texts, docstrings, python_texts
 from splitfl.privacy.accounting import epsilon_of
 from splitfl.split.checkpoint import CheckpointFolder
@@ -56,18 +59,23 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Scope:
-    """What is measured: cut, rank, noise levels of either mechanism, seeds, and how hard the attacks try."""
+    """What is measured: cut, rank, noise levels of either mechanism, seeds, and how hard the attacks try.
+
+    The plain levels are those that a federation can name. ``jobs`` cells are measured at once, on a share of the cores
+    each.
+    """
 
     cut: Cut = field(default_factory=lambda: Cut(1, 2))
     rank: int = 16
-    narrow_levels: tuple[float, ...] = (0.3, 0.5, 0.7)
-    plain_levels: tuple[float, ...] = (0.05, 0.1, 0.2)
+    narrow_levels: tuple[float, ...] = (0.2, 0.35, 0.5)
+    plain_levels: tuple[float, ...] = tuple(LEVELS.values())
     seeds: int = 3
-    audited: int = 24  # private records whose releases are attacked
+    audited: int = 12  # private records whose releases are attacked, for each seed
     audit_public: int = 1500  # public records that attacks train on
-    audit_seconds: float = 180.0
+    audit_seconds: float = 120.0
     base: tuple[int, int, int] = (8, 256, 2048)  # blocks, width and vocabulary of a base made here
     base_steps: int = 3000
+    jobs: int = 1
 
 
 @dataclass
@@ -80,8 +88,15 @@ class Found:
     recovery: list[float]
 
 
-def run(*, model: Path | None, scope: Scope, effort: Effort, say: Say = lambda _: None) -> Result:
-    """Measure everything on the checkpoint ``model``, or on one that is made and trained here first."""
+def silent(_: str) -> None:
+    """Nobody listens."""
+
+
+def run(*, model: Path | None, scope: Scope, effort: Effort, say: Say = silent) -> Result:
+    """Measure everything on the checkpoint ``model``, or on one that is made and trained here first.
+
+    ``say`` must be picklable when ``scope.jobs`` is above 1.
+    """
     result = Result("privacy", {"model": str(model or "made here"), **asdict(scope), **asdict(effort)})
     with tempfile.TemporaryDirectory() as work:
         base = model or made_base(Path(work) / "base", scope, effort, say)
@@ -90,8 +105,8 @@ def run(*, model: Path | None, scope: Scope, effort: Effort, say: Say = lambda _
         sizes = {name: len(getattr(texts, name)) for name in ("public", "train", "held_out")}
         result.config |= {"records": sizes, "delta": DELTA}
         bench = Frontier(base, Path(work), texts, scope, effort, say)
-        result.rows += bench.baselines()
-        result.rows += bench.mechanisms()
+        in_parallel([bench.publish_base, bench.publish_ends, bench.publish_stage], scope.jobs)
+        result.rows += in_parallel(bench.cells(), scope.jobs)
     result.bars += bars(result.rows)
     return result
 
@@ -111,59 +126,78 @@ def made_base(folder: Path, scope: Scope, effort: Effort, say: Say) -> Path:
 
 
 class Frontier:
-    """One base model, its texts, and all that is measured on them."""
+    """One base model, its texts, and all that is measured on them.
+
+    A publisher adapts once; the seeds are those of clients and attackers, who draw noise and order anew.
+    """
 
     def __init__(self, base: Path, work: Path, texts: Texts, scope: Scope, effort: Effort, say: Say) -> None:
         self.base, self.work, self.texts, self.scope, self.effort, self.say = base, work, texts, scope, effort, say
-        self.source = CheckpointFolder(base)
-        self.width: int = self.source.config.hidden_size
+        self.width: int = CheckpointFolder(base).config.hidden_size
+        self.adapted, self.ends, self.stage = work / "adapted", work / "ends-adapted", work / "stage.safetensors"
 
-    def baselines(self) -> list[dict[str, Any]]:
-        """Rows of what releases nothing, or everything; base and ends had the same public steps as the mechanisms."""
-        cut, seeds = self.scope.cut, range(self.scope.seeds)
-        adapted, ends = self.work / "adapted", self.work / "ends-adapted"
-        write_ends(self.base, self.work / "ends", cut)
-        train_publicly(self.work / "ends", ends, self.texts, self.effort, 0)
-        train_publicly(self.base, adapted, self.texts, self.effort, 0)
-        found = {
-            "no fine-tuning": [untouched(adapted, self.texts, self.effort)],
-            "ends-only": [tuned(ends, self.texts, self.effort, seed) for seed in seeds],
-            "top-only": [tuned(adapted, self.texts, self.effort, seed, n_top=cut.n_top) for seed in seeds],
-            "noise-free split": [tuned(adapted, self.texts, self.effort, seed) for seed in seeds],
-            "noise-free split, base as given": [tuned(self.base, self.texts, self.effort, seed) for seed in seeds],
-        }
-        for name, losses in found.items():
-            self.say(f"{name}: {fmean(losses):.3f}")
-        return [{"mechanism": name, "level": 0.0, "loss_noisy": spread(losses)} for name, losses in found.items()]
+    def publish_base(self) -> None:
+        """The whole base after the public steps: what baselines and plain noise start from."""
+        train_publicly(self.base, self.adapted, self.texts, self.effort, 0)
 
-    def mechanisms(self) -> list[dict[str, Any]]:
-        """Rows of both mechanisms at all their levels."""
+    def publish_ends(self) -> None:
+        """The ends alone after the public steps."""
+        write_ends(self.base, self.work / "ends", self.scope.cut)
+        train_publicly(self.work / "ends", self.ends, self.texts, self.effort, 0)
+
+    def publish_stage(self) -> None:
+        """What all narrow releases start from."""
+        learn_ends_alone(self.base, self.texts, self.effort, self.scope.cut, self.scope.rank, self.stage)
+
+    def cells(self) -> list[Callable[[], dict[str, Any]]]:
+        """Everything that can be measured on its own, each a row: baselines first."""
         scope = self.scope
-        rows = [self.measure("plain Gaussian", level, self.plain) for level in scope.plain_levels]
-        return rows + [self.measure(f"narrow, rank {scope.rank}", level, self.narrow) for level in scope.narrow_levels]
+        baselines = ("no fine-tuning", "ends-only", "top-only", "noise-free split")
+        return [
+            *(partial(self.baseline, name) for name in baselines),
+            *(partial(self.measure, "plain Gaussian", level) for level in scope.plain_levels),
+            *(partial(self.measure, f"narrow, rank {scope.rank}", level) for level in scope.narrow_levels),
+        ]
 
-    def plain(self, level: float, _seed: int) -> NarrowModel:
-        return plain_model(self.base, self.texts, self.effort, self.scope.cut, level)
+    def baseline(self, name: str) -> dict[str, Any]:
+        """What releases nothing, or everything."""
+        top = {"n_top": self.scope.cut.n_top} if name == "top-only" else {}
+        folder = self.ends if name == "ends-only" else self.adapted
+        if name == "no fine-tuning":
+            losses = [untouched(folder, self.texts, self.effort)]
+        else:
+            losses = [tuned(folder, self.texts, self.effort, seed, **top) for seed in range(self.scope.seeds)]
+        self.say(f"{name}: {fmean(losses):.3f}")
+        return {"mechanism": name, "level": 0.0, "loss_noisy": spread(losses)}
 
-    def narrow(self, level: float, seed: int) -> NarrowModel:
-        return adapted_model(self.base, self.texts, self.effort, self.scope.cut, self.scope.rank, level, seed)
+    def model(self, plain: bool, level: float) -> NarrowModel:
+        """What the publisher hands out for this mechanism and level."""
+        cut, rank = self.scope.cut, self.scope.rank
+        if plain:
+            return plain_model(self.adapted, self.texts, self.effort, cut, level)
+        return adapted_model(self.base, self.stage, self.texts, self.effort, cut, rank, level)
 
-    def measure(self, name: str, level: float, make: Callable[[float, int], NarrowModel]) -> dict[str, Any]:
-        """One mechanism at one level, over the seeds: each adapts, tunes and is attacked on its own."""
+    def measure(self, name: str, level: float) -> dict[str, Any]:
+        """One mechanism at one level: tuned and attacked for each seed."""
         found = Found([], [], [], [])
         attacks: list[str] = []
+        plain = name.startswith("plain")
+        model = self.model(plain, level)
         for seed in range(self.scope.seeds):
-            model = make(level, seed)
             tuning = TopTuning(model, self.texts, self.effort, seed)
             losses = tuning.run()
-            recovery, attack = self.attack(model, tuning, plain=name.startswith("plain"), seed=seed)
+            recovery, attack = self.attack(model, tuning, plain=plain, seed=seed)
+            blank = TopTuning(model, self.texts, self.effort, seed, blank=True).run().noisy
             found.noisy.append(losses.noisy)
             found.clean.append(losses.clean)
-            found.blank.append(TopTuning(model, self.texts, self.effort, seed, blank=True).run().noisy)
+            found.blank.append(blank)
             found.recovery.append(recovery)
             attacks.append(attack)
-            self.say(f"{name}, level {level}: loss {losses.noisy:.3f}, recovery {recovery:.3f} ({attack})")
-        rank = self.width if name.startswith("plain") else self.scope.rank
+            self.say(
+                f"{name}, level {level}: loss {losses.noisy:.3f} ({blank:.3f} with noise alone), "
+                f"recovery {recovery:.3f} ({attack})"
+            )
+        rank = self.width if plain else self.scope.rank
         return {
             "mechanism": name,
             "level": level,
@@ -193,10 +227,12 @@ class Frontier:
         return report.worst.recovery.value, report.worst.name
 
     def public_model(self, model: NarrowModel) -> PublicModel:
-        """What the attacker has: the published bottom, and the base as its language model: that never learned noise."""
+        """What the attacker has: the published bottom, and as language model the base after the public steps."""
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             model.save(Path(folder) / "published")
-            return PublicModel(CheckpointFolder(Path(folder) / "published"), self.scope.cut, self.source)
+            return PublicModel(
+                CheckpointFolder(Path(folder) / "published"), self.scope.cut, CheckpointFolder(self.adapted)
+            )
 
     def sample(self, tuning: TopTuning) -> Sequence[tuple[Record, Any]]:
         """Records to attack, spread over the training text, with what was released of them."""

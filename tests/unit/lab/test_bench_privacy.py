@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from client_model.records import open_tokenizer
 from splitfl.cut import Cut
-from splitfl.lab.adapt import public_release
+from splitfl.lab.adapt import NarrowModel, adapt, narrow_model, public_release
 from splitfl.lab.bench.contenders import (
     Effort,
     TopTuning,
     adapted_model,
+    learn_ends_alone,
     plain_model,
     release_once,
     tuned,
@@ -89,8 +90,22 @@ def release_unrounded(tuning: TopTuning, records: object) -> list:  # type: igno
         return [type(item)(item.own, item.own, tuning.model.run_trunk(item.own[None], None)[0]) for item in found]
 
 
-def test_top_tuning_learns_from_one_release_and_puts_the_model_back(small_model: Path, texts: Texts) -> None:
-    model = adapted_model(small_model, texts, QUICK, Cut(1, 1), 4, 0.5, 0)
+@pytest.fixture
+def adapted(small_model: Path, texts: Texts, tmp_path: Path) -> NarrowModel:
+    stage = tmp_path / "stage.safetensors"
+    learn_ends_alone(small_model, texts, QUICK, Cut(1, 1), 4, stage)
+    return adapted_model(small_model, stage, texts, QUICK, Cut(1, 1), 4, 0.5)
+
+
+def test_adapting_in_two_parts_is_adapting_at_once(small_model: Path, texts: Texts, adapted: NarrowModel) -> None:
+    adaptation = QUICK.adaptation(Cut(1, 1), 4, 0.5, 0)
+    whole = narrow_model(small_model, adaptation, torch.device("cpu"))
+    adapt(whole, adaptation, texts.public, 0)
+    assert all(torch.equal(weight, adapted.segments()[name]) for name, weight in whole.segments().items())
+
+
+def test_top_tuning_learns_from_one_release_and_puts_the_model_back(texts: Texts, adapted: NarrowModel) -> None:
+    model = adapted
     weights = [weight.clone() for weight in (*model.top.parameters(), *model.narrow.parameters())]
     tuning = TopTuning(model, texts, QUICK, 0)
     assert tuning.train[0].sent.shape == (32, 4)
@@ -100,8 +115,8 @@ def test_top_tuning_learns_from_one_release_and_puts_the_model_back(small_model:
     assert all(torch.equal(old, new) for old, new in zip(weights, after, strict=True))
 
 
-def test_release_is_noised_by_as_much_as_the_level_says(small_model: Path, texts: Texts) -> None:
-    model = adapted_model(small_model, texts, QUICK, Cut(1, 1), 4, 0.5, 0)
+def test_release_is_noised_by_as_much_as_the_level_says(texts: Texts, adapted: NarrowModel) -> None:
+    model = adapted
     noise = public_release(model.narrow.spec, torch.Generator().manual_seed(1))
     noised, clean = (release_once(model, texts.train, how) for how in (noise, without_noise(model)))
     away = torch.stack([a.sent - b.sent for a, b in zip(noised, clean, strict=True)])
@@ -154,14 +169,13 @@ def test_picture_is_drawn(tmp_path: Path) -> None:
 def test_benchmark_measures_every_contender(small_model: Path) -> None:
     """On a model that knows nothing: that it runs, and that plain noise this small hides nothing."""
     levels = {"narrow_levels": (0.5,), "plain_levels": (0.01,)}
-    scope = Scope(Cut(1, 1), rank=8, seeds=1, audited=8, audit_public=300, audit_seconds=15, **levels)
+    scope = Scope(Cut(1, 1), rank=8, seeds=1, audited=8, audit_public=300, audit_seconds=15, jobs=2, **levels)
     result = run(model=small_model, scope=scope, effort=replace(QUICK, public_steps=80))
     assert [row["mechanism"] for row in result.rows] == [
         "no fine-tuning",
         "ends-only",
         "top-only",
         "noise-free split",
-        "noise-free split, base as given",
         "plain Gaussian",
         "narrow, rank 8",
     ]
