@@ -10,7 +10,8 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from splitfl.config import LEVELS, Federation
+from splitfl.config import LEVELS, Federation, Privacy
+from splitfl.privacy.accounting import mean_bits, mu_for
 
 #: sections of the settings that are agreed to
 AGREED = {"name", "rounds", "batch", "model", "merge", "wire", "evaluation", "release", "privacy", "agreement"}
@@ -63,9 +64,14 @@ def privacy_line(settings: Federation) -> str:
     clipped = f"each {privacy.clip} clipped to {privacy.clip_norm or 0:g}, records padded to {padded(settings)} tokens"
     if privacy.mode == "certified":
         target = f"epsilon = {privacy.epsilon:g}, delta = {privacy.delta:g}, for each {privacy.unit}"
-        return f"certified: {target}; {clipped}."
+        return f"certified: {target}; {clipped}. It allows {allowed(privacy)} bits a {privacy.unit} on average."
     noise = LEVELS[privacy.level] if privacy.noise_multiplier is None else privacy.noise_multiplier
     return f"measured: noise of {noise:g} clip norms; {clipped}. No guarantee; an honest server is assumed."
+
+
+def allowed(privacy: Privacy) -> str:
+    """How much the target lets through: what it guarantees is worth judging by that."""
+    return f"{mean_bits(mu_for(privacy.epsilon or 0, privacy.delta)):.2g}"
 
 
 def padded(settings: Federation) -> str:

@@ -75,6 +75,7 @@ def test_terms_say_who_what_and_what_privacy_means() -> None:
     assert "gradients   not sent" in measured
     certified = "\n".join(terms(privacy={"mode": "certified", "epsilon": 2.0}, merge={"share": "none"}).lines())
     assert "epsilon = 2, delta = 1e-05, for each record" in certified
+    assert "allows 0.045 bits a record on average" in certified
     assert "weights     stay here" in certified
 
 
