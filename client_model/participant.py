@@ -114,7 +114,7 @@ class Participant:
     in_step: bool = False  # steps are under way: Ctrl-C waits for the end of the one that is
     tally: Tally | None = None
     shared_loss: float | None = None  # what the next update tells of the held-out records
-    agreed: tuple[object, ...] = ()  # what of Welcome everything here was prepared for
+    prepared_for: tuple[object, ...] = ()  # what of Welcome everything here was prepared for
 
     def run(self, link: Connection, welcome: Welcome, url: str) -> dict[str, Any]:
         """Take part until the federation ends; returns the closing report.
@@ -133,8 +133,10 @@ class Participant:
         """Go on, from one restart of the server to the next, until the federation ends."""
         while True:
             try:
-                if self.agreed != terms(welcome):
+                if self.prepared_for != preparation(welcome):
                     self._prepare(welcome)
+                else:
+                    self._check_countersigner(welcome)
                 self._go_on_from(welcome)
                 return self._rounds()
             except SessionLostError as lost:
@@ -159,11 +161,11 @@ class Participant:
         self._open_tally()
         self._open_gate()
         self.store.save_federation(welcome.settings, (self.cut.n_bottom, self.cut.n_top))
-        self.agreed = terms(welcome)
+        self.prepared_for = preparation(welcome)
 
     def _checked_cut(self, cut: Cut) -> Cut:
         """The server's word on the cut, unless it is not ours: how much stays here is not for it to change."""
-        asked = self.plan or (self.cut if self.agreed else self.settings.cut)
+        asked = self.plan or (self.cut if self.prepared_for else self.settings.cut)
         if cut != asked:
             raise ProtocolError(f"the server says cut {cut}, this client keeps {asked}", "Do not trust this server.")
         return cut
@@ -177,11 +179,16 @@ class Participant:
             )
 
     def _check_terms(self, welcome: Welcome) -> None:
-        """Nothing computed from the data leaves before the terms are accepted and the ledger is the newest one."""
+        """Nothing computed from the data leaves before the terms are accepted."""
         if self.guard is None:
             self.guard = Guard(self.store, self.key_file, noise_seed=self.noise_seed, simulated=self.simulated)
         self.terms = Terms(self.settings, welcome.manifest)
         self.guard.check_terms(self.terms, self.accept, self.floor)
+        self._check_countersigner(welcome)
+
+    def _check_countersigner(self, welcome: Welcome) -> None:
+        """Nothing leaves to a server that cannot know, or does not say, what has left before."""
+        assert self.guard is not None
         self.guard.check_signer(welcome.signer, private=self.settings.privacy.on)
         mark = Mark(welcome.ledger_rows, welcome.ledger_head)
         if not self.guard.check_mark(mark, private=self.settings.privacy.on):
@@ -453,7 +460,7 @@ class Participant:
         self.report(Event(event, facts))
 
 
-def terms(welcome: Welcome) -> tuple[object, ...]:
+def preparation(welcome: Welcome) -> tuple[object, ...]:
     """What a client must prepare anew for when a restarted server says otherwise."""
     return welcome.settings, welcome.manifest, welcome.n_bottom, welcome.n_top
 
