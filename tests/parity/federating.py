@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from gates import agree
 
+from client_model.events import Event
 from client_model.link import Link
-from client_model.participant import Event, Participant
+from client_model.participant import Participant
 from client_model.store import ClientStore
 from server_model.coordinator import Coordinator
 from server_model.service import Service

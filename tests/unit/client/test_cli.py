@@ -25,7 +25,8 @@ from client_model.cli import (
     print_report,
     say_goodbye,
 )
-from client_model.participant import Event, Participant
+from client_model.events import Event
+from client_model.participant import Participant
 from client_model.store import ClientStore, SessionRecord, Snapshot
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError, LinkError
