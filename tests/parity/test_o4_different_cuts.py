@@ -1,0 +1,31 @@
+"""O4: O3 holds with every client on a different cut, nothing frozen, also when cuts change between rounds.
+
+A block is merged over all that trained a copy of it, the server's copy with the tokens that went through it.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from splitfl.cut import Cut
+from tests.parity.centralised import assert_equals_centralised, sgd_settings
+from tests.parity.federating import federate
+
+ANY_CUT = {"n_bottom": 0, "n_top": 0, "max_bottom": 2, "max_top": 5, "freeze_below": 0}
+DIFFERENT = [Cut(0, 0), Cut(2, 1), Cut(1, 3)]
+ONE_WITHOUT_TRUNK = [Cut(0, 0), Cut(0, 5), Cut(2, 1)]
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("checkpoint", ["llama", "tied_llama"])
+def test_round_of_three_cuts_equals_one_centralised_step(checkpoint, rounds, notes, tmp_path, request):
+    model = request.getfixturevalue(checkpoint)
+    settings = sgd_settings(rounds, model=ANY_CUT)
+    outcome = federate(model, notes, settings, tmp_path, dict(zip(sorted(notes), DIFFERENT, strict=True)))
+    assert_equals_centralised(model, notes, settings, outcome, tmp_path / "out")
+
+
+def test_round_with_a_client_that_holds_all_blocks_equals_one_centralised_step(llama, notes, tmp_path):
+    settings = sgd_settings(2, model=ANY_CUT)
+    outcome = federate(llama, notes, settings, tmp_path, dict(zip(sorted(notes), ONE_WITHOUT_TRUNK, strict=True)))
+    assert_equals_centralised(llama, notes, settings, outcome, tmp_path / "out")
