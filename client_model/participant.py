@@ -44,7 +44,7 @@ from splitfl.split.checkpoint import CheckpointFolder, TensorSource
 from splitfl.split.loss import HeadLoss
 from splitfl.split.modes import bottom_trains
 from splitfl.split.narrow import load_release
-from splitfl.split.shares import ends_names
+from splitfl.split.shares import check_handover, ends_names
 from splitfl.wire.messages import (
     Answer,
     Bye,
@@ -78,7 +78,7 @@ class Connection(Protocol):
 
 
 class PausedError(Exception):
-    """Ctrl-C: the state is saved."""
+    """Ctrl-C, or all that was asked for is done: the state is saved."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ class Participant:
     skip_bad: bool = False
     local_model: Path | None = None
     plan: Cut | None = None  # the cut that was asked for; None takes the federation's own
+    only_finish: bool = False  # stop as soon as the round that was paused is merged
     accept: Accept = lambda _: False  # asked to accept the federation's terms
     floor: Floor = field(default_factory=Floor)  # the least privacy that this client takes part with
     key_file: Path | None = None
@@ -119,9 +120,12 @@ class Participant:
     def run(self, link: Connection, welcome: Welcome, url: str) -> dict[str, Any]:
         """Take part until the federation ends; returns the closing report.
 
-        Raises PausedError after Ctrl-C, and SplitFLError with its remedy for anything that cannot go on.
+        Raises PausedError after Ctrl-C, and SplitFLError with its remedy for anything that cannot go on. After a pause
+        it may be called again, with another link and another ``plan``.
         """
         self.link, self.url = link, url
+        if self.tally is not None:
+            self.before = self.tally  # this link counts from nought
         try:
             return self._run(welcome)
         finally:
@@ -254,8 +258,11 @@ class Participant:
         paused = self.store.take_pause()
         resumed = paused is not None and welcome.resumed
         snapshot = paused if resumed else self.store.newest(welcome.round)
-        if snapshot is not None and (Cut(*snapshot.cut), snapshot.terms) != (self.cut, self.terms.sha256):
+        if snapshot is not None and snapshot.terms != self.terms.sha256:
             snapshot = None  # weights that were trained under other terms may tell what these do not allow
+        if snapshot is not None and (before := Cut(*snapshot.cut)) != self.cut:
+            check_handover(self.settings, before, self.cut)
+            self._say("cut_changed", before=str(before), now=str(self.cut))
         self.ends = self._fresh_ends(self.gate.policy.dp_sgd)
         self.trainer = Trainer(self.ends, self.link, self.gate)
         assert self.guard is not None
@@ -366,7 +373,7 @@ class Participant:
 
     def _stop_if_asked(self, step: int | None, tokens: int) -> None:
         """On Ctrl-C: save where we are, so that the next start goes on here. Raises PausedError."""
-        if not self.stop():
+        if not (self.stop() or (self.only_finish and step is None)):
             return
         self.notary.settle()  # nothing may be unanswered when the session is taken up again
         if step is not None:

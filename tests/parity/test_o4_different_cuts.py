@@ -29,3 +29,18 @@ def test_round_with_a_client_that_holds_all_blocks_equals_one_centralised_step(l
     settings = sgd_settings(2, model=ANY_CUT)
     outcome = federate(llama, notes, settings, tmp_path, dict(zip(sorted(notes), ONE_WITHOUT_TRUNK, strict=True)))
     assert_equals_centralised(llama, notes, settings, outcome, tmp_path / "out")
+
+
+def test_clients_that_change_their_cut_between_rounds_equal_centralised_steps(llama, notes, tmp_path):
+    settings = sgd_settings(4, model=ANY_CUT)
+    plans = [
+        [Cut(0, 0), Cut(2, 2), Cut(1, 0), Cut(1, 0)],  # takes blocks on, gives some back, stops and keeps its cut
+        [Cut(2, 1), Cut(0, 3), Cut(0, 5)],  # from a deep bottom to a deep top to no trunk at all
+        Cut(1, 3),
+    ]
+    outcome = federate(llama, notes, settings, tmp_path, dict(zip(sorted(notes), plans, strict=True)))
+    assert_equals_centralised(llama, notes, settings, outcome, tmp_path / "out")
+    reports = [outcome.reports[name] for name in sorted(notes)]
+    assert [report["starts"] for report in reports] == [4, 3, 1]
+    assert [report["rounds_taken"] for report in reports] == [4, 4, 4]
+    assert all(report["uncounted_starts"] == 0 for report in reports)
