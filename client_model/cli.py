@@ -354,9 +354,8 @@ def describe(event: str, facts: dict[str, Any]) -> str:
         case "server_restarted":
             return f"the server restarted; going on after round {facts['durable_round'] + 1}"
         case "cut_changed":
-            return (
-                f"this client kept cut {facts['before']} and keeps {facts['now']} from now on; what it trained goes on"
-            )
+            anew = "; activations leave anew, and are charged anew" if facts["released_anew"] else ""
+            return f"this client's cut was {facts['before']} and is {facts['now']} from now on{anew}"
         case "resumed":
             return f"going on with round {facts['round'] + 1} at step {facts['step'] + 1}"
     return ""

@@ -262,7 +262,8 @@ class Participant:
             snapshot = None  # weights that were trained under other terms may tell what these do not allow
         if snapshot is not None and (before := Cut(*snapshot.cut)) != self.cut:
             check_handover(self.settings, before, self.cut)
-            self._say("cut_changed", before=str(before), now=str(self.cut))
+            charged = self.gate.policy.private and before.n_bottom != self.cut.n_bottom
+            self._say("cut_changed", before=str(before), now=str(self.cut), released_anew=charged)
         self.ends = self._fresh_ends(self.gate.policy.dp_sgd)
         self.trainer = Trainer(self.ends, self.link, self.gate)
         assert self.guard is not None
