@@ -28,8 +28,9 @@ from splitfl.wire.messages import PROTOCOL_VERSIONS, Bye, Hello, Name
 if TYPE_CHECKING:
     from ssl import SSLContext
 
+    from client_model.events import Event
     from client_model.link import Link
-    from client_model.participant import Event, Participant
+    from client_model.participant import Participant
     from client_model.store import ClientStore
     from splitfl.federation.agreement import Terms
 

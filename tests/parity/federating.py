@@ -15,8 +15,9 @@ import torch
 from gates import agree
 
 from client_model.cli import first_words, say_goodbye
+from client_model.events import Event
 from client_model.link import Link
-from client_model.participant import Event, Participant, PausedError
+from client_model.participant import Participant, PausedError
 from client_model.store import ClientStore
 from server_model.coordinator import Coordinator
 from server_model.service import Service

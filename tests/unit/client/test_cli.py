@@ -26,7 +26,8 @@ from client_model.cli import (
     print_report,
     say_goodbye,
 )
-from client_model.participant import Event, Participant
+from client_model.events import Event
+from client_model.participant import Participant
 from client_model.store import ClientStore, SessionRecord, Snapshot
 from splitfl.config import Federation
 from splitfl.cut import Cut

@@ -13,7 +13,8 @@ import torch
 from gates import agree
 from torch import Tensor
 
-from client_model.participant import Event, Participant, PausedError
+from client_model.events import Event
+from client_model.participant import Participant, PausedError
 from client_model.store import ClientStore
 from server_model.coordinator import Coordinator
 from splitfl.config import Federation, parse_federation
