@@ -27,6 +27,7 @@ from splitfl.errors import NumericalError, ProtocolError, SplitFLError
 from splitfl.files import sha256_of
 from splitfl.privacy.policy import DpSgd
 from splitfl.split.narrow import load_release
+from splitfl.split.shares import check_handover
 from splitfl.wire.messages import (
     Bye,
     Finished,
@@ -44,7 +45,7 @@ GOODBYE_S = 10.0  # how long a client that is done waits for the server's farewe
 
 
 class PausedError(Exception):
-    """Ctrl-C: the state is saved."""
+    """Ctrl-C, or all that was asked for is done: the state is saved."""
 
 
 @dataclass
@@ -52,14 +53,18 @@ class Participant(Candidate):
     """Takes part: rounds, snapshots, evaluations, and what becomes of each fault."""
 
     measured: Measurements = field(default_factory=Measurements)
+    only_finish: bool = False  # stop as soon as the round that was paused is merged
     in_step: bool = False  # steps are under way: Ctrl-C waits for the end of the one that is
 
     def run(self, link: Connection, welcome: Welcome, url: str) -> dict[str, Any]:
         """Take part until the federation ends; returns the closing report.
 
-        Raises PausedError after Ctrl-C, and SplitFLError with its remedy for anything that cannot go on.
+        Raises PausedError after Ctrl-C, and SplitFLError with its remedy for anything that cannot go on. After a pause
+        it may be called again, with another link and another ``plan``.
         """
         self.link, self.url = link, url
+        if self.count is not None:
+            self.count.go_on(link)
         try:
             return self._run(welcome)
         finally:
@@ -87,8 +92,10 @@ class Participant(Candidate):
         paused = self.store.take_pause()
         resumed = paused is not None and welcome.resumed
         snapshot = paused if resumed else self.store.newest(welcome.round)
-        if snapshot is not None and (Cut(*snapshot.cut), snapshot.terms) != (self.cut, self.terms.sha256):
+        if snapshot is not None and snapshot.terms != self.terms.sha256:
             snapshot = None  # weights that were trained under other terms may tell what these do not allow
+        if snapshot is not None:
+            self._change_cut(Cut(*snapshot.cut))
         self.ends = self._fresh_ends(self.gate.policy.dp_sgd)
         self.trainer = Trainer(self.ends, self.link, self.gate)
         assert self.guard is not None
@@ -101,6 +108,13 @@ class Participant(Candidate):
             self.ends.load_weights(snapshot.weights)
             self.ends.load_optimizer_tensors(snapshot.optimizer)
         self.unfinished = paused if resumed else None
+
+    def _change_cut(self, before: Cut) -> None:
+        """Say so when the cut is another one than before. Raises ConfigError where the blocks cannot change hands."""
+        if before != self.cut:
+            check_handover(self.settings, before, self.cut)
+            anew = self.gate.policy.private and before.n_bottom != self.cut.n_bottom
+            self._say("cut_changed", before=str(before), now=str(self.cut), released_anew=anew)
 
     def _fresh_ends(self, dp_sgd: DpSgd | None = None) -> Ends:
         """Ends with the base weights; without DP-SGD for what never leaves."""
@@ -199,7 +213,7 @@ class Participant(Candidate):
 
     def _stop_if_asked(self, step: int | None, tokens: int) -> None:
         """On Ctrl-C: save where we are, so that the next start goes on here. Raises PausedError."""
-        if not self.stop():
+        if not (self.stop() or (self.only_finish and step is None)):
             return
         self.notary.settle()  # nothing may be unanswered when the session is taken up again
         if step is not None:
