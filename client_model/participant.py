@@ -37,6 +37,7 @@ from splitfl.cut import Cut
 from splitfl.data.packing import Batch, DataOrder
 from splitfl.errors import ConfigError, NumericalError, PrivacyError, ProtocolError, SplitFLError
 from splitfl.federation.agreement import Terms
+from splitfl.federation.schedule import round_step_sizes
 from splitfl.files import sha256_of
 from splitfl.privacy.policy import DpSgd
 from splitfl.privacy.witness import Mark
@@ -261,12 +262,14 @@ class Participant:
         assert self.guard is not None
         self.notary = Notary(self.link, self.guard.ledger, self.name, welcome.signer)
         self.held_weights = ""
+        self.beside: dict[str, torch.Tensor] = {}  # what came beside the weights that are held
         self.labels: set[int] = set()  # of this start, for the audit of the first update
         self.round = snapshot.round if snapshot else -1
         self.order: DataOrder = self.data.order(self.name, snapshot.cursor if snapshot else (0, 0))
         if snapshot is not None:
             self.ends.load_weights(snapshot.weights)
             self.ends.load_optimizer_tensors(snapshot.optimizer)
+            self.ends.load_correction_tensors(snapshot.correction)
         self.unfinished = paused if resumed else None
 
     def _fresh_ends(self, dp_sgd: DpSgd | None = None) -> Ends:
@@ -289,14 +292,15 @@ class Participant:
             if not isinstance(answer, RoundOpen):
                 raise ProtocolError(f"{type(answer).__name__} instead of a round")
             self._take_merge(answer.weights)
+            self.ends.begin_round(self.beside)
             self._evaluate(answer.round)
             self._train_round(answer.round, 0, 0)
 
     def _take_merge(self, weights: str) -> None:
         """Load the newest merge, unless it is what we hold. Personal weights stay."""
         if weights and weights != self.held_weights:
-            names = self.ends.shared if self.settings.merge.share != "none" else []
-            self.ends.load_weights(self.assets.weights(weights, names))
+            self.ends.load_weights(self.assets.weights(weights, self.ends.shared))
+            self.beside = self.assets.weights(weights, self.ends.beside) if self.ends.beside else {}
         self.held_weights = weights
 
     def _train_round(self, round_: int, first_step: int, tokens: int) -> None:
@@ -331,7 +335,10 @@ class Participant:
         return tokens
 
     def _send_update(self, round_: int, tokens: int) -> None:
-        self.store.save(self._snapshot(round_, self.settings.rounds.local_steps, tokens))
+        unmerged = self.ends.correction_tensors()
+        self.ends.end_round(round_step_sizes(self.settings, round_))
+        snapshot = self._snapshot(round_, self.settings.rounds.local_steps, tokens)
+        self.store.save(snapshot)
         weights = self.ends.weights()
         shared = {name: weights[name] for name in self.ends.shared}
         digest = self._upload(self.gate.release_weights(round_, shared)) if shared else ""
@@ -342,6 +349,9 @@ class Participant:
         self.shared_loss = None
         if not isinstance(answer, RoundDurable):
             raise ProtocolError(f"{type(answer).__name__} instead of a merged round")
+        if unmerged and not answer.merged:  # too late: the server's side of the strategy does not know of this round
+            self.ends.load_correction_tensors(unmerged)
+            self.store.save(replace(snapshot, correction=unmerged))
         self._take_merge(answer.weights)
         assert self.tally is not None
         self.tally = replace(self.tally, rounds_taken=self.tally.rounds_taken + answer.merged)
@@ -362,7 +372,8 @@ class Participant:
     def _snapshot(self, round_: int, step: int, tokens: int) -> Snapshot:
         cut = (self.cut.n_bottom, self.cut.n_top)
         weights, moments = self.ends.weights(), self.ends.optimizer_tensors()
-        return Snapshot(round_, step, tokens, self.order.cursor, cut, weights, moments, self.terms.sha256)
+        place = (round_, step, tokens, self.order.cursor, cut)
+        return Snapshot(*place, weights, moments, self.terms.sha256, self.ends.correction_tensors())
 
     def _stop_if_asked(self, step: int | None, tokens: int) -> None:
         """On Ctrl-C: save where we are, so that the next start goes on here. Raises PausedError."""
