@@ -148,6 +148,13 @@ class Rounds:
         """RoundDurable once the round is merged and on disk. Raises RefusedError for weights that do not fit."""
         if member.name in self._desk.update:
             raise RefusedError("this client's update has come already", "Wait for the merge.", code="wrong_round")
+        most = self.settings.rounds.local_steps * self.settings.batch.records * self.settings.batch.max_length
+        if request.tokens > most:  # they weigh it in the mean
+            raise RefusedError(
+                f"an update trained on {request.tokens} label tokens, where a round has {most} at most",
+                "Train with the settings that the server sent.",
+                code="over_limit",
+            )
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._desk.update[member.name] = future
         try:

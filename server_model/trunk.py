@@ -98,7 +98,8 @@ class Trunk:
         if not limit:
             return gradient
         norms = torch.linalg.vector_norm(gradient, dim=(1, 2), keepdim=True, dtype=torch.float64)
-        return gradient * (limit / norms.clamp_min(limit))
+        bounded: Tensor = gradient * (limit / norms.clamp_min(limit))
+        return bounded
 
     def step(self, learning_rate: float) -> float:
         """Apply the step's gradients; returns their norm (not finite: nothing moved)."""

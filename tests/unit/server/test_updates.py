@@ -257,6 +257,16 @@ def test_whole_update_is_clipped_over_all_its_tensors(inbox: Inbox) -> None:
     assert all(torch.equal(tensor, torch.full_like(tensor, 0.01)) for tensor in small.values())
 
 
+@pytest.mark.parametrize("merge", [Merge(aggregate="median"), Merge(aggregate="trimmed_mean")])
+@pytest.mark.parametrize("lie", [-1.0, 1000.0, -1000.0, 3e38])
+def test_one_liar_moves_no_weight_past_the_honest_ones(inbox: Inbox, merge: Merge, lie: float) -> None:
+    values = {"a": 1.0, "b": lie, "c": 1.2}
+    sent = [inbox.check(name, received(inbox, save(weights(v)), name), SHAPES) for name, v in values.items()]
+    greedy = [sent[0], ClientUpdate("b", 10**12, sent[1].path), sent[2]]  # and claims all the tokens
+    for tensor in merged_with(merge, greedy).values():
+        assert 1.0 <= tensor.min() <= tensor.max() <= 1.2 + 1e-6
+
+
 def test_krum_takes_one_whole_update(inbox: Inbox) -> None:
     values = {"a": 1.0, "b": 1.01, "c": 1.02, "d": 1.03, "e": -1000.0}
     updates = [inbox.check(name, received(inbox, save(weights(v)), name), SHAPES) for name, v in values.items()]
