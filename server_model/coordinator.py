@@ -38,6 +38,7 @@ from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError, NumericalError, ProtocolError, RefusedError, SplitFLError, StorageError
 from splitfl.federation.agreement import Terms
+from splitfl.federation.merging import choose_strategy
 from splitfl.files import write_file
 from splitfl.privacy.witness import Mark
 from splitfl.split.checkpoint import CheckpointFolder, is_tied
@@ -390,6 +391,7 @@ def check_settings(settings: Federation, source: CheckpointFolder, device: torch
     """Raise ConfigError for settings that this model cannot be trained with."""
     layers = source.config.num_hidden_layers
     settings.check_layers(layers)
+    choose_strategy(settings)
     policy = training_policy(settings, layers, device)
     check_policy(policy, tied=is_tied(source.config))
     if stays_tied(source.config, policy) and settings.merge.share == "top":
