@@ -113,7 +113,7 @@ def draw_labels(left: IntArray, size: int, alpha: float, random: np.random.Gener
 def apportion(total: int, shares: FloatArray) -> IntArray:
     """Whole numbers that sum to ``total`` and are nearest to ``shares`` of it (largest remainders): int64 (n,)."""
     exact = total * shares / shares.sum()
-    counts = np.floor(exact).astype(np.int64)
+    counts: IntArray = np.floor(exact).astype(np.int64)
     ahead = np.argsort(counts - exact, kind="stable")  # the largest remainder first
     counts[ahead[: total - int(counts.sum())]] += 1
     return counts
