@@ -397,7 +397,8 @@ class Participant:
             return
         self.losses = [entry for entry in self.losses if entry["round"] < round_]  # a round that is done again
         self.losses.append({"round": round_, "loss": mean(loss), "tokens": loss.tokens})
-        self._say("evaluation", round=round_, loss=mean(loss), perplexity=math.exp(min(50.0, mean(loss))))
+        perplexity = math.exp(min(50.0, mean(loss)))
+        self._say("evaluation", round=round_, loss=mean(loss), tokens=loss.tokens, perplexity=perplexity)
 
     def _finish(self, finished: Finished) -> dict[str, Any]:
         self._take_merge(finished.weights)
