@@ -155,6 +155,8 @@ class Participant:
         tokenizer = open_tokenizer(self.store.model)
         self.data = ClientData.open(self.data_path, self.settings, tokenizer, skip_bad=self.skip_bad)
         self._say("data", **self._data_facts())
+        assert self.guard is not None
+        self.guard.check_floor(self.settings, self.data, self.floor)
         self.source: TensorSource = self._open_source()
         self._open_tally()
         self._open_gate()
@@ -181,7 +183,7 @@ class Participant:
         if self.guard is None:
             self.guard = Guard(self.store, self.key_file, noise_seed=self.noise_seed, simulated=self.simulated)
         self.terms = Terms(self.settings, welcome.manifest)
-        self.guard.check_terms(self.terms, self.accept, self.floor)
+        self.guard.check_terms(self.terms, self.accept)
         self.guard.check_signer(welcome.signer, private=self.settings.privacy.on)
         mark = Mark(welcome.ledger_rows, welcome.ledger_head)
         if not self.guard.check_mark(mark, private=self.settings.privacy.on):

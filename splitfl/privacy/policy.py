@@ -7,12 +7,16 @@ never from what the records say.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from splitfl.config import LEVELS, Federation
 from splitfl.errors import ConfigError
 from splitfl.privacy.accounting import mu_for, replace_one
 from splitfl.privacy.mechanism import Mechanism
+
+#: what may leave, as terms and floors name it
+KINDS = ("activations", "gradients", "weights", "losses")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Policy:
     run_budget: float  # mu^2 of the client as a whole
     delta: float
     epsilon: float | None = None  # the bound that the budgets keep; None = none was asked for
+    noise: Mapping[str, float] = field(default_factory=dict)  # multiplier by kind that leaves; 0 = as it is
 
     @property
     def private(self) -> bool:
@@ -88,7 +93,8 @@ def policy_of(settings: Federation, work: Workload) -> Policy:
     """The policy of a client with that workload. Raises ConfigError for a target that no noise reaches."""
     privacy = settings.privacy
     if not privacy.on:
-        return Policy("off", privacy.unit, None, None, None, 0.0, math.inf, math.inf, privacy.delta)
+        unbounded = (math.inf, math.inf, privacy.delta)
+        return Policy("off", privacy.unit, None, None, None, 0.0, *unbounded, noise=leaving(settings, NONE))
     if privacy.clip_norm is None:
         raise ConfigError("privacy.clip_norm is not settled", "The server measures it at its start; or set it.")
     noise = certified_noise(settings, work) if privacy.mode == "certified" else measured_noise(settings)
@@ -108,6 +114,7 @@ def policy_of(settings: Federation, work: Workload) -> Policy:
         run_budget=budget if privacy.unit == "client" else math.inf,
         delta=privacy.delta,
         epsilon=privacy.epsilon,
+        noise=leaving(settings, noise),
     )
 
 
@@ -119,6 +126,17 @@ class NoiseMultipliers:
     gradients: float
     dp_sgd: float
     metrics: float  # in its sensitivity
+
+
+NONE = NoiseMultipliers(0.0, 0.0, 0.0, 0.0)
+
+
+def leaving(settings: Federation, noise: NoiseMultipliers) -> dict[str, float]:
+    """The noise of each of ``KINDS`` that leaves, in its own clip norms; that of weights is DP-SGD's."""
+    of_weights = noise.dp_sgd if settings.privacy.dp_sgd else 0.0
+    leaves = (True, settings.trains_trunk, settings.merge.share != "none", settings.evaluation.share_metrics)
+    each = (noise.activations, noise.gradients, of_weights, noise.metrics)
+    return {kind: of_it for kind, of_it, goes in zip(KINDS, each, leaves, strict=True) if goes}
 
 
 def measured_noise(settings: Federation) -> NoiseMultipliers:
