@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from splitfl.config import LEVELS, Federation
 from splitfl.errors import ConfigError
-from splitfl.privacy.accounting import mu_for, replace_one
+from splitfl.privacy.accounting import mu_for, replace_one, sigma_for
 from splitfl.privacy.mechanism import Mechanism
 
 #: what may leave, as terms and floors name it
@@ -150,20 +150,19 @@ def measured_noise(settings: Federation) -> NoiseMultipliers:
 
 def certified_noise(settings: Federation, work: Workload) -> NoiseMultipliers:
     """Mode "certified": noise that keeps every unit within (epsilon, delta), each kind with an equal part of mu^2."""
-    privacy = settings.privacy
-    assert privacy.epsilon is not None
+    privacy, batch = settings.privacy, settings.batch.records
     kinds = 1 + (privacy.gradients != "none") + privacy.dp_sgd + settings.evaluation.share_metrics
-    part = mu_for(privacy.epsilon, privacy.delta) ** 2 / kinds
-    whole_client = privacy.unit == "client"
-    rows = work.padded_length if privacy.clip == "token" else 1
-    once = work.records + work.held_out if whole_client else 1
-    again = work.draws if whole_client else work.participations
-    batch = settings.batch.records
-    joint = work.steps * batch**2 if whole_client else work.participations
-    # mu^2 = releases x (sensitivity / sigma)^2 = part, in units of the clip norm; sensitivity 2, or 2 sqrt(rows)
+
+    def sigma(sensitivity: float, releases: int) -> float:
+        assert privacy.epsilon is not None
+        return sigma_for(privacy.epsilon, privacy.delta, sensitivity, kinds * releases)
+
+    whole = privacy.unit == "client"
+    activation = Mechanism(privacy.clip, 1.0, 0.0).sensitivity(work.padded_length)
     return NoiseMultipliers(
-        activations=2 * math.sqrt(rows * once / part),
-        gradients=2 * math.sqrt(again / part),
-        dp_sgd=2 * math.sqrt(joint / part),
-        metrics=math.sqrt(settings.rounds.count / part),
+        activations=sigma(activation, work.records + work.held_out if whole else 1),
+        gradients=sigma(replace_one(1.0), work.draws if whole else work.participations),
+        # all records of a client may change at once, and its sums with all of them
+        dp_sgd=sigma(replace_one(batch if whole else 1.0), work.steps if whole else work.participations),
+        metrics=sigma(1.0, settings.rounds.count),
     )
