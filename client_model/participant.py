@@ -10,12 +10,14 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from torch import Tensor
 
 from client_model.assets import PIECE_BYTES
 from client_model.baselines import BaselineRun, Baselines, wanted
-from client_model.candidate import Candidate, Connection, terms
+from client_model.candidate import Candidate, Connection, preparation
 from client_model.ends import Ends
 from client_model.link import SessionLostError
 from client_model.measuring import Measurements, due, mean
@@ -25,6 +27,7 @@ from client_model.trainer import MissedStepError, Trainer
 from splitfl.cut import Cut
 from splitfl.data.packing import Batch, DataOrder
 from splitfl.errors import NumericalError, ProtocolError, SplitFLError
+from splitfl.federation.schedule import round_step_sizes
 from splitfl.files import sha256_of
 from splitfl.privacy.policy import DpSgd
 from splitfl.split.narrow import load_release
@@ -77,8 +80,10 @@ class Participant(Candidate):
         """Go on, from one restart of the server to the next, until the federation ends."""
         while True:
             try:
-                if self.agreed != terms(welcome):
+                if self.prepared_for != preparation(welcome):
                     self._prepare(welcome)
+                else:
+                    self._check_countersigner(welcome)
                 self._go_on_from(welcome)
                 return self._rounds()
             except SessionLostError as lost:
@@ -100,12 +105,14 @@ class Participant(Candidate):
         assert self.guard is not None
         self.notary = Notary(self.link, self.guard.ledger, self.name, welcome.signer)
         self.held_weights = ""
+        self.beside: dict[str, Tensor] = {}  # what came beside the weights that are held
         self.labels: set[int] = set()  # of this start, for the audit of the first update
         self.round = snapshot.round if snapshot else -1
         self.order: DataOrder = self.data.order(self.name, snapshot.cursor if snapshot else (0, 0))
         if snapshot is not None:
             self.ends.load_weights(snapshot.weights)
             self.ends.load_optimizer_tensors(snapshot.optimizer)
+            self.ends.load_correction_tensors(snapshot.correction)
         self.unfinished = paused if resumed else None
 
     def _change_cut(self, before: Cut) -> None:
@@ -135,14 +142,15 @@ class Participant(Candidate):
             if not isinstance(answer, RoundOpen):
                 raise ProtocolError(f"{type(answer).__name__} instead of a round")
             self._take_merge(answer.weights)
+            self.ends.begin_round(self.beside)
             self._evaluate(answer.round)
             self._train_round(answer.round, 0, 0)
 
     def _take_merge(self, weights: str) -> None:
         """Load the newest merge, unless it is what we hold. Personal weights stay."""
         if weights and weights != self.held_weights:
-            names = self.ends.shared if self.settings.merge.share != "none" else []
-            self.ends.load_weights(self.assets.weights(weights, names))
+            self.ends.load_weights(self.assets.weights(weights, self.ends.shared))
+            self.beside = self.assets.weights(weights, self.ends.beside) if self.ends.beside else {}
         self.held_weights = weights
 
     def _train_round(self, round_: int, first_step: int, tokens: int) -> None:
@@ -178,7 +186,10 @@ class Participant(Candidate):
         return tokens
 
     def _send_update(self, round_: int, tokens: int) -> None:
-        self.store.save(self._snapshot(round_, self.settings.rounds.local_steps, tokens))
+        unmerged = self.ends.correction_tensors()
+        self.ends.end_round(round_step_sizes(self.settings, round_))
+        snapshot = self._snapshot(round_, self.settings.rounds.local_steps, tokens)
+        self.store.save(snapshot)
         weights = self.ends.weights()
         shared = {name: weights[name] for name in self.ends.shared}
         digest = self._upload(self.gate.release_weights(round_, shared)) if shared else ""
@@ -189,6 +200,9 @@ class Participant(Candidate):
         self.measured.shared = None
         if not isinstance(answer, RoundDurable):
             raise ProtocolError(f"{type(answer).__name__} instead of a merged round")
+        if unmerged and not answer.merged:  # too late: the server's side of the strategy does not know of this round
+            self.ends.load_correction_tensors(unmerged)
+            self.store.save(replace(snapshot, correction=unmerged))
         self._take_merge(answer.weights)
         assert self.count is not None
         self.count.add_round(merged=answer.merged)
@@ -208,7 +222,8 @@ class Participant(Candidate):
     def _snapshot(self, round_: int, step: int, tokens: int) -> Snapshot:
         cut = (self.cut.n_bottom, self.cut.n_top)
         weights, moments = self.ends.weights(), self.ends.optimizer_tensors()
-        return Snapshot(round_, step, tokens, self.order.cursor, cut, weights, moments, self.terms.sha256)
+        place = (round_, step, tokens, self.order.cursor, cut)
+        return Snapshot(*place, weights, moments, self.terms.sha256, self.ends.correction_tensors())
 
     def _stop_if_asked(self, step: int | None, tokens: int) -> None:
         """On Ctrl-C: save where we are, so that the next start goes on here. Raises PausedError."""
