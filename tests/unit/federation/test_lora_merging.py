@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from splitfl.federation.strategies import Contribution, FedAvg
+from splitfl.config import Federation
+from splitfl.federation.merging import Merger, choose_strategy
+from splitfl.federation.robust import Contribution
+from splitfl.federation.strategies import RoundFacts
 from splitfl.split.training import initial_a
 
 OUT, RANK, IN = 12, 4, 10
@@ -19,7 +22,8 @@ def drawn(seed: int, *shape: int) -> Tensor:
 
 def averaged(copies: list[Tensor], tokens: list[int]) -> Tensor:
     parts = [Contribution(copy, count) for copy, count in zip(copies, tokens, strict=True)]
-    return FedAvg().merge("w", torch.zeros_like(copies[0]), parts)
+    merge = Merger(choose_strategy(Federation()), RoundFacts())
+    return merge(torch.zeros_like(copies[0]), parts, {})[0]
 
 
 def test_averaging_a_and_b_apart_is_not_averaging_what_they_do() -> None:
