@@ -26,13 +26,28 @@ from splitfl.wire.messages import Update, Upload
 HEADER_ALLOWANCE = 1 << 20  # bytes of safetensors header beside the tensors
 
 
+#: (name, shape) -> a shared tensor's value at some moment
+Weights = Callable[[str, torch.Size], Tensor]
+
+
 @dataclass(frozen=True)
 class ClientUpdate:
-    """A checked update: the file it lies in (None when nothing is shared) and its label tokens."""
+    """A checked update: the file it lies in (None when nothing is shared) and its label tokens.
+
+    ``start`` is for late ones alone: the weights that its client had trained from.
+    """
 
     client: str
     tokens: int
     path: Path | None
+    discount: float = 1.0
+    start: Weights | None = None
+
+    def contribution(self, name: str, tensor: Tensor, previous: Tensor) -> Contribution:
+        """What it brings to a merge. A late update brings its change, on top of the newest weights ``previous``."""
+        if self.start is not None:
+            tensor = previous + (tensor - self.start(name, tensor.shape))
+        return Contribution(tensor, self.tokens * self.discount)
 
 
 class Inbox:
@@ -94,10 +109,10 @@ class Inbox:
         with self._writing:
             self.coming(client).unlink(missing_ok=True)
 
-    def clear(self) -> None:
-        """Forget all checked uploads."""
-        for path in self.folder.glob("*.safetensors"):
-            path.unlink(missing_ok=True)
+    def forget(self, update: ClientUpdate) -> None:
+        """Delete a checked upload."""
+        if update.path is not None:
+            update.path.unlink(missing_ok=True)
 
 
 def file_hash(path: Path) -> str:
@@ -136,7 +151,7 @@ def check_tensors(path: Path, expected: Shapes) -> None:
 def merge_updates(
     updates: Sequence[ClientUpdate],
     strategy: Strategy,
-    previous: Callable[[str, torch.Size], Tensor],
+    previous: Weights,
     own: Mapping[str, Contribution],
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge tensor by tensor. ``own`` are the server's copies of blocks that clients hold as well.
@@ -151,7 +166,9 @@ def merge_updates(
         ]
         names = {name: None for _, file in files for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
         for name in sorted(names):
-            parts = [Contribution(f.get_tensor(name), u.tokens) for u, f in files if name in f.keys()]  # noqa: SIM118
+            copies = [(update, file.get_tensor(name)) for update, file in files if name in file.keys()]  # noqa: SIM118
+            before = previous(name, copies[0][1].shape)
+            parts = [update.contribution(name, tensor, before) for update, tensor in copies]
             if name in own:
                 parts.append(own[name])
-            yield name, strategy.merge(name, previous(name, parts[0].tensor.shape), parts)
+            yield name, strategy.merge(name, before, parts)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Contribution:
-    """One holder's copy of a tensor after the round, and the label tokens that trained it."""
+    """One holder's copy of a tensor after the round, and the label tokens that trained it, discounted if it is late."""
 
     tensor: Tensor
-    tokens: int
+    tokens: float
 
 
 class Strategy(Protocol):

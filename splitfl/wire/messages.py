@@ -275,7 +275,8 @@ class Update:
     """This client's weights after a round, as the uploaded blob ``sha256`` ("" when it shares none).
 
     ``tokens`` label tokens weigh it in the merge. ``held_out_loss``, if it is shared, is what the client measured at
-    the round's start, in nats a token. Answered by RoundDurable, once the merge is on disk.
+    the round's start, in nats a token. Answered by RoundDurable, once the merge is on disk, or at once when the
+    round was merged without it.
     """
 
     seq: Count

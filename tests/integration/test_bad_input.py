@@ -589,8 +589,8 @@ def test_server_refuses_an_upload_before_any_round(hall: Server, small_model: Pa
     with RawClient(hall.url, "early") as client:
         client.upload(weights)
         answer = client.update(0, weights)
-        assert isinstance(answer, RoundDurable)
-        assert not answer.merged
+        assert isinstance(answer, Failed)
+        assert answer.code == "wrong_round"
 
 
 def in_settings(server: Server) -> Any:

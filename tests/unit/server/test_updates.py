@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import write_safetensors
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -191,12 +194,15 @@ def test_clients_do_not_see_each_others_uploads(inbox: Inbox) -> None:
         inbox.check("b", update(data), SHAPES)
 
 
-def test_cleared_inbox_keeps_what_is_still_coming(inbox: Inbox) -> None:
+def test_forgotten_update_leaves_the_others(inbox: Inbox) -> None:
     data = save(weights())
-    inbox.check("a", received(inbox, data, "a"), SHAPES)
+    first = inbox.check("a", received(inbox, data, "a"), SHAPES)
+    second = inbox.check("a", received(inbox, data, "a"), SHAPES)
     received(inbox, data, "b")
-    inbox.clear()
-    assert sorted(path.name for path in inbox.folder.iterdir()) == ["b.part"]
+    inbox.forget(first)
+    inbox.forget(ClientUpdate("c", 1, None))
+    assert second.path is not None
+    assert sorted(path.name for path in inbox.folder.iterdir()) == sorted([second.path.name, "b.part"])
     inbox.check("b", update(data), SHAPES)
 
 
@@ -230,3 +236,27 @@ def test_merge_of_clients_with_different_cuts_takes_each_tensor_from_those_who_h
     merged = dict(merge_updates([first, second], FedAvg(), lambda _, shape: torch.zeros(shape), {}))
     assert merged["norm.weight"].tolist() == [2.0, 2.0]
     assert merged["head.weight"].unique().tolist() == [1.0]
+
+
+def test_merge_takes_the_change_of_a_late_update_at_its_discounted_weight(inbox: Inbox) -> None:
+    in_time = inbox.check("a", received(inbox, save(weights(4.0)), "a"), SHAPES)
+    late = inbox.check("b", received(inbox, save(weights(7.0)), "b"), SHAPES)
+    start = lambda _, shape: torch.full(shape, 5.0)  # noqa: E731 - it has changed its weights by 2
+    late = replace(late, discount=0.5, start=start)
+    merged = dict(merge_updates([in_time, late], FedAvg(), lambda _, shape: torch.full(shape, 3.0), {}))
+    for tensor in merged.values():
+        torch.testing.assert_close(tensor, torch.full_like(tensor, (10 * 4.0 + 5 * (3.0 + 2.0)) / 15))
+
+
+@given(st.floats(-2, 2), st.floats(-2, 2), st.floats(-2, 2), st.integers(1, 99), st.integers(1, 99), st.floats(0.01, 1))
+def test_mean_with_a_late_change_is_the_mean_change_on_the_newest_weights(
+    newest: float, change: float, late_change: float, tokens: int, late_tokens: int, discount: float
+) -> None:
+    previous = torch.tensor([newest], dtype=torch.float64)
+    in_time = ClientUpdate("a", tokens, None).contribution("w", previous + change, previous)
+    start = torch.tensor([1.0], dtype=torch.float64)
+    late = ClientUpdate("b", late_tokens, None, discount, lambda *_: start)
+    merged = FedAvg().merge("w", previous, [in_time, late.contribution("w", start + late_change, previous)])
+    weight = late_tokens * discount
+    mean = (tokens * change + weight * late_change) / (tokens + weight)
+    assert merged.item() == pytest.approx(newest + mean, abs=1e-5)
