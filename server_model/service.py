@@ -23,7 +23,7 @@ from server_model.tasks import spawn
 from splitfl.config import Federation
 from splitfl.errors import ConfigError, ProtocolError, RefusedError, SplitFLError, StorageError
 from splitfl.pipe import send_frame, watch
-from splitfl.wire.frames import Parts, decode, encode, frame_bytes
+from splitfl.wire.frames import DamagedError, Parts, decode, encode, frame_bytes
 from splitfl.wire.messages import AskAuthority, Enrol, Hello, Message, Refused, Request
 
 log = logging.getLogger("splitfl.server.service")
@@ -141,7 +141,7 @@ class Service:
             async for data in connection:
                 self._receive(member, line, data)
         except ProtocolError as error:
-            await refuse(connection, line.turned_out or refusal("bad_message", error))
+            await refuse(connection, line.turned_out or refusal(refusal_code(error), error))
         except ConnectionClosed as closed:
             log.info("%s: connection ended: %s", member.name, closed)
         finally:
@@ -257,9 +257,11 @@ def refusal(code: str, error: SplitFLError) -> Refused:
 
 
 def refusal_code(error: ProtocolError | RefusedError) -> str:
-    """The wire's name for what is wrong with a first message."""
+    """The wire's name for what ends a connection."""
     if isinstance(error, RefusedError):
         return error.code
+    if isinstance(error, DamagedError):
+        return "damaged"
     return "version" if error.field == "versions" else "bad_message"
 
 
