@@ -172,6 +172,16 @@ class Rounds:
         self.engine.leave_round(member.name)
         self._act(members, self.machine.leave(member.name, self.clock()))
 
+    @property
+    def progress(self) -> tuple[object, ...]:
+        """Changes whenever the federation gets on."""
+        return self.machine.round, self.machine.phase, self.engine.steps_applied
+
+    def awaited(self) -> tuple[list[str], int]:
+        """Whom the others wait for at this moment, and how many more clients a round needs to open."""
+        in_step = self.engine.awaited()
+        return sorted(self.machine.awaited() if in_step is None else in_step), self.machine.missing()
+
     # -- what the machine decides ------------------------------------------------------------------------------
 
     def _act(self, members: Members, actions: list[Action]) -> None:

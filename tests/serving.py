@@ -21,6 +21,7 @@ class ServiceThread:
 
     def __init__(self, model: Path, settings: Federation, state: Path, *, resume: bool = False, **options: Any) -> None:
         self.events: list[Progress] = []
+        self._spawned: list[Future[Any]] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -45,12 +46,18 @@ class ServiceThread:
         future: Future[Any] = asyncio.run_coroutine_threadsafe(work, self._loop)
         return future.result(timeout=60)
 
+    def spawn(self, work: Any) -> None:
+        """Begin a coroutine on the service's loop; it ends with the service."""
+        self._spawned.append(asyncio.run_coroutine_threadsafe(work, self._loop))
+
     def named(self, event: str, **facts: Any) -> list[dict[str, object]]:
         """Facts of the events of that name with those facts, so far."""
         return [e.facts for e in list(self.events) if e.event == event and facts.items() <= e.facts.items()]
 
     def stop(self) -> None:
         """Close everything."""
+        for work in self._spawned:
+            work.cancel()
         self.call(self.service.stop())
         self.coordinator.close()
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -156,6 +156,17 @@ class RoundMachine:
         limit = self.settings.rounds.deadline_s
         return self.opened_at + limit if limit and self.phase is Phase.TRAINING else None
 
+    def awaited(self) -> set[str]:
+        """Who owes the open round an update, or is still on its way to the next one."""
+        if self.phase is Phase.TRAINING:
+            return self.cohort - self.updates.keys()
+        return self.present - self.waiting if self.phase is Phase.GATHERING else set()
+
+    def missing(self) -> int:
+        """How many more clients a round needs to open."""
+        least = max(1, self.settings.rounds.min_clients)
+        return max(0, least - len(self.present)) if self.phase is Phase.GATHERING else 0
+
     def _advance(self, now: float) -> list[Action]:
         if self.phase is Phase.GATHERING:
             return self._open(now)
