@@ -196,6 +196,7 @@ def test_parameter_that_would_be_left_unread_is_refused(merge: dict[str, Any], f
 
 
 SGD = {"name": "sgd"}
+LATE = {"staleness": "polynomial"}
 CUTS = {"max_top": 2}
 
 
