@@ -50,8 +50,9 @@ class Measurements:
         """
         check_finite(torch.tensor(loss.total), "the loss")
         self.losses = [entry for entry in self.losses if entry["round"] < round_]
-        self.losses.append({"round": round_, "loss": mean(loss), "tokens": loss.tokens})
-        return {"round": round_, "loss": mean(loss), "perplexity": math.exp(min(50.0, mean(loss)))}
+        entry = {"round": round_, "loss": mean(loss), "tokens": loss.tokens}
+        self.losses.append(entry)
+        return {**entry, "perplexity": math.exp(min(50.0, mean(loss)))}
 
 
 def due(settings: Federation, round_: int) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -25,6 +25,9 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class Rounds(Section):
@@ -387,26 +390,32 @@ class Federation(Section):
 
 def load_federation(path: Path | None) -> Federation:
     """Read ``federation.toml``; None gives the defaults. Raises ConfigError that names the field."""
-    if path is None:
-        return Federation()
+    return Federation() if path is None else parse_federation(read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file, unchecked. Raises ConfigError."""
     try:
-        table = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", "Name an existing TOML file.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}", "Mend that line.") from error
-    return parse_federation(table, str(path))
 
 
 def parse_federation(table: object, where: str) -> Federation:
     """Check a table of settings. ``where`` names its source in errors. Raises ConfigError."""
+    return parse_section(Federation, table, where, "docs/federation.md")
+
+
+def parse_section(section: type[S], table: object, where: str, page: str) -> S:
+    """Check a table of settings; ``page`` is the documentation that lists its fields. Raises ConfigError."""
     try:
-        return Federation.model_validate(table)
+        return section.model_validate(table)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         text = first["msg"].removeprefix("Value error, ")
         raise ConfigError(
-            f"{where}: {field}: {text}" if field else f"{where}: {text}",
-            "docs/federation.md lists every field with its unit.",
+            f"{where}: {field}: {text}" if field else f"{where}: {text}", f"{page} lists every field with its unit."
         ) from error
