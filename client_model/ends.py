@@ -145,9 +145,15 @@ class Ends:
         return self.bottom_optimizer.step(learning_rate, lambda _: tokens, self.correction)
 
     def begin_round(self, sent: Mapping[str, Tensor]) -> None:
-        """The shared weights are the round's start; ``sent`` is what came beside them for the strategy's correction."""
+        """The shared weights are the round's start; ``sent`` is what came beside them for the strategy's correction.
+
+        Raises ProtocolError for a tensor that does not fit its weight.
+        """
         if self.correction is not None:
-            start = {name: weight.detach().clone() for name, weight in self._shared_weights().items()}
+            start = {name: weight.clone() for name, weight in self._shared_weights().items()}
+            for name, tensor in sent.items():
+                if tensor.shape != start[name.rpartition("/")[0]].shape:
+                    raise ProtocolError(f"{name!r} has another shape than its weight", "Do not trust this server.")
             self.correction.begin(start, {name: tensor.to(self.device) for name, tensor in sent.items()})
 
     def end_round(self, step_sizes: float) -> None:

@@ -28,7 +28,7 @@ FEDERATION_HEAD = """\
 What a federation agrees on, in one TOML file, given to `splitfl serve --federation FILE`. The server's settings win:
 every client receives them when it joins, so nothing has to be set twice. What is left out takes its default; an
 unknown field, or a value out of its range, is refused at start with the field's name. [recipes/](recipes) holds whole
-files to start from.
+files to start from; [strategies.md](strategies.md) says which `merge.strategy` and which average to choose.
 
 ```toml
 name = "three-hospitals"
@@ -44,7 +44,8 @@ learning_rate = 3e-4
 Some combinations are refused as well: `micro_batches` that does not divide `records`; a default cut outside its own
 limits, or with more blocks than the model has; `share = "none"` when clients may differ in `n_top` (personal tops of
 different depth cannot be exported); on a model whose head is its embedding, `head` other than `"full"` or
-`share = "top"` while that embedding trains.
+`share = "top"` while that embedding trains; a parameter of `[merge]` that the chosen strategy and average do not use;
+SCAFFOLD with AdamW, with robust merging or where cuts may differ; Krum with a `min_clients` below 2 x `byzantine` + 3.
 """
 
 COMMANDS_HEAD = """\

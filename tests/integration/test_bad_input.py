@@ -596,6 +596,10 @@ def test_server_refuses_bad_uploads_and_then_takes_the_right_one(place: Place, s
         assert oversize.code == "over_limit"
         gap = client.ask(Upload(0, 0, "ab" * 32, len(right) + 9, len(right) + 99, TensorBytes("u8", (1,), b"x")))
         assert isinstance(gap, Failed)
+        client.upload(right)
+        greedy = client.update(0, right, tokens=10**9)  # more than a round has
+        assert isinstance(greedy, Failed)
+        assert greedy.code == "over_limit"
         assert not list((place.folder / "server").glob("rounds/*"))
         client.upload(right)
         merged = client.update(0, right)
