@@ -20,6 +20,10 @@ def storage_errors(what: Path) -> Iterator[None]:
     """Turn an OSError into a StorageError that names ``what``."""
     try:
         yield
+    except PermissionError as error:
+        raise StorageError(
+            f"cannot write {what}: {error.strerror}", "Run this as the user that owns the folder, or change its owner."
+        ) from error
     except OSError as error:
         raise StorageError(
             f"cannot write {what}: {error.strerror or error}",

@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from client_model.participant import Event, Participant
+from client_model.events import Event
+from client_model.participant import Participant
 from client_model.store import ClientStore
 from server_model.coordinator import Coordinator, Progress
 from server_model.exporting import export_state

@@ -8,6 +8,7 @@ and draws its cohorts from all who wait.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -16,7 +17,8 @@ from typing import Any
 
 import torch
 
-from client_model.participant import Event, Participant, PausedError
+from client_model.events import Event
+from client_model.participant import Participant, PausedError
 from client_model.store import ClientStore
 from splitfl.cut import Cut
 from splitfl.errors import ProtocolError
@@ -102,4 +104,8 @@ class TurnClient:
         except PausedError:
             return None
         finally:
+            if participant.guard is not None:
+                participant.guard.close()
             self.link.end_turn()
+            del participant
+            gc.collect()  # modules refer to themselves: without it the collector would hold a cohort's weights for long
