@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from client_model.participant import Participant
 from server_model.store import Store
+from splitfl.cli import app
 from splitfl.config import parse_section
 from splitfl.errors import ConfigError, DataError
 from splitfl.lab.federation import FederationEvent, run_federation, server_folder
@@ -107,6 +109,16 @@ def test_clients_that_take_turns_train_the_model_of_clients_that_stay(result: Si
         assert result.reports[name]["rounds_taken"] == stayed.reports[name]["rounds_taken"]
         sent, least = (reports[name]["bytes"]["bytes_sent"] for reports in (result.reports, stayed.reports))
         assert least <= sent < 1.02 * least  # each turn asks for the list of assets anew
+
+
+def test_turns_keep_what_a_strategy_keeps_at_its_clients(tmp_path: Path) -> None:
+    federation = tomllib.loads(SETTINGS)["federation"]
+    federation |= {"merge": {"strategy": "scaffold"}, "optimizer": {"name": "sgd", "schedule": "constant"}}
+    simulation, out = settings(federation=federation), tmp_path / "out"
+    simulate(simulation, out)
+    data = {name: out / "input" / f"{name}.jsonl" for name in simulation.partition.names}
+    run_federation(out / "input" / "model", data, simulation.federation, tmp_path / "stayed")
+    assert_same_weights(out, tmp_path / "stayed")
 
 
 def test_no_more_clients_are_in_memory_than_a_cohort_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +228,18 @@ def test_killed_process_goes_on_and_ends_with_the_same_weights(result: Simulatio
     done = simulate(settings(), tmp_path / "out", resume=True)
     assert_same_weights(tmp_path / "out", result.folder)
     assert done.history.losses == result.history.losses
+
+
+def test_command_prints_one_object_and_leaves_a_picture(tmp_path: Path) -> None:
+    (tmp_path / "simulation.toml").write_text(SETTINGS.replace("count = 3", "count = 1"))
+    command = ["simulate", f"{tmp_path}/simulation.toml", "--out", f"{tmp_path}/out", "--json"]
+    printed = json.loads(CliRunner().invoke(app, command).stdout)
+    assert [row["clients"] for row in printed["rounds"]] == [0, 3]
+    assert printed["clients_held_out_loss"]["best"] <= printed["clients_held_out_loss"]["worst"]
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    again = CliRunner().invoke(app, command)
+    assert (again.exit_code, again.stdout) == (ConfigError.exit_code, "")
+    assert "--resume" in again.stderr
 
 
 def test_finished_simulation_may_be_resumed_and_stays_as_it_is(result: SimulationResult) -> None:

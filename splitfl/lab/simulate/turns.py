@@ -8,7 +8,6 @@ and draws its cohorts from all who wait.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -107,5 +106,3 @@ class TurnClient:
             if participant.guard is not None:
                 participant.guard.close()
             self.link.end_turn()
-            del participant
-            gc.collect()  # modules refer to themselves: without it the collector would hold a cohort's weights for long
