@@ -105,4 +105,5 @@ class TurnClient:
         finally:
             if participant.guard is not None:
                 participant.guard.close()
+            vars(participant).clear()  # its callbacks refer to it: the weights would wait for the garbage collector
             self.link.end_turn()
