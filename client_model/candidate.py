@@ -89,6 +89,8 @@ class Candidate:
         tokenizer = open_tokenizer(self.store.model)
         self.data = ClientData.open(self.data_path, self.settings, tokenizer, skip_bad=self.skip_bad)
         self._say("data", **self._data_facts())
+        assert self.guard is not None
+        self.guard.check_floor(self.settings, self.data, self.floor)
         self.source: TensorSource = self._open_source()
         self._open_count()
         self._open_gate()
@@ -115,7 +117,7 @@ class Candidate:
         if self.guard is None:
             self.guard = Guard(self.store, self.key_file, noise_seed=self.noise_seed, simulated=self.simulated)
         self.terms = Terms(self.settings, welcome.manifest)
-        self.guard.check_terms(self.terms, self.accept, self.floor)
+        self.guard.check_terms(self.terms, self.accept)
         self._check_countersigner(welcome)
 
     def _check_countersigner(self, welcome: Welcome) -> None:

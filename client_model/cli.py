@@ -56,7 +56,11 @@ def join(
     ] = "",
     privacy: Annotated[
         str,
-        typer.Option(help="The weakest mode to take part in: off, measured or certified. The terms say which it is."),
+        typer.Option(
+            metavar="FLOOR",
+            help="The least privacy to take part with: off; measured:NOISE (of all that leaves, in clip norms) or "
+            "measured:NOISE,KIND:NOISE (a kind's own: gradients, weights, losses); certified:EPSILON (at most).",
+        ),
     ] = "off",
     key: Annotated[
         Path | None, typer.Option(help="File of this client's secret key; the default is under ~/.config/splitfl.")
