@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from splitfl.errors import StorageError
 from splitfl.lab.demo.plots import BLUE, GREY, ORANGE, UNITS, tidy
@@ -38,7 +39,7 @@ def draw_curves(table: list[Row], panel: Axes) -> None:
         panel.plot(*zip(*points, strict=True), label=label, color=color, marker=marker, linewidth=2) if points else None
     panel.set_title("Losses, of the clients in each round", fontsize=11)
     panel.set_xlabel("rounds trained")
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_ylabel("loss (nats per token)")
     panel.legend(frameon=False)
     tidy(panel, grid="y")
@@ -56,7 +57,7 @@ def draw_holdings(table: list[Row], panel: Axes) -> None:
         floor = [below + count for below, count in zip(floor, counts, strict=True)]
     panel.set_title("Rows of each client", fontsize=11)
     panel.set_xlabel("clients, largest first")
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     if 0 < len(groups) <= 10:
         panel.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     tidy(panel, grid="y")
@@ -68,6 +69,6 @@ def draw_ends(table: list[Row], panel: Axes) -> None:
     panel.scatter([rows for rows, _ in points], [loss for _, loss in points], color=BLUE, s=18, alpha=0.7)
     panel.set_title("Each client at the end", fontsize=11)
     panel.set_xlabel("its rows")
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_ylabel(UNITS)
     tidy(panel, grid="y")
