@@ -135,6 +135,11 @@ class Guard:
         """The privacy section of the closing report."""
         return privacy_report(gate.policy, self.ledger, simulated=self.seeded, audit=self._audit())
 
+    def close(self) -> None:
+        """Let go of ledger and vault."""
+        self.ledger.close()
+        self.vault.close()
+
     def _audit(self) -> dict[str, Any] | None:
         """What an audit found, if it was of all that has left."""
         path = self.folder / "audit.json"
