@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from splitfl.privacy.accounting import epsilon_of, guess_bound, mean_bits, mu_for
-from splitfl.privacy.gate import ReleaseKind
-from splitfl.privacy.ledger import EVERYTHING, Ledger
+from splitfl.privacy.ledger import EVERYTHING, Ledger, ReleaseKind
 from splitfl.privacy.policy import Policy
 
 OFF = "No noise was added: the server can read the text, and labels can be recovered from gradients."
