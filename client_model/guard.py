@@ -67,11 +67,13 @@ class Guard:
 
     def check_mark(self, mark: Mark, *, private: bool) -> bool:
         """Whether the ledger goes on from what the server countersigned. Raises PrivacyError with privacy on."""
-        if self.ledger.has_prefix(mark.count, bytes.fromhex(mark.head)):
-            return True
-        if private:
+        try:
             check_not_older(self.ledger, mark)
-        return False
+        except PrivacyError:
+            if private:
+                raise
+            return False
+        return True
 
     def check_floor(self, settings: Federation, data: ClientData, floor: Floor) -> None:
         """Raise PrivacyError for settings that protect these records less than the client wants, accepted or not."""
