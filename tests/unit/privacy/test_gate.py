@@ -157,6 +157,13 @@ def test_another_context_is_another_release_and_is_charged(tmp_path: Path) -> No
     assert again.ledger.spent[ref(1).key] == pytest.approx(2 * (2 * math.sqrt(8) / 0.3) ** 2)
 
 
+def test_another_mechanism_codec_or_padded_length_is_another_release_too(tmp_path: Path) -> None:
+    gates = [open_gate(tmp_path / codec, "measured", codec) for codec in ("fp32", "bf16")]
+    gates.append(open_gate(tmp_path / "louder", "measured", noise_multiplier=0.31))
+    names = {gate.once.name_of(ref(1)) for gate in gates} | {gates[0].once.name_of(ref(1, 4))}
+    assert len(names) == 4
+
+
 def test_bytes_that_a_crash_left_without_a_row_are_paid_for_and_not_drawn_anew(tmp_path: Path) -> None:
     gate = open_gate(tmp_path, "measured")
     gate.ledger.append = lambda _: (_ for _ in ()).throw(StorageError("the plug was pulled"))  # type: ignore[method-assign]
