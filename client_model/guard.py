@@ -24,6 +24,7 @@ from splitfl.privacy.report import privacy_report
 from splitfl.privacy.vault import Vault
 from splitfl.privacy.witness import Mark, check_not_older
 
+ACCEPTED_FILE = "agreement.txt"  # the terms that were accepted last, in words
 Accept = Callable[[Terms], bool]  # shows the terms to whoever decides
 
 
@@ -49,17 +50,29 @@ class Guard:
             return
         if not accept(terms):
             raise PrivacyError(
-                "this federation's terms are not accepted, and nothing has left",
-                f"Read them above; to accept, add --accept {terms.sha256[:SHORT]}.",
+                self._unaccepted(terms), f"Read them above; to accept, add --accept {terms.sha256[:SHORT]}."
             )
         self.ledger.accept(digest)
+        write_file(self.folder / ACCEPTED_FILE, "\n".join(terms.lines()).encode())
+
+    def _unaccepted(self, terms: Terms) -> str:
+        path = self.folder / ACCEPTED_FILE
+        if not path.exists():
+            return "this federation's terms are not accepted, and nothing has left"
+        before = set(path.read_text().split("\n"))
+        changed = [line.split("  ")[0] for line in terms.lines()[:-1] if line not in before]  # the last is the hash
+        what = ", ".join(changed) or "in detail"
+        return f"this federation's terms have changed ({what}), and nothing leaves under the new ones"
 
     def check_signer(self, signer: str, *, private: bool) -> None:
         """Remember who countersigns. Raises PrivacyError when it is another one, which knows of no earlier row."""
         path = self.folder / "countersigner"
-        if not path.exists() or not private:
+        known = path.read_text() if path.exists() else ""
+        if known == signer:
+            return
+        if not known or not private:
             write_file(path, signer.encode())
-        elif path.read_text() != signer:
+        else:
             raise PrivacyError(
                 "this server countersigns with another key than before, so it cannot know what left until now",
                 "Ask its operator to put back STATE/ledgers; for another federation name another --state.",

@@ -20,6 +20,10 @@ def storage_errors(what: Path) -> Iterator[None]:
     """Turn an OSError into a StorageError that names ``what``."""
     try:
         yield
+    except PermissionError as error:
+        raise StorageError(
+            f"cannot write {what}: {error.strerror}", "Run this as the user that owns the folder, or change its owner."
+        ) from error
     except OSError as error:
         raise StorageError(
             f"cannot write {what}: {error.strerror or error}",
@@ -28,8 +32,10 @@ def storage_errors(what: Path) -> Iterator[None]:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path, option: str = "--state") -> Iterator[None]:
     """Keep other processes out of a state folder while the block runs; the claim dies with the process.
+
+    ``option`` is the one that names the folder.
 
     Raises ConfigError when another process has it, StorageError when it cannot be written.
     """
@@ -41,7 +47,7 @@ def claimed(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"{folder} is in use by another process", "Stop that one, or name another --state."
+                f"{folder} is in use by another process", f"Stop that one, or name another {option}."
             ) from None
         yield
 
