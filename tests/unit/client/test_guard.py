@@ -79,7 +79,7 @@ def test_terms_are_asked_for_once_and_again_when_they_change_back(client: Client
     guard.check_terms(old, agree)
     client.guard().check_terms(old, lambda _: pytest.fail("asked again"))
     guard.check_terms(new, agree)
-    with pytest.raises(PrivacyError, match="not accepted"):
+    with pytest.raises(PrivacyError, match=r"terms have changed \(privacy\)"):
         guard.check_terms(old, lambda _: False)
 
 
