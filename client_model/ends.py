@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 
 
 class Ends:
-    """Bottom and top of ``cut``, read slice-wise from ``source`` onto ``device``."""
+    """Bottom and top of ``cut``, read slice-wise from ``source`` onto ``device``.
+
+    ``dp_sgd`` trains them with ``noise``: the gate then takes their weights for paid for, so one without the other is
+    a ValueError.
+    """
 
     def __init__(
         self,
@@ -71,7 +75,9 @@ class Ends:
         self.needs_backward = trunk_needs_backward(settings, cut, self.layers)
         self.private_top: PrivateTop | None = None
         self.private_bottom: PrivateBottom | None = None
-        if dp_sgd is not None and noise is not None:
+        if dp_sgd is not None:
+            if noise is None:
+                raise ValueError("DP-SGD without noise is none")
             from splitfl.privacy.dp_sgd import PrivateBottom, PrivateTop  # opacus takes seconds to import
 
             self.private_top = PrivateTop(self.top, dp_sgd, noise)

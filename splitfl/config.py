@@ -183,7 +183,7 @@ class Wire(Section):
 
 
 class Evaluation(Section):
-    """What a client measures on its own held-out rows; losses stay at home."""
+    """What a client measures on its own held-out rows; losses stay at home unless ``share_metrics``."""
 
     held_out_fraction: float = Field(0.1, ge=0, lt=1, description="share of the rows that is never trained on")
     seed: int = Field(
