@@ -155,6 +155,7 @@ class Participant:
         tokenizer = open_tokenizer(self.store.model)
         self.data = ClientData.open(self.data_path, self.settings, tokenizer, skip_bad=self.skip_bad)
         self._say("data", **self._data_facts())
+        self.data.check_fills_a_step()
         self.source: TensorSource = self._open_source()
         self._open_tally()
         self._open_gate()

@@ -129,6 +129,20 @@ def test_join_with_skip_bad_counts_the_rows_it_left_out(place: Place, wards: dic
     assert client.report["data"]["skipped_rows"] == 2
 
 
+def test_join_with_too_few_records_ends_before_anything_leaves_or_a_round_opens(
+    place: Place, wards: dict[str, Path]
+) -> None:
+    data = place.folder / "short.jsonl"
+    data.write_text("".join(wards["a"].read_text().splitlines(keepends=True)[:3]))
+    server = place.serve(with_settings(SETTINGS, privacy={"mode": "measured"}))
+    client = place.join(server.url, "ward", data)
+    assert_ends(client, DataError, "too few records to train on: 2", "takes 4 different ones", "more rows")
+    server.command.wait_for("left", client="ward")
+    assert client.named("data")
+    assert not client.named("privacy")
+    assert not server.command.named("round_open")
+
+
 def test_join_refuses_data_that_changed_under_a_paused_client(place: Place, wards: dict[str, Path]) -> None:
     data = place.folder / "ward.jsonl"
     shutil.copy(wards["a"], data)
