@@ -44,12 +44,16 @@ T = TypeVar("T")
 
 
 class Scanned(NamedTuple):
-    """One row met by ``scan``: its place, its name for a person (``line 7``), its values or what is wrong."""
+    """One row met by ``scan``: its place, its name for a person (``line 7``), its values or what is wrong.
+
+    ``lines`` is how many are lost with it where nobody can say where it ends: each may have been a row.
+    """
 
     place: tuple[int, int]
     name: str
     values: RawRow
     fault: str = ""
+    lines: int = 1
 
 
 class RowFile(ABC):
@@ -153,18 +157,19 @@ class CommaSeparated(RowFile):
         while True:
             lines.start_row()
             values: RawRow = {}
-            fault = ""
+            fault, lost = "", 1
             try:
                 fields = next(reader)
                 values = self._named(fields)
             except StopIteration:
                 return
             except csv.Error as error:
-                fields, fault = [""], lines.fault or f"is not valid CSV: {str(error).split(' - ')[0]}"
+                fault = lines.fault or f"is not valid CSV: {str(error).split(' - ')[0]}"
+                fields, lost = [""], lines.in_row
             except BadRowError as error:
                 fault = error.message
             if fields:  # a blank line is no row
-                yield Scanned(lines.place, f"line {lines.first_line}", values, lines.fault or fault)
+                yield Scanned(lines.place, f"line {lines.first_line}", values, lines.fault or fault, lost)
 
     def _find_header(self) -> tuple[str, list[str]]:
         header: list[str] = []
@@ -279,6 +284,10 @@ class _CsvLines:
     @property
     def place(self) -> tuple[int, int]:
         return self._start, self._end - self._start
+
+    @property
+    def in_row(self) -> int:
+        return self._line - self.first_line + 1
 
     def start_row(self) -> None:
         self.fault = ""

@@ -23,14 +23,15 @@ from splitfl.errors import ConfigError, DataError
 IntArray = NDArray[np.int64]
 
 _FIX_OR_SKIP = "Correct the row, or pass --skip-bad to leave bad rows out and have them counted"
+_CLOSE_QUOTE = "Close the quote or take it out; one within a text is written twice, in a text that stands in quotes"
 
 
 class Corpus:
     """The usable rows of one or more files, by number, in file order. Made by ``open_corpus``.
 
-    ``paths`` are the files read, ``skipped`` the bad rows left out, and ``fingerprint`` a SHA-256 (hex) over
-    the files' names, sizes and times of change: it tells, without reading them, whether the data are still
-    the same.
+    ``paths`` are the files read, ``skipped`` the bad rows left out (lines, where quotes do not pair), and
+    ``fingerprint`` a SHA-256 (hex) over the files' names, sizes and times of change: it tells, without reading
+    them, whether the data are still the same.
     """
 
     def __init__(self, root: Path, files: Sequence[RowFile], *, skip_bad: bool) -> None:
@@ -53,10 +54,9 @@ class Corpus:
                 self._first.append(scanned.place[0])
                 self._second.append(scanned.place[1])
             elif skip_bad:
-                self.skipped += 1
+                self.skipped += scanned.lines
             else:
-                remedy = SAVE_AS_UTF8 if fault == NOT_UTF8 else _FIX_OR_SKIP
-                raise DataError(f"{file.path}, {scanned.name} {fault}", remedy)
+                raise bad_row(file.path, scanned, fault)
 
     def __len__(self) -> int:
         return len(self._file)
@@ -117,6 +117,14 @@ def split_corpus(corpus: Corpus, held_out_fraction: float, seed: int) -> tuple[I
 def _split_key(example: Example, seed: int) -> int:
     digest = hashlib.sha256(f"splitfl.split:{seed}:".encode() + example.content()).digest()
     return int.from_bytes(digest[:8], "big")
+
+
+def bad_row(path: Path, scanned: Scanned, fault: str) -> DataError:
+    """What is wrong with a row. Skipping is not offered where it would cost more than that row."""
+    if scanned.lines > 1:
+        swallowed = f"a quote that is not closed swallows {scanned.lines} lines from here on"
+        return DataError(f"{path}, {scanned.name} {fault}; {swallowed}", _CLOSE_QUOTE)
+    return DataError(f"{path}, {scanned.name} {fault}", SAVE_AS_UTF8 if fault == NOT_UTF8 else _FIX_OR_SKIP)
 
 
 def _judge(scanned: Scanned) -> tuple[Example | None, str]:

@@ -142,7 +142,7 @@ BAD_ROWS: dict[str, tuple[str, str | bytes, str]] = {
     "json without text": ("a.jsonl", '{"note": "SECRET"}', "line 1 has neither text"),
     "json with blank text": ("a.jsonl", '{"text": "  "}', "line 1 has an empty text"),
     "json of the wrong type": ("a.jsonl", '{"text": 7}', "line 1 has a text of type int"),
-    "csv with an open quote": ("a.csv", 'text\nok\n"SECRET\nmore', "a.csv, line 3 is not valid CSV: unexpected end"),
+    "csv with an open quote": ("a.csv", 'text\nok\n"SECRET', "a.csv, line 3 is not valid CSV: unexpected end"),
     "csv with a stray quote": ("a.csv", 'text\n"SECRET" it\n', "line 2 is not valid CSV"),
     "csv with a bare carriage return": ("a.csv", "text\nSEC\rRET\n", "line 2 is not valid CSV"),
     "csv with too many fields": (
@@ -178,6 +178,26 @@ def test_bad_row_is_counted_when_skipping(tmp_path: Path, case: str) -> None:
     corpus = open_corpus(tmp_path, skip_bad=True)
     assert corpus.skipped >= 1
     assert "a good row" in texts(corpus)
+
+
+ROWS_AFTER_A_STRAY_QUOTE = {
+    "never closed": ('text\none\n"SECRET\nthree\nfour\n', "line 3 is not valid CSV: unexpected end", 3, []),
+    "closed by the next": ('text\none\n"SECRET\nthree\n"four"\nfive\n', "line 3 is not valid CSV", 3, ["five"]),
+}
+
+
+@pytest.mark.parametrize("case", ROWS_AFTER_A_STRAY_QUOTE)
+def test_stray_quote_names_all_that_it_swallows_and_skipping_counts_it(tmp_path: Path, case: str) -> None:
+    content, says, lines, after = ROWS_AFTER_A_STRAY_QUOTE[case]
+    path = write(tmp_path / "a.csv", content)
+    with pytest.raises(DataError) as caught:
+        open_corpus(path)
+    assert f"a.csv, {says}" in caught.value.message
+    assert f"swallows {lines} lines from here on" in caught.value.message
+    assert "--skip-bad" not in caught.value.remedy  # it would leave out good rows as well
+    assert "SECRET" not in str(caught.value)
+    corpus = open_corpus(path, skip_bad=True)
+    assert (texts(corpus), corpus.skipped) == (["one", *after], lines)
 
 
 def test_rows_around_bad_ones_keep_their_places_when_skipping(tmp_path: Path) -> None:
