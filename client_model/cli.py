@@ -84,10 +84,7 @@ def join(
         url = invited.url if invited else check_address(address, insecure=insecure)
         name = invited.name if invited else name
         check_name(name)
-        if not data.exists():
-            from splitfl.errors import DataError
-
-            raise DataError(f"there is no {data}", "Name your data file or folder with --data.")
+        check_data(data, skip_bad=skip_bad)
         cut = parse_plan(plan)
         folder = state if state is not None else default_state(url, name)
         with claimed(folder):
@@ -148,6 +145,13 @@ def check_name(name: str) -> None:
             f"{name!r} is no client name",
             "Give --name NAME: letters, digits, dots, dashes and underscores, 64 at most.",
         ) from None
+
+
+def check_data(path: Path, *, skip_bad: bool) -> None:
+    """Raise DataError for a file that cannot be used, before anybody is asked anything and a token is spent."""
+    from splitfl.data.readers import check_beginning  # imports NumPy
+
+    check_beginning(path, skip_bad=skip_bad)
 
 
 def default_state(url: str, name: str) -> Path:

@@ -39,6 +39,14 @@ _TOO_LONG = f"is longer than {MAX_ROW_BYTES >> 20} MiB"
 NOT_UTF8 = "is not UTF-8"
 SAVE_AS_UTF8 = "Save the file as UTF-8; for one out of Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
 
+_UTF_16 = (
+    "is UTF-16, which Excel calls Unicode text",
+    "Save the file as UTF-8, or: iconv -f UTF-16 -t UTF-8 OLD > NEW",
+)
+_ZIP = ("is a zip archive, as .xlsx and .docx files are", "Save the file as CSV UTF-8 with the program that wrote it")
+_FOREIGN = {b"\xff\xfe": _UTF_16, b"\xfe\xff": _UTF_16, b"PK\x03\x04": _ZIP}
+"""First bytes of what is none of our formats, whatever its name; what it is, and the remedy."""
+
 RawRow = dict[str, object]
 T = TypeVar("T")
 
@@ -57,13 +65,18 @@ class Scanned(NamedTuple):
 
 
 class RowFile(ABC):
-    """One data file. Raises ``DataError`` when it cannot be opened or is empty."""
+    """One data file. Raises ``DataError`` when it cannot be opened, is empty, or is of another kind than its name."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stat = _stat(path)
-        if self.size <= len(_BOM) and self._reads_as_empty():
+        with self._open() as handle:
+            start = handle.read(len(_BOM) + 1)
+        if start in (b"", _BOM):
             raise DataError(f"{path} is empty", "Name a file with at least one row")
+        for mark, (what, remedy) in _FOREIGN.items():
+            if start.startswith(mark):
+                raise DataError(f"{path} {what}", remedy)
 
     @property
     def size(self) -> int:
@@ -82,10 +95,6 @@ class RowFile(ABC):
     @abstractmethod
     def read(self, first: int, second: int) -> RawRow:
         """Read the row at a place that ``scan`` gave."""
-
-    def _reads_as_empty(self) -> bool:
-        with self._open() as handle:
-            return handle.read() in (b"", _BOM)
 
     def _open(self) -> BinaryIO:
         now = _stat(self.path)

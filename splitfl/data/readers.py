@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from splitfl.errors import ConfigError, DataError
 
 IntArray = NDArray[np.int64]
 
+FIRST_ROWS = 100
 _FIX_OR_SKIP = "Correct the row, or pass --skip-bad to leave bad rows out and have them counted"
 _CLOSE_QUOTE = "Close the quote or take it out; one within a text is written twice, in a text that stands in quotes"
 
@@ -87,9 +89,18 @@ def open_corpus(path: Path, *, skip_bad: bool = False) -> Corpus:
     broken JSON or CSV, not UTF-8, without text, of the wrong type. With ``skip_bad`` bad rows are counted in
     ``Corpus.skipped`` instead; that no row is left still raises.
     """
-    if not path.exists():
-        raise DataError(f"{path} does not exist", "Name a file or folder that does")
-    return Corpus(path, [FORMATS[file.suffix.lower()](file) for file in _find_files(path)], skip_bad=skip_bad)
+    return Corpus(path, _open_files(path), skip_bad=skip_bad)
+
+
+def check_beginning(path: Path, *, skip_bad: bool = False) -> None:
+    """Raise the ``DataError`` of ``open_corpus`` for what shows without reading on: a file's kind, its header, and
+    its first ``FIRST_ROWS`` rows.
+    """
+    for file in _open_files(path):
+        for scanned in islice(file.scan(), FIRST_ROWS):
+            _, fault = _judge(scanned)
+            if fault and not skip_bad:
+                raise bad_row(file.path, scanned, fault)
 
 
 def split_corpus(corpus: Corpus, held_out_fraction: float, seed: int) -> tuple[IntArray, IntArray]:
@@ -135,6 +146,12 @@ def _judge(scanned: Scanned) -> tuple[Example | None, str]:
         return example_from_row(scanned.values), ""
     except BadRowError as error:
         return None, error.message
+
+
+def _open_files(path: Path) -> list[RowFile]:
+    if not path.exists():
+        raise DataError(f"there is no {path}", "Name a data file or folder that exists")
+    return [FORMATS[file.suffix.lower()](file) for file in _find_files(path)]
 
 
 def _find_files(path: Path) -> list[Path]:

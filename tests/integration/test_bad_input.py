@@ -18,6 +18,7 @@ from torch import Tensor
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
+from splitfl.data.readers import FIRST_ROWS
 from splitfl.errors import (
     CheckpointError,
     ConfigError,
@@ -76,46 +77,46 @@ def assert_open(server: Server) -> None:
 # data
 
 
-def broken_data(folder: Path) -> dict[str, Path]:
-    """Files that nobody can train on, by what is wrong with them."""
-    rows = {
-        "empty": "",
-        "broken line": '{"text": "one"}\n{"text": "two"}\n{"text": "three\n',
-        "no text": '{"text": "one"}\n{"note": "two"}\n',
-        "no rows left": '{"note": "one"}\n{"text": ""}\nnot json\n',
-        "unknown format": "anything",
-    }
-    files = {}
-    for name, text in rows.items():
-        files[name] = folder / f"{name.replace(' ', '-')}.{'pdf' if name == 'unknown format' else 'jsonl'}"
-        files[name].write_text(text)
-    return files
+BROKEN = {
+    "empty.jsonl": ("", ["empty.jsonl is empty", "at least one row"]),
+    "broken.jsonl": ('{"text": "one"}\n{"text": "two"}\n{"text": "three\n', ["broken.jsonl, line 3", "--skip-bad"]),
+    "textless.csv": ("id,note\n1,cough\n", ["textless.csv has no text column", "text"]),
+    "notes.docx": ("anything", ["notes.docx is not of a known format", ".jsonl"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_join_refuses_data_that_is_broken_at_its_beginning_before_it_connects(place: Place, name: str) -> None:
+    text, parts = BROKEN[name]
+    data = place.folder / name
+    data.write_text(text)
+    command = place.join("ws://127.0.0.1:9", "ward", data)
+    assert_ends(command, DataError, *parts)
+    assert "waiting" not in command.stderr
+    assert not (place.folder / "client-ward").exists()
 
 
 @pytest.mark.parametrize(
-    ("wrong", "flags", "parts"),
+    ("rows", "flags", "parts"),
     [
-        ("empty", [], ["empty.jsonl is empty", "at least one row"]),
-        ("broken line", [], ["broken-line.jsonl, line 3", "--skip-bad"]),
-        ("no text", [], ["no-text.jsonl, line 2", "--skip-bad"]),
-        ("no rows left", ["--skip-bad"], ["no-rows-left.jsonl", "3 bad rows were skipped", "at least one row"]),
-        ("unknown format", [], ["unknown-format.pdf", ".jsonl"]),
+        ('{"text": "one"}\n' * FIRST_ROWS + "not json\n", [], ["data.jsonl, line 101", "--skip-bad"]),
+        ('{"note": "one"}\nnot json\n', ["--skip-bad"], ["data.jsonl", "2 bad rows were skipped", "at least one row"]),
     ],
 )
 def test_join_refuses_data_that_it_cannot_train_on(
-    place: Place, hall: Server, wrong: str, flags: list[str], parts: list[str]
+    place: Place, hall: Server, rows: str, flags: list[str], parts: list[str]
 ) -> None:
-    data = broken_data(place.folder)[wrong]
-    before = data.read_bytes()
+    data = place.folder / "data.jsonl"
+    data.write_text(rows)
     assert_ends(place.join(hall.url, "ward", data, *flags), DataError, *parts)
     hall.command.wait_for("left", client="ward")  # it said so: its name is free again at once
-    assert data.read_bytes() == before
+    assert data.read_text() == rows
 
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_join_refuses_a_missing_data_file_before_it_connects(place: Place, fresh: bool) -> None:
     command = place.join("ws://127.0.0.1:9", "ward", place.folder / "nowhere.jsonl", fresh=fresh)
-    assert_ends(command, DataError, "nowhere.jsonl", "--data")
+    assert_ends(command, DataError, "there is no", "nowhere.jsonl", "Name a data file")
     assert not (place.folder / "client-ward").exists()
 
 
