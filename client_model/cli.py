@@ -15,7 +15,9 @@ from urllib.parse import SplitResult, urlsplit
 import typer
 from pydantic import TypeAdapter, ValidationError
 
+from client_model.consent import Consent
 from client_model.floor import Floor
+from client_model.places import default_cache, default_state
 from splitfl.channel.joining import JoinString
 from splitfl.console import command, is_loopback, note, print_json, require_loopback
 from splitfl.cut import Cut
@@ -29,10 +31,6 @@ if TYPE_CHECKING:
     from client_model.link import Link
     from client_model.participant import Event, Participant
     from client_model.store import ClientStore
-    from splitfl.federation.agreement import Terms
-
-DEFAULT_STATE = Path("~/.local/state/splitfl")
-DEFAULT_CACHE = Path("~/.cache/splitfl/blobs")
 
 
 def join(
@@ -64,7 +62,10 @@ def join(
     model: Annotated[
         Path | None, typer.Option(help="A local copy of the base model, instead of fetching the ends.")
     ] = None,
-    cache: Annotated[Path, typer.Option(help="Folder for fetched parts of base models.")] = DEFAULT_CACHE,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder for fetched parts of base models; the default is under ~/.cache/splitfl."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="Threads torch may use; 0 = all cores.")] = 0,
     patience: Annotated[float, typer.Option(help="Seconds to wait for a server that is away.")] = 600.0,
@@ -86,9 +87,9 @@ def join(
         check_name(name)
         check_data(data, skip_bad=skip_bad)
         cut = parse_plan(plan)
-        folder = state if state is not None else default_state(url, name)
+        folder = state or default_state(url, name, invited.authority if invited else "")
         with claimed(folder):
-            participant = prepare(name, data, folder, cache, device, threads)
+            participant = prepare(name, data, folder, cache or default_cache(), device, threads)
             participant.skip_bad, participant.local_model, participant.plan = skip_bad, model, parse_plan(plan)
             participant.accept, participant.key_file = Consent(accept, as_json=as_json), key
             participant.floor = Floor.parse(privacy)
@@ -154,30 +155,8 @@ def check_data(path: Path, *, skip_bad: bool) -> None:
     check_beginning(path, skip_bad=skip_bad)
 
 
-def default_state(url: str, name: str) -> Path:
-    """Where a client's state lies unless --state says otherwise."""
-    return DEFAULT_STATE.expanduser() / f"{urlsplit(url).netloc.replace(':', '-')}-{name}"
-
-
 def parse_plan(plan: str) -> Cut | None:
     return None if plan == "auto" else Cut.parse(plan)
-
-
-class Consent:
-    """Shows the federation's terms, and takes a yes from --accept or, on a terminal, from the person."""
-
-    def __init__(self, given: str, *, as_json: bool) -> None:
-        self.given = given
-        self.as_json = as_json
-
-    def __call__(self, terms: Terms) -> bool:
-        for line in terms.lines():
-            note(line)
-        if self.given:
-            return terms.named_by(self.given)
-        if self.as_json or not sys.stdin.isatty():
-            return False
-        return typer.confirm("Do you accept these terms?", default=False, err=True)
 
 
 def prepare(name: str, data: Path, state: Path, cache: Path, device: str, threads: int) -> Participant:

@@ -31,8 +31,10 @@ def storage_errors(what: Path) -> Iterator[None]:
 def claimed(folder: Path) -> Iterator[None]:
     """Keep other processes out of a state folder while the block runs; the claim dies with the process.
 
-    Raises ConfigError when another process has it, StorageError when it cannot be written.
+    Raises ConfigError when another process has it or it is a file, StorageError when it cannot be written.
     """
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file", "Name a folder with --state.")
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("ab")

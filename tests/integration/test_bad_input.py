@@ -27,7 +27,6 @@ from splitfl.errors import (
     ProtocolError,
     RefusedError,
     SplitFLError,
-    StorageError,
 )
 from splitfl.split.checkpoint import read_config
 from splitfl.wire.frames import encode
@@ -298,7 +297,7 @@ def test_join_refuses_the_state_folder_of_another_client(place: Place, hall: Ser
 def test_join_refuses_a_state_folder_that_is_a_file(place: Place, wards: dict[str, Path]) -> None:
     (place.folder / "client-ward").write_text("not a folder")
     client = place.join("ws://127.0.0.1:9", "ward", wards["a"])
-    assert_ends(client, StorageError, "client-ward", "Free some space or mend the folder")
+    assert_ends(client, ConfigError, "client-ward is a file", "Name a folder with --state")
 
 
 # addresses

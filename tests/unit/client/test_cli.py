@@ -18,7 +18,6 @@ from client_model.cli import (
     StopSignal,
     check_address,
     check_name,
-    default_state,
     describe,
     first_words,
     parse_plan,
@@ -81,12 +80,6 @@ def test_name_of_letters_and_digits_is_taken(name: str) -> None:
 def test_name_that_is_a_path_or_odd_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="is no client name"):
         check_name(name)
-
-
-def test_state_of_two_clients_or_two_servers_lies_apart() -> None:
-    places = {default_state(f"ws://127.0.0.1:{port}", name) for port in (1, 2) for name in ("a", "b")}
-    assert len(places) == 4
-    assert all(place.is_absolute() and ":" not in place.name for place in places)
 
 
 def test_plan_is_a_cut_or_left_to_the_federation() -> None:
