@@ -322,9 +322,9 @@ def test_join_refuses_what_is_no_address(place: Place, wards: dict[str, Path], a
 def test_join_gives_up_on_an_unreachable_server_when_its_patience_ends(place: Place, wards: dict[str, Path]) -> None:
     url = f"ws://127.0.0.1:{free_port()}"
     client = place.join(url, "ward", wards["a"], "--patience", 1)
-    assert_ends(client, LinkError, f"the server at {url} has been away", "join again")
+    assert_ends(client, LinkError, f"the server at {url} was not reached in", "Connection refused", "host and port")
     assert client.stderr.count(f"waiting for the server at {url}") >= 2
-    assert "next try in" in client.stderr
+    assert "next try in 0.5 s" in client.stderr
 
 
 def test_join_waits_for_a_server_that_comes_late(place: Place, wards: dict[str, Path]) -> None:
