@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from client_model.consent import Consent
 from client_model.floor import Floor
 from client_model.places import default_cache, default_state
 from splitfl.channel.joining import JoinString
+from splitfl.config import parse_federation
 from splitfl.console import command, is_loopback, note, print_json, require_loopback
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError, SplitFLError
@@ -28,8 +30,9 @@ from splitfl.wire.messages import PROTOCOL_VERSIONS, Bye, Hello, Name
 if TYPE_CHECKING:
     from ssl import SSLContext
 
+    from client_model.events import Event
     from client_model.link import Link
-    from client_model.participant import Event, Participant
+    from client_model.participant import Participant
     from client_model.store import ClientStore
 
 
@@ -51,7 +54,11 @@ def join(
     ] = "",
     privacy: Annotated[
         str,
-        typer.Option(help="The weakest mode to take part in: off, measured or certified. The terms say which it is."),
+        typer.Option(
+            metavar="FLOOR",
+            help="The least privacy to take part with: off; measured:NOISE (of all that leaves, in clip norms) or "
+            "measured:NOISE,KIND:NOISE (a kind's own: gradients, weights, losses); certified:EPSILON (at most).",
+        ),
     ] = "off",
     key: Annotated[
         Path | None, typer.Option(help="File of this client's secret key; the default is under ~/.config/splitfl.")
@@ -90,11 +97,11 @@ def join(
         folder = state or default_state(url, name, invited.authority if invited else "")
         with claimed(folder):
             participant = prepare(name, data, folder, cache or default_cache(), device, threads)
-            participant.skip_bad, participant.local_model, participant.plan = skip_bad, model, parse_plan(plan)
+            participant.skip_bad, participant.local_model, participant.plan = skip_bad, model, cut
             participant.accept, participant.key_file = Consent(accept, as_json=as_json), key
             participant.floor = Floor.parse(privacy)
             participant.report = EventPrinter(as_json=as_json)
-            run(participant, url, cut, patience, as_json=as_json, invited=invited)
+            run(participant, url, patience, as_json=as_json, invited=invited)
 
 
 def read_join_string(address: str, name: str) -> JoinString | None:
@@ -172,35 +179,54 @@ def prepare(name: str, data: Path, state: Path, cache: Path, device: str, thread
     return Participant(name, data, ClientStore(state), cache.expanduser(), choose_device(device))
 
 
-def run(
-    participant: Participant, url: str, cut: Cut | None, patience: float, *, as_json: bool, invited: JoinString | None
-) -> None:
-    """Connect, take part, and end well however it ends."""
+def run(participant: Participant, url: str, patience: float, *, as_json: bool, invited: JoinString | None) -> None:
+    """Connect, take part, and end well however it ends. A paused round keeps the cut that it began with."""
+    participant.stop = StopSignal(participant).asked
+    if (cuts := cuts_of_pause(participant.store, participant.plan)) is not None:
+        participant.plan, participant.only_finish = cuts[0], True
+        note(f"finishing the round that was paused with cut {cuts[0]}; after it, this client takes {cuts[1]}")
+        take_part(participant, url, patience, invited)
+        participant.plan, participant.only_finish = cuts[1], False
+    report = take_part(participant, url, patience, invited)
+    print_json({"report": report}) if as_json else print_report(report)
+
+
+def cuts_of_pause(store: ClientStore, plan: Cut | None) -> tuple[Cut, Cut] | None:
+    """The cut of a round that was paused and the one that ``plan`` asks for now, where they differ."""
+    if not store.pause_folder.exists():
+        return None
+    settings, held = store.federation()
+    before, asked = Cut(*held), plan or parse_federation(json.loads(settings), str(store.folder)).cut
+    return (before, asked) if before != asked else None
+
+
+def take_part(participant: Participant, url: str, patience: float, invited: JoinString | None) -> dict[str, Any]:
+    """One connection from Hello to goodbye; returns the closing report, {} when the paused round was all to be done."""
     from client_model.link import Link
     from client_model.participant import PausedError
 
-    hello, next_seq = first_words(participant.name, participant.store, cut)
-    tls = enrolled(invited, participant.store.folder, patience) if invited else None
+    store = participant.store
+    hello, next_seq = first_words(participant.name, store, participant.plan)
+    tls = enrolled(invited, store.folder, patience) if invited else None
     link = Link(url, hello, next_seq=next_seq, patience_s=patience, say=note, tls=tls)
-    stop = StopSignal(participant)
-    participant.stop = stop.asked
     try:
-        report = participant.run(link, link.open(), url)
+        return participant.run(link, link.open(), url)
     except PausedError:
-        if not participant.store.pause_folder.exists():
+        if not store.pause_folder.exists():
             say_goodbye(link, "interrupted")  # between rounds there is nothing that the server should wait for
-        note(f"paused; the state is in {participant.store.folder}. Run the same command to go on.")
+        if participant.only_finish and not participant.stop():
+            return {}
+        note(f"paused; the state is in {store.folder}. Run the same command to go on.")
         raise KeyboardInterrupt from None
     except KeyboardInterrupt:
         say_goodbye(link, "interrupted")
-        note(f"the state is in {participant.store.folder}. Run the same command to go on.")
+        note(f"the state is in {store.folder}. Run the same command to go on.")
         raise
     except SplitFLError:
         say_goodbye(link, "failed")
         raise
     finally:
         link.close()
-    print_json({"report": report}) if as_json else print_report(report)
 
 
 def first_words(name: str, store: ClientStore, cut: Cut | None) -> tuple[Hello, int]:
@@ -315,6 +341,9 @@ def describe(event: str, facts: dict[str, Any]) -> str:
             return f"round {facts['round'] + 1} merged{late}"
         case "server_restarted":
             return f"the server restarted; going on after round {facts['durable_round'] + 1}"
+        case "cut_changed":
+            anew = "; activations leave anew, and are charged anew" if facts["released_anew"] else ""
+            return f"this client's cut was {facts['before']} and is {facts['now']} from now on{anew}"
         case "resumed":
             return f"going on with round {facts['round'] + 1} at step {facts['step'] + 1}"
     return ""

@@ -19,11 +19,12 @@ from splitfl.privacy.gate import Gate, RecordRef
 from splitfl.privacy.keepsakes import sample
 from splitfl.privacy.ledger import Ledger
 from splitfl.privacy.noise import open_stream
-from splitfl.privacy.policy import policy_of, workload
+from splitfl.privacy.policy import Policy, policy_of, workload
 from splitfl.privacy.report import privacy_report
 from splitfl.privacy.vault import Vault
 from splitfl.privacy.witness import Mark, check_not_older
 
+ACCEPTED_FILE = "agreement.txt"  # the terms that were accepted last, in words
 Accept = Callable[[Terms], bool]  # shows the terms to whoever decides
 
 
@@ -42,25 +43,36 @@ class Guard:
         self.ledger = Ledger(self.folder / "ledger.sqlite")
         self.vault = Vault(self.folder / "releases.sqlite", self.key.derived("vault"))
 
-    def check_terms(self, terms: Terms, accept: Accept, floor: Floor) -> None:
-        """Raise PrivacyError unless the terms were accepted, now or before, and are not below the client's floor."""
-        floor.check(terms.settings)
+    def check_terms(self, terms: Terms, accept: Accept) -> None:
+        """Raise PrivacyError unless the terms were accepted, now or before."""
         digest = bytes.fromhex(terms.sha256)
         if self.ledger.accepted(digest):
             return
         if not accept(terms):
             raise PrivacyError(
-                "this federation's terms are not accepted, and nothing has left",
-                f"Read them above; to accept, add --accept {terms.sha256[:SHORT]}.",
+                self._unaccepted(terms), f"Read them above; to accept, add --accept {terms.sha256[:SHORT]}."
             )
         self.ledger.accept(digest)
+        write_file(self.folder / ACCEPTED_FILE, "\n".join(terms.lines()).encode())
+
+    def _unaccepted(self, terms: Terms) -> str:
+        path = self.folder / ACCEPTED_FILE
+        if not path.exists():
+            return "this federation's terms are not accepted, and nothing has left"
+        before = set(path.read_text().split("\n"))
+        changed = [line.split("  ")[0] for line in terms.lines()[:-1] if line not in before]  # the last is the hash
+        what = ", ".join(changed) or "in detail"
+        return f"this federation's terms have changed ({what}), and nothing leaves under the new ones"
 
     def check_signer(self, signer: str, *, private: bool) -> None:
         """Remember who countersigns. Raises PrivacyError when it is another one, which knows of no earlier row."""
         path = self.folder / "countersigner"
-        if not path.exists() or not private:
+        known = path.read_text() if path.exists() else ""
+        if known == signer:
+            return
+        if not known or not private:
             write_file(path, signer.encode())
-        elif path.read_text() != signer:
+        else:
             raise PrivacyError(
                 "this server countersigns with another key than before, so it cannot know what left until now",
                 "Ask its operator to put back STATE/ledgers; for another federation name another --state.",
@@ -74,10 +86,17 @@ class Guard:
             check_not_older(self.ledger, mark)
         return False
 
+    def check_floor(self, settings: Federation, data: ClientData, floor: Floor) -> None:
+        """Raise PrivacyError for settings that protect these records less than the client wants, accepted or not."""
+        floor.check(self._policy(settings, data), len(data.train))
+
+    def _policy(self, settings: Federation, data: ClientData) -> Policy:
+        held_out = len(data.held_out) if data.held_out is not None else 0
+        return policy_of(settings, workload(settings, len(data.train), min(held_out, settings.evaluation.records)))
+
     def open_gate(self, settings: Federation, data: ClientData, context: str, *, bottom_trains: bool) -> Gate:
         """The gate for these settings and records. Raises ConfigError for noise that cannot be had."""
-        held_out = len(data.held_out) if data.held_out is not None else 0
-        policy = policy_of(settings, workload(settings, len(data.train), min(held_out, settings.evaluation.records)))
+        policy = self._policy(settings, data)
         if policy.unit == "client" and self.ledger.has_record_steps:
             raise PrivacyError(
                 "this ledger counted single records, so epsilon of the whole client is not known any more",

@@ -130,7 +130,8 @@ def listening(admission: Admission, host: str, port: int, durable: int) -> dict[
     """What an operator, or a program, wants to know of a service that is ready."""
     url = f"{'ws' if admission.plain else 'wss'}://{f'[{host}]' if ':' in host else host}:{port}"
     facts = {"url": url, "plain": admission.plain, "loopback": is_loopback(host)}
-    return {**facts, "authority": admission.authority.fingerprint, "durable_round": durable}
+    facts |= {"authority": admission.authority.fingerprint, "new_authority": admission.new}
+    return {**facts, "durable_round": durable}
 
 
 def stop(stopped: asyncio.Event) -> None:
@@ -164,6 +165,8 @@ def report_text(progress: Progress) -> None:
     facts = progress.facts
     match progress.event:
         case "listening":
+            if facts["new_authority"]:
+                note("a new certificate authority was made: no earlier invitation or certificate is known here")
             say_where(str(facts["url"]), plain=bool(facts["plain"]), loopback=bool(facts["loopback"]))
             note(f"privacy {facts['privacy']}")
             note(f"agreement {facts['agreement']}: clients are shown its terms, and accept them before they take part")

@@ -13,7 +13,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -108,8 +108,8 @@ class Registry:
     # -- certificates ------------------------------------------------------------------------------------------
 
     def admit(self, serial: str, name: str) -> None:
-        """Let the holder of a certificate in as ``name``, and note when. Raises RefusedError."""
-        with self._writing() as books:
+        """Let the holder of a certificate in as ``name``, and note when if the disk has room. Raises RefusedError."""
+        with self._books() as books:
             row = books.execute("SELECT * FROM certificates WHERE serial = ?", (serial,)).fetchone()
             if row is None:
                 raise refused("certificate_unknown", "this server has no record of the client's certificate")
@@ -121,6 +121,7 @@ class Registry:
                     "Join under the certificate's own name.",
                     code="name_mismatch",
                 )
+        with suppress(StorageError), self._writing() as books:
             books.execute("UPDATE certificates SET seen = ? WHERE serial = ?", (self.clock(), serial))
 
     def knows(self, name: str) -> bool:

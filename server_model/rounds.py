@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -24,9 +23,12 @@ from server_model.tasks import spawn
 from server_model.updates import ClientUpdate, Inbox, merge_updates
 from splitfl.config import Federation
 from splitfl.errors import ConfigError, RefusedError, StorageError
+from splitfl.federation.merging import Merger, choose_strategy
+from splitfl.federation.robust import Contribution
 from splitfl.federation.rounds import Action, Finish, MergeRound, OpenRound, Phase, RoundMachine
-from splitfl.federation.strategies import STRATEGIES, Contribution
-from splitfl.split.checkpoint import CheckpointFolder, file_entries
+from splitfl.federation.schedule import round_step_sizes
+from splitfl.federation.strategies import RoundFacts
+from splitfl.split.checkpoint import CheckpointFolder, embedding_name, file_entries, is_tied
 from splitfl.split.modes import trunk_needs_backward
 from splitfl.wire.messages import Answer, Finished, NextRound, RoundDurable, RoundOpen, Update
 
@@ -78,7 +80,10 @@ class Rounds:
         self.say = say
         self.inbox = Inbox(store.uploads)
         self.machine = RoundMachine(settings, 0)
+        self.strategy = choose_strategy(settings)
         self.merged: dict[str, Tensor] = {}
+        self.remembered: dict[str, Tensor] = {}  # by the strategy, NAME/what -> tensor
+        self.contributors: set[str] = set()  # of all rounds so far
         self.weights = ""  # hash of the list of merged tensors
         self.durable = -1  # the newest round on disk
         self.finished = asyncio.Event()
@@ -94,7 +99,9 @@ class Rounds:
         state = self.store.load(rounds[-1])
         check_fits(state, self.engine.trunk.weights())
         self._load_trunk(state)
-        self.merged = dict(state.merged)
+        self.merged, self.remembered = dict(state.merged), dict(state.strategy)
+        contributors = state.facts.get("contributors")
+        self.contributors = set(contributors) if isinstance(contributors, list) else set()
         self.durable = state.round
         self._offer_weights(state.round)
         self.machine = RoundMachine(self.settings, state.round + 1)
@@ -115,7 +122,10 @@ class Rounds:
 
     def _offer_weights(self, round_: int) -> None:
         folder = self.store.folder_of(round_)
+        sent = tuple(f"/{name}" for name in self.strategy.sent_names)
+        remembered = file_entries(folder / "strategy.safetensors")
         entries = file_entries(folder / "merged.safetensors")
+        entries += [entry for entry in remembered if entry.name.endswith(sent)]
         self.weights = self.blobs.add_round(folder, ((entry.name, entry) for entry in entries))
 
     # -- what clients ask --------------------------------------------------------------------------------------
@@ -138,6 +148,13 @@ class Rounds:
         """RoundDurable once the round is merged and on disk. Raises RefusedError for weights that do not fit."""
         if member.name in self._desk.update:
             raise RefusedError("this client's update has come already", "Wait for the merge.", code="wrong_round")
+        most = self.settings.rounds.local_steps * self.settings.batch.records * self.settings.batch.max_length
+        if request.tokens > most:  # they weigh it in the mean
+            raise RefusedError(
+                f"an update trained on {request.tokens} label tokens, where a round has {most} at most",
+                "Train with the settings that the server sent.",
+                code="over_limit",
+            )
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._desk.update[member.name] = future
         try:
@@ -244,19 +261,38 @@ class Rounds:
             if trunk.tokens_through(name)
         }
         merged = self.merged | {name: part.tensor.clone() for name, part in own.items() if self._held(name)}
-        strategy = STRATEGIES[self.settings.merge.strategy]()
-        merged |= merge_updates(updates, strategy, partial(self._previous, trunk.weights()), own)
+        remembered = dict(self.remembered)
+        merger = Merger(self.strategy, self._facts(round_, updates))
+        for name, tensor, kept in merge_updates(updates, merger, self._previous, own, self._state_of):
+            merged[name] = tensor
+            remembered |= {f"{name}/{what}": value for what, value in kept.items()}
         trunk.load_weights(merged)
-        self.merged = merged
-        facts = {"updates": {update.client: update.tokens for update in updates}, "seed": self.settings.seed}
-        return RoundState(round_, trunk.weights(), trunk.optimizer.state_tensors(), merged, facts)
+        self.merged, self.remembered = merged, remembered
+        self.contributors |= {update.client for update in updates}
+        facts = {
+            "updates": {update.client: update.tokens for update in updates},
+            "contributors": sorted(self.contributors),
+            "seed": self.settings.seed,
+        }
+        return RoundState(round_, trunk.weights(), trunk.optimizer.state_tensors(), merged, facts, remembered)
 
-    def _previous(self, trunk: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+    def _facts(self, round_: int, updates: list[ClientUpdate]) -> RoundFacts:
+        names = {update.client for update in updates}
+        before, clients = len(self.contributors), len(self.contributors | names)
+        return RoundFacts(round_step_sizes(self.settings, round_), len(names), before, clients)
+
+    def _state_of(self, name: str) -> dict[str, Tensor]:
+        """What the strategy remembers of a shared tensor."""
+        keys = {what: f"{name}/{what}" for what in self.strategy.state_names}
+        return {what: self.remembered[key] for what, key in keys.items() if key in self.remembered}
+
+    def _previous(self, name: str, shape: torch.Size) -> Tensor:
         """A shared tensor's value before the round; LoRA's B starts at zero."""
-        for tensors in (self.merged, trunk):
-            if name in tensors:
-                return tensors[name]
+        if name in self.merged:
+            return self.merged[name]
         stored = name.replace(".base_layer.", ".")
+        if stored == f"{self.source.anatomy.head}.weight" and is_tied(self.source.config):
+            stored = embedding_name(self.source.anatomy)
         return self.source.read(stored).float() if self.source.has(stored) else torch.zeros(shape)
 
     def _held(self, name: str) -> bool:

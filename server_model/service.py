@@ -160,7 +160,7 @@ class Service:
             hello = await self._first_words(connection, peer, decode(data, max_bytes=HELLO_BYTES))
             if hello is None:
                 return None
-            member, welcome = self.coordinator.hello(hello)
+            member, welcome = self.coordinator.hello(hello, peer.serial)
         except (ConnectionClosed, TimeoutError):
             return None
         except StorageError as error:  # its path is not for strangers
@@ -174,7 +174,6 @@ class Service:
         if not peer.encrypted and self.admission is not None:
             with contextlib.suppress(OSError):  # as the coordinator says things
                 self.coordinator.report(Progress("unencrypted", {"client": member.name}))
-        member.certificate = peer.serial
         line = Line(connection)
         older = self.lines.get(member.token)
         self.lines[member.token] = line
@@ -210,7 +209,7 @@ class Service:
         ended = await admission.ended()
         for member in self.coordinator.members:
             if member.certificate in ended:
-                self.coordinator.members.forget(member)
+                await self.coordinator.shut_out(member)
                 if (line := self.lines.get(member.token)) is not None:
                     line.turned_out = refusal("revoked", ended[member.certificate])
                     spawn(refuse(line.connection, line.turned_out))

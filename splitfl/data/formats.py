@@ -65,10 +65,14 @@ class Scanned(NamedTuple):
 
 
 class RowFile(ABC):
-    """One data file. Raises ``DataError`` when it cannot be opened, is empty, or is of another kind than its name."""
+    """One data file; its rows hold the columns of ``COLUMNS``, and ``extra`` where one is named.
 
-    def __init__(self, path: Path) -> None:
+    Raises ``DataError`` when it cannot be opened, is empty, or is of another kind than its name says.
+    """
+
+    def __init__(self, path: Path, extra: str = "") -> None:
         self.path = path
+        self.columns = (*COLUMNS, extra) if extra else COLUMNS
         self._stat = _stat(path)
         with self._open() as handle:
             start = handle.read(len(_BOM) + 1)
@@ -142,8 +146,8 @@ class CommaSeparated(RowFile):
     Raises ``DataError`` when the header names no usable column.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, extra: str = "") -> None:
+        super().__init__(path, extra)
         # The standard library's limit of 128 KiB a field is process-wide; long notes go over it.
         csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
         self._delimiter, self._header = self._find_header()
@@ -211,7 +215,7 @@ class CommaSeparated(RowFile):
         return {
             name: field
             for name, field in zip(self._header, fields, strict=False)
-            if field and name in COLUMNS and name != "messages"
+            if field and name in self.columns and name != "messages"
         }
 
 
@@ -222,8 +226,8 @@ class Parquet(RowFile):
     is too large to read at once.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, extra: str = "") -> None:
+        super().__init__(path, extra)
         self._columns = self._find_columns()
         self._group = lru_cache(maxsize=_CACHED_ROW_GROUPS)(self._read_group)
 
@@ -248,7 +252,7 @@ class Parquet(RowFile):
     def _find_columns(self) -> list[str]:
         with self._open() as handle, _parquet_file(self.path, handle) as file:
             names = list(file.schema_arrow.names)
-            columns = [name for name in COLUMNS if name in names]
+            columns = [name for name in self.columns if name in names]
             largest = max(_group_sizes(file.metadata, columns), default=0)
         if not is_usable(frozenset(columns)):
             raise DataError(

@@ -70,10 +70,8 @@ class Corpus:
     def __iter__(self) -> Iterator[Example]:
         """All rows in order, streamed: faster than one at a time by number."""
         for file in self._files:
-            for scanned in file.scan():
-                example, _ = _judge(scanned)
-                if example is not None:
-                    yield example
+            for _, example in _usable(file):
+                yield example
 
     def place(self, row: int) -> str:
         """Where a row stands, for an error message: the file, and the byte offset or row group and row."""
@@ -101,6 +99,14 @@ def check_beginning(path: Path, *, skip_bad: bool = False) -> None:
             _, fault = _judge(scanned)
             if fault and not skip_bad:
                 raise bad_row(file.path, scanned, fault)
+
+
+def read_groups(path: Path, column: str) -> list[str]:
+    """What ``column`` says of each usable row: by number, as ``open_corpus`` counts them.
+
+    Raises ``DataError`` as ``open_corpus`` does, and for a usable row that does not say it in a word or a number.
+    """
+    return [_group(file, scanned, column) for file in _open_files(path, column) for scanned, _ in _usable(file)]
 
 
 def split_corpus(corpus: Corpus, held_out_fraction: float, seed: int) -> tuple[IntArray, IntArray]:
@@ -148,10 +154,26 @@ def _judge(scanned: Scanned) -> tuple[Example | None, str]:
         return None, error.message
 
 
-def _open_files(path: Path) -> list[RowFile]:
+def _group(file: RowFile, scanned: Scanned, column: str) -> str:
+    value = scanned.values.get(column)
+    if not isinstance(value, str | int | float) or str(value) == "":
+        raise DataError(
+            f"{file.path}, {scanned.name} does not say its {column!r}", "Name a column that every row has a value in"
+        )
+    return str(value)
+
+
+def _usable(file: RowFile) -> Iterator[tuple[Scanned, Example]]:
+    for scanned in file.scan():
+        example, _ = _judge(scanned)
+        if example is not None:
+            yield scanned, example
+
+
+def _open_files(path: Path, extra: str = "") -> list[RowFile]:
     if not path.exists():
         raise DataError(f"there is no {path}", "Name a data file or folder that exists")
-    return [FORMATS[file.suffix.lower()](file) for file in _find_files(path)]
+    return [FORMATS[file.suffix.lower()](file, extra) for file in _find_files(path)]
 
 
 def _find_files(path: Path) -> list[Path]:

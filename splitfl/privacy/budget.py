@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from splitfl.errors import PrivacyError
-from splitfl.privacy.ledger import EVERYTHING, Ledger, Row
+from splitfl.privacy.ledger import Ledger, Row
 from splitfl.privacy.policy import Policy
 
 ROUNDING = 1 + 1e-9  # budgets are sums of floats
@@ -28,11 +28,7 @@ class Budget:
             return True
         if self.policy.unit == "client":
             return self.ledger.total + sum(pending.values()) + cost <= self.policy.run_budget * ROUNDING
-        return self.spent_on(key) + pending.get(key, 0.0) + cost <= self.policy.record_budget * ROUNDING
-
-    def spent_on(self, key: bytes) -> float:
-        """mu^2 of this record's own rows so far, and of those that no single record stands for."""
-        return self.ledger.spent.get(key, 0.0) + self.ledger.spent.get(EVERYTHING, 0.0)
+        return self.ledger.spent_on(key) + pending.get(key, 0.0) + cost <= self.policy.record_budget * ROUNDING
 
     def check(self, rows: Iterable[Row]) -> None:
         """Raise PrivacyError when these rows would break a bound: the last check, whatever was asked before."""

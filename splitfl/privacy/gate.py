@@ -21,6 +21,7 @@ from torch import Tensor
 
 from splitfl.codec.tensors import CodecName, by_record, check_finite, encode_tensor
 from splitfl.errors import PrivacyError
+from splitfl.privacy.accounting import mu_squared
 from splitfl.privacy.budget import Budget
 from splitfl.privacy.keepsakes import RETURNED, Keepsakes
 from splitfl.privacy.ledger import EVERYTHING, Ledger, Row
@@ -248,7 +249,7 @@ class Gate:
         if not trains:
             return activation
         gradient = 0.0 if policy.gradients is None else ratio(policy.gradients, length)
-        own = 0.0 if policy.dp_sgd is None else (policy.dp_sgd.sensitivity / policy.dp_sgd.sigma) ** 2
+        own = 0.0 if policy.dp_sgd is None else mu_squared(policy.dp_sgd.sensitivity, policy.dp_sgd.sigma)
         return activation + gradient + own
 
     def _rows(
@@ -294,7 +295,7 @@ def without_overflow(gradients: Tensor) -> Tensor:
 
 def ratio(mechanism: Mechanism, padded_length: int) -> float:
     """mu^2 of one release."""
-    return (mechanism.sensitivity(padded_length) / mechanism.sigma) ** 2
+    return mu_squared(mechanism.sensitivity(padded_length), mechanism.sigma)
 
 
 def digest(payload: TensorBytes) -> bytes:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from splitfl.errors import ConfigError
+from splitfl.privacy.accounting import replace_one
 from splitfl.privacy.noise import NormalSource
 
 Clip = Literal["record", "token"]
@@ -40,7 +41,7 @@ class Mechanism:
     def sensitivity(self, padded_length: int) -> float:
         """Most that replacing one record of this padded length changes: 2C, or 2c sqrt(T)."""
         rows = padded_length if self.clip == "token" else 1
-        return 2 * self.clip_norm * math.sqrt(rows)
+        return replace_one(self.clip_norm) * math.sqrt(rows)
 
     def clipped(self, hidden: Tensor) -> Tensor:
         """Records (B, T, D) -> the same within their bounds, float64 on the CPU."""

@@ -13,8 +13,9 @@ import torch
 from disturbing import assert_same, final_weights
 from gates import agree
 
+from client_model.events import Event
 from client_model.link import SessionLostError
-from client_model.participant import Event, Participant, PausedError
+from client_model.participant import Participant, PausedError
 from client_model.store import ClientStore
 from server_model.coordinator import Coordinator
 from splitfl.config import Federation, parse_federation

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from test_pause import STEPS, participant, service
 
-from client_model.participant import Event, PausedError
+from client_model.events import Event
+from client_model.participant import PausedError
 from client_model.store import ClientStore
 from splitfl.errors import StorageError
 from splitfl.lab.memory import URL, MemoryLink, MemoryService

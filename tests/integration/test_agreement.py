@@ -68,9 +68,12 @@ def test_a_change_of_the_terms_stops_the_client_until_they_are_accepted_again(
 
 def test_client_with_a_floor_takes_part_in_nothing_weaker(here: Place, wards: dict[str, Path]) -> None:
     server = here.serve(SETTINGS)
-    client = here.join(server.url, "a", wards["a"], "--privacy", "certified")
+    client = here.join(server.url, "a", wards["a"], "--privacy", "certified:8")
     assert client.wait() == REFUSED
     assert '"measured"' in client.error
+    plain_weights = here.join(server.url, "a", wards["a"], "--privacy", "measured:0.3")
+    assert plain_weights.wait() == REFUSED
+    assert "the noise of its weights is 0" in plain_weights.error
     assert here.join(server.url, "a", wards["a"], "--privacy", "measured").wait() == 0
 
 

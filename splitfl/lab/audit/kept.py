@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from client_model.candidate import parse_federation_json
 from client_model.keys import open_key
-from client_model.participant import parse_federation_json
 from client_model.records import ClientData, open_tokenizer
 from client_model.store import ClientStore
 from splitfl.codec.tensors import decode_tensor

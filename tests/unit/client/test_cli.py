@@ -18,14 +18,17 @@ from client_model.cli import (
     StopSignal,
     check_address,
     check_name,
+    cuts_of_pause,
     describe,
     first_words,
     parse_plan,
     print_report,
     say_goodbye,
 )
-from client_model.participant import Event, Participant
+from client_model.events import Event
+from client_model.participant import Participant
 from client_model.store import ClientStore, SessionRecord, Snapshot
+from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError, LinkError
 from splitfl.privacy.report import OFF, privacy_report
@@ -123,6 +126,18 @@ def test_client_whose_pause_is_gone_starts_its_session_anew(store: ClientStore) 
     assert (hello.fresh, next_seq) == (True, 0)
 
 
+@pytest.mark.parametrize(
+    ("plan", "cuts"), [(Cut(2, 1), None), (Cut(1, 3), (Cut(2, 1), Cut(1, 3))), (None, (Cut(2, 1), Cut(1, 1)))]
+)
+def test_paused_round_keeps_its_cut_when_another_is_asked_for(
+    store: ClientStore, plan: Cut | None, cuts: tuple[Cut, Cut] | None
+) -> None:
+    store.save_federation(Federation().model_dump_json(), (2, 1))
+    assert cuts_of_pause(store, plan) is None  # nothing is paused: the next round takes any cut
+    store.save_pause(snapshot(3))
+    assert cuts_of_pause(store, plan) == cuts
+
+
 def test_state_of_another_client_is_refused(store: ClientStore) -> None:
     store.save_session(SessionRecord("ward-a", "ws://x", "token"))
     with pytest.raises(ConfigError, match="holds the state of client 'ward-a'"):
@@ -209,6 +224,11 @@ EVENTS = [
     ("evaluation_failed", {"round": 1, "reason": "NaN"}, "held-out loss after 1 rounds could not be measured: NaN"),
     ("server_restarted", {"durable_round": 1}, "the server restarted; going on after round 2"),
     ("resumed", {"round": 1, "step": 3}, "going on with round 2 at step 4"),
+    (
+        "cut_changed",
+        {"before": "1,1", "now": "2,1", "released_anew": True},
+        "this client's cut was 1,1 and is 2,1 from now on; activations leave anew, and are charged anew",
+    ),
 ]
 
 

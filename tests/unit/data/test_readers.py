@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from splitfl.data import formats
 from splitfl.data.examples import Example
-from splitfl.data.readers import FIRST_ROWS, Corpus, check_beginning, open_corpus, split_corpus
+from splitfl.data.readers import FIRST_ROWS, Corpus, check_beginning, open_corpus, read_groups, split_corpus
 from splitfl.errors import ConfigError, DataError
 
 TURNS = [{"role": "user", "content": "Ask"}, {"role": "assistant", "content": "Answer"}]
@@ -414,3 +414,30 @@ def test_split_keeps_equal_rows_together_and_no_side_empty(rows: list[str], frac
 def test_split_refuses_a_fraction_outside_its_range(tmp_path: Path, fraction: float) -> None:
     with pytest.raises(ConfigError):
         split_corpus(_corpus(tmp_path, ["a"]), fraction, 0)
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+def test_groups_of_every_format_are_those_of_the_rows_by_number(tmp_path: Path) -> None:
+    rows = [{"text": "one", "ward": "north"}, {"text": "two", "ward": "south"}, {"text": "three", "ward": "north"}]
+    write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows))
+    write(tmp_path / "b.csv", "Text,ward\n" + "\n".join(f"{row['text']},{row['ward']}" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    for name in ("a.jsonl", "b.csv", "c.parquet"):
+        assert read_groups(tmp_path / name, "ward") == ["north", "south", "north"]
+    assert len(read_groups(tmp_path, "ward")) == len(open_corpus(tmp_path)) == 9
+
+
+def test_groups_pass_over_bad_rows_as_the_corpus_does(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "", "ward": 1}\n{"text": "fine", "ward": 2}\n')
+    assert read_groups(path, "ward") == ["2"]
+    assert len(open_corpus(path, skip_bad=True)) == 1
+
+
+@pytest.mark.parametrize("row", ['{"text": "SECRET"}', '{"text": "SECRET", "ward": ["SECRET"]}'])
+def test_row_without_its_group_is_refused_with_its_place_and_not_its_text(tmp_path: Path, row: str) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "fine", "ward": "north"}\n' + row)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2 does not say its 'ward'") as refused:
+        read_groups(path, "ward")
+    assert "SECRET" not in str(refused.value)

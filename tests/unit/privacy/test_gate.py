@@ -219,6 +219,28 @@ def test_gradient_is_clipped_for_each_record_and_stays_zero_behind_its_padding(t
     assert [(row.sensitivity, row.sigma) for row in rows] == [(4.0, 2e-6)] * 2
 
 
+@pytest.mark.parametrize("kind", [ReleaseKind.GRADIENT, ReleaseKind.ACTIVATION])
+def test_what_is_sent_anew_each_time_is_the_clipped_tensor_and_fresh_noise_of_its_sigma(
+    kind: ReleaseKind, tmp_path: Path
+) -> None:
+    """Clipped alone it would have the same shape, the same rows in the ledger, and no privacy."""
+    levels = {"noise_multiplier": 0.5, "gradient_noise_multiplier": 0.5}
+    gate = open_gate(tmp_path, "measured", gradients="noised", clip_norm=3.0, gradient_clip_norm=3.0, **levels)
+    tensor = torch.randn(2, 8, 512, generator=torch.Generator().manual_seed(0))  # (B, T, D)
+    mechanism = gate.policy.gradients if kind is ReleaseKind.GRADIENT else gate.policy.activations
+    assert mechanism is not None
+    first, second = (
+        decode_tensor(gate.release(kind, 0, tensor, [ref(1), ref(2, 4)]), CPU, what="it").double() for _ in range(2)
+    )
+    for record, length in enumerate((8, 4)):
+        own = slice(record, record + 1), slice(0, length)
+        clipped = mechanism.clipped(tensor[own])
+        noise = torch.stack([sent[own] - clipped for sent in (first, second)])
+        assert [float(drawn.std()) for drawn in noise] == pytest.approx([1.5, 1.5], rel=0.06)
+        assert abs(float(torch.corrcoef(noise.flatten(1))[0, 1])) < 0.1
+    assert not first[1, 4:].any()
+
+
 def test_gradients_do_not_leave_where_the_federation_sends_none(tmp_path: Path) -> None:
     gate = open_gate(tmp_path, "measured")
     with pytest.raises(PrivacyError, match="do not leave"):

@@ -1,0 +1,66 @@
+"""Held-out loss of the weights that each round starts from, and what of it the next update tells."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from client_model.entry import records_of
+from client_model.trainer import Trainer
+from splitfl.codec.tensors import check_finite
+from splitfl.config import Federation
+from splitfl.data.packing import Batch
+from splitfl.errors import PrivacyError
+from splitfl.privacy.gate import Gate
+from splitfl.split.loss import HeadLoss
+
+
+class Measurements:
+    """What was measured so far: ``losses`` by round, and ``shared``, which leaves with the next update."""
+
+    def __init__(self) -> None:
+        self.losses: list[dict[str, Any]] = []
+        self.shared: float | None = None
+
+    def measure(
+        self, settings: Federation, trainer: Trainer, gate: Gate, round_: int, batches: Sequence[Batch]
+    ) -> HeadLoss:
+        """Loss of the weights that ``round_`` starts from; shared if the federation asks for it.
+
+        Raises MissedStepError and NumericalError where it is no number.
+        """
+        last = round_ == settings.rounds.count
+        each: list[float] | None = [] if settings.evaluation.share_metrics else None
+        self.shared = None
+        loss = trainer.evaluate(round_, batches, each)
+        if each and not last:
+            records = [record for batch in batches for record in records_of(batch)]
+            with contextlib.suppress(PrivacyError):  # a round that is done again has no budget for it
+                self.shared = gate.release_metric(round_, each, records)
+        return loss
+
+    def add(self, round_: int, loss: HeadLoss) -> dict[str, Any]:
+        """Write a loss down; one of the same round or a later one belongs to a round that is done again.
+
+        Raises NumericalError when it is no number.
+        """
+        check_finite(torch.tensor(loss.total), "the loss")
+        self.losses = [entry for entry in self.losses if entry["round"] < round_]
+        entry = {"round": round_, "loss": mean(loss), "tokens": loss.tokens}
+        self.losses.append(entry)
+        return {**entry, "perplexity": math.exp(min(50.0, mean(loss)))}
+
+
+def due(settings: Federation, round_: int) -> bool:
+    """Whether the weights that ``round_`` starts from are to be measured."""
+    every = settings.evaluation.every_rounds
+    return round_ in (0, settings.rounds.count) or bool(every and round_ % every == 0)
+
+
+def mean(loss: HeadLoss) -> float:
+    """Nats a token."""
+    return loss.total / max(1, loss.tokens)
