@@ -257,7 +257,15 @@ def test_gradients_after_training_without_dp_taint_the_transcript(tmp_path: Path
     report = privacy_report(gate.policy, gate.ledger)
     assert report["epsilon"] is None
     assert "Activations alone: epsilon = " in report["statement"]
-    assert "whole transcript: none" in report["statement"]
+    assert "whole transcript: none (no bound)." in report["statement"]
+
+
+def test_before_anything_leaves_the_report_gives_no_figures(tmp_path: Path) -> None:
+    gate = open_gate(tmp_path, "measured")
+    gate.ledger.accept(b"t" * 32)
+    assert privacy_report(gate.policy, gate.ledger)["statement"] == "No guarantee. Nothing has left yet."
+    once(gate, 1, 2)
+    assert "Activations alone: epsilon = " in privacy_report(gate.policy, gate.ledger)["statement"]
 
 
 def test_gradients_after_dp_sgd_do_not(tmp_path: Path) -> None:
