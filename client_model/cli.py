@@ -277,6 +277,9 @@ def say_goodbye(link: Link, reason: Literal["interrupted", "failed"]) -> None:
         link.request(Bye(0, 0, reason)).result(timeout=2)
 
 
+LIVE = ("step", "baseline_step")  # on a terminal each such line replaces the one before
+
+
 class EventPrinter:
     """Events as JSON lines on stdout, or as text for a person on stderr."""
 
@@ -289,7 +292,7 @@ class EventPrinter:
             print_json({"event": event.event, **event.facts})
             return
         text = describe(event.event, event.facts)
-        if event.event == "step" and self.live:
+        if event.event in LIVE and self.live:
             sys.stderr.write(f"\r\x1b[K{text}")
             sys.stderr.flush()
         elif text:
@@ -319,6 +322,9 @@ def describe(event: str, facts: dict[str, Any]) -> str:
             return f"this client's ledger has {facts['rows']} rows, the server countersigned {facts['countersigned']}"
         case "baselines":
             return "training what this client would have reached without the trunk, to compare with"
+        case "baseline_step":
+            received = facts["bytes_received"] / 1e6
+            return f"{facts['which']}, step {facts['step']} of {facts['steps']}, {received:.1f} MB received"
         case "data_changed":
             return "the data file has changed since this client began; going on with what is there now"
         case "waiting":

@@ -219,6 +219,11 @@ EVENTS = [
     ("privacy", {"mode": "off", "statement": OFF}, f"privacy: off. {OFF}"),
     ("waiting", {"for_": "the next round"}, "waiting for the next round"),
     ("step", STEP, "round 1 step 5: loss 1.500, 1234 tokens/s, 2.0 MB sent, 0.1 MB received"),
+    (
+        "baseline_step",
+        {"which": "top-only", "step": 300, "steps": 1200, "bytes_sent": 1, "bytes_received": 41_000_000},
+        "top-only, step 300 of 1200, 41.0 MB received",
+    ),
     ("evaluation", {"round": 1, "loss": 2.0, "perplexity": 7.4}, "held-out loss 2.000, perplexity 7.4, after 1 rounds"),
     ("step_missed", {"round": 0, "step": 4, "reason": "NaN"}, "round 1 step 5 left out: NaN"),
     ("evaluation_failed", {"round": 1, "reason": "NaN"}, "held-out loss after 1 rounds could not be measured: NaN"),
