@@ -89,6 +89,7 @@ class Candidate:
         tokenizer = open_tokenizer(self.store.model)
         self.data = ClientData.open(self.data_path, self.settings, tokenizer, skip_bad=self.skip_bad)
         self._say("data", **self._data_facts())
+        self.data.check_fills_a_step()
         assert self.guard is not None
         self.guard.check_floor(self.settings, self.data, self.floor)
         self.source: TensorSource = self._open_source()

@@ -16,7 +16,9 @@ from urllib.parse import SplitResult, urlsplit
 import typer
 from pydantic import TypeAdapter, ValidationError
 
+from client_model.consent import Consent
 from client_model.floor import Floor
+from client_model.places import default_cache, default_state
 from splitfl.channel.joining import JoinString
 from splitfl.config import parse_federation
 from splitfl.console import command, is_loopback, note, print_json, require_loopback
@@ -32,10 +34,6 @@ if TYPE_CHECKING:
     from client_model.link import Link
     from client_model.participant import Participant
     from client_model.store import ClientStore
-    from splitfl.federation.agreement import Terms
-
-DEFAULT_STATE = Path("~/.local/state/splitfl")
-DEFAULT_CACHE = Path("~/.cache/splitfl/blobs")
 
 
 def join(
@@ -74,7 +72,10 @@ def join(
     model: Annotated[
         Path | None, typer.Option(help="A local copy of the base model, instead of fetching the ends.")
     ] = None,
-    cache: Annotated[Path, typer.Option(help="Folder for fetched parts of base models.")] = DEFAULT_CACHE,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder for fetched parts of base models; the default is under ~/.cache/splitfl."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="Threads torch may use; 0 = all cores.")] = 0,
     patience: Annotated[float, typer.Option(help="Seconds to wait for a server that is away.")] = 600.0,
@@ -94,14 +95,11 @@ def join(
         url = invited.url if invited else check_address(address, insecure=insecure)
         name = invited.name if invited else name
         check_name(name)
-        if not data.exists():
-            from splitfl.errors import DataError
-
-            raise DataError(f"there is no {data}", "Name your data file or folder with --data.")
+        check_data(data, skip_bad=skip_bad)
         cut = parse_plan(plan)
-        folder = state if state is not None else default_state(url, name)
+        folder = state or default_state(url, name, invited.authority if invited else "")
         with claimed(folder):
-            participant = prepare(name, data, folder, cache, device, threads)
+            participant = prepare(name, data, folder, cache or default_cache(), device, threads)
             participant.skip_bad, participant.local_model, participant.plan = skip_bad, model, cut
             participant.accept, participant.key_file = Consent(accept, as_json=as_json), key
             participant.floor = Floor.parse(privacy)
@@ -160,30 +158,15 @@ def check_name(name: str) -> None:
         ) from None
 
 
-def default_state(url: str, name: str) -> Path:
-    """Where a client's state lies unless --state says otherwise."""
-    return DEFAULT_STATE.expanduser() / f"{urlsplit(url).netloc.replace(':', '-')}-{name}"
+def check_data(path: Path, *, skip_bad: bool) -> None:
+    """Raise DataError for a file that cannot be used, before anybody is asked anything and a token is spent."""
+    from splitfl.data.readers import check_beginning  # imports NumPy
+
+    check_beginning(path, skip_bad=skip_bad)
 
 
 def parse_plan(plan: str) -> Cut | None:
     return None if plan == "auto" else Cut.parse(plan)
-
-
-class Consent:
-    """Shows the federation's terms, and takes a yes from --accept or, on a terminal, from the person."""
-
-    def __init__(self, given: str, *, as_json: bool) -> None:
-        self.given = given
-        self.as_json = as_json
-
-    def __call__(self, terms: Terms) -> bool:
-        for line in terms.lines():
-            note(line)
-        if self.given:
-            return terms.named_by(self.given)
-        if self.as_json or not sys.stdin.isatty():
-            return False
-        return typer.confirm("Do you accept these terms?", default=False, err=True)
 
 
 def prepare(name: str, data: Path, state: Path, cache: Path, device: str, threads: int) -> Participant:
@@ -297,6 +280,9 @@ def say_goodbye(link: Link, reason: Literal["interrupted", "failed"]) -> None:
         link.request(Bye(0, 0, reason)).result(timeout=2)
 
 
+LIVE = ("step", "baseline_step")  # on a terminal each such line replaces the one before
+
+
 class EventPrinter:
     """Events as JSON lines on stdout, or as text for a person on stderr."""
 
@@ -309,7 +295,7 @@ class EventPrinter:
             print_json({"event": event.event, **event.facts})
             return
         text = describe(event.event, event.facts)
-        if event.event == "step" and self.live:
+        if event.event in LIVE and self.live:
             sys.stderr.write(f"\r\x1b[K{text}")
             sys.stderr.flush()
         elif text:
@@ -339,6 +325,9 @@ def describe(event: str, facts: dict[str, Any]) -> str:
             return f"this client's ledger has {facts['rows']} rows, the server countersigned {facts['countersigned']}"
         case "baselines":
             return "training what this client would have reached without the trunk, to compare with"
+        case "baseline_step":
+            received = facts["bytes_received"] / 1e6
+            return f"{facts['which']}, step {facts['step']} of {facts['steps']}, {received:.1f} MB received"
         case "data_changed":
             return "the data file has changed since this client began; going on with what is there now"
         case "waiting":

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import socket
 import ssl
 import threading
 from collections import deque
@@ -91,6 +93,7 @@ class Link:
         self.say = say
         self.bytes_sent = 0
         self.bytes_received = 0
+        self._met = hello.resume != ""
         self._session = ClientSession(hello, next_seq=next_seq)
         self._futures: dict[int, Future[Answer]] = {}
         self._backlog: deque[tuple[Request, Future[Answer]]] = deque()  # beyond the credit window
@@ -156,7 +159,7 @@ class Link:
         await asyncio.Event().wait()  # whoever asks from now on is told why it gave up, until close()
 
     async def _connect_forever(self) -> None:
-        patience = Patience(self.url, self.patience_s, self.say)
+        patience = Patience(self.url, self.patience_s, self.say, met=self._met)
         while True:
             try:
                 async with dial(self.url, self.tls) as connection:
@@ -170,7 +173,7 @@ class Link:
                         "a frame was over the server's limit", "Lower batch.records or batch.max_length."
                     ) from closed
             except (OSError, InvalidHandshake, TimeoutError, DamagedError) as error:
-                reason = why_not(error, self.url)
+                reason = why_not(error, patience)
             await patience.wait(reason)
 
     async def _converse(self, connection: CountingConnection) -> bool:
@@ -301,12 +304,19 @@ def dial(url: str, tls: ssl.SSLContext | None, max_bytes: int = MAX_FRAME_BYTES)
         raise ConfigError(f"{url!r} is no websocket address", "Write it as ws://HOST:PORT.") from error
 
 
-def why_not(error: BaseException, url: str) -> str:
-    """Why there is no connection, in a few words. Raises TrustError for what waiting does not mend."""
+def why_not(error: BaseException, patience: Patience) -> str:
+    """Why there is no connection, in a few words. Raises TrustError and LinkError for what waiting does not mend."""
+    url = patience.url
     if (distrust := tls_error(error, url)) is not None:
         raise distrust from error
+    if isinstance(error, socket.gaierror):
+        if not patience.met:
+            raise LinkError(f"no machine is known by the name in {url}", "Check host and port.") from error
+        return "its name does not resolve"
     if isinstance(error, InvalidMessage) and url.startswith("wss:"):  # asyncio closes without the alert that says why
         return "it hung up after the TLS handshake: busy, or it does not take this client's certificate"
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ssl.SSLError):
+        return os.strerror(error.errno)
     return one_line(error)
 
 
@@ -327,7 +337,7 @@ async def _ask_patiently(url: str, message: Message, tls: ssl.SSLContext, patien
                 raise refusal_error(answer)
             return answer
         except (OSError, InvalidHandshake, TimeoutError, ConnectionClosed) as error:
-            reason = why_not(error, url)
+            reason = why_not(error, patience)
         await patience.wait(reason)
 
 

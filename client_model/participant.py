@@ -303,11 +303,16 @@ class Participant(Candidate):
         ends_too, top_too = wanted(self.settings, self.cut)
         if not (self.evaluation and self.measured.losses and (ends_too or top_too)) or self.ends.trunk_is_empty:
             return None
-        run = BaselineRun(self.name, self.data, self.evaluation, self.link, self.gate, self._fresh_ends)
+        measured = (self.data, self.evaluation, self.link, self.gate)
+        run = BaselineRun(self.name, *measured, self._fresh_ends, self._say_baseline)
         self._say("baselines")
         return Baselines(
             self.measured.losses[-1]["loss"], run.ends_only() if ends_too else None, run.top_only() if top_too else None
         )
+
+    def _say_baseline(self, which: str, step: int, steps: int) -> None:
+        assert self.count is not None
+        self._say("baseline_step", which=which, step=step, steps=steps, **self.count.traffic())
 
     def _say_goodbye(self) -> None:
         """Tell the server that it need not stay for us; all is on disk, so it does not matter whether it hears."""

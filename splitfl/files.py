@@ -37,8 +37,10 @@ def claimed(folder: Path, option: str = "--state") -> Iterator[None]:
 
     ``option`` is the one that names the folder.
 
-    Raises ConfigError when another process has it, StorageError when it cannot be written.
+    Raises ConfigError when another process has it or it is a file, StorageError when it cannot be written.
     """
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file", f"Name a folder with {option}.")
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("ab")

@@ -29,7 +29,7 @@ def privacy_report(
     mu = math.inf if whole is None else kept_mu(policy, ledger)
     report: dict[str, Any] = {
         "mode": policy.mode,
-        "statement": statement(policy, whole, alone, mu, audit, simulated=simulated),
+        "statement": statement(policy, ledger, whole, alone, mu, audit, simulated=simulated),
         "unit": policy.unit,
         "neighbours": NEIGHBOURS,
         "delta": policy.delta,
@@ -92,6 +92,7 @@ def most_spent(policy: Policy, ledger: Ledger, kinds: tuple[str, ...] | None = N
 
 def statement(
     policy: Policy,
+    ledger: Ledger,
     whole: float | None,
     alone: float | None,
     mu: float,
@@ -109,6 +110,8 @@ def statement(
             f"epsilon = {whole:.3g} at delta = {policy.delta:g} for each {policy.unit} ({NEIGHBOURS}), against whoever "
             f"sees all that left. It tells {mean_bits(mu):.2g} bits on average, at most."
         )
+    if not ledger.releases:
+        return "No guarantee. Nothing has left yet."
     figures = f"Activations alone: epsilon = {shown(alone)}; whole transcript: {shown(whole)}."
     return f"No guarantee. {audited(audit)} {figures}"
 
@@ -124,7 +127,7 @@ def audited(audit: Mapping[str, Any] | None) -> str:
 
 
 def shown(epsilon: float | None) -> str:
-    return "none" if epsilon is None else f"{epsilon:.4g}"
+    return "none (no bound)" if epsilon is None else f"{epsilon:.4g}"
 
 
 def stayed(policy: Policy, ledger: Ledger) -> list[str]:

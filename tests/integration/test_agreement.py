@@ -36,6 +36,8 @@ def test_nothing_leaves_before_the_terms_are_accepted(here: Place, wards: dict[s
     assert not client.named("step")
     wrong = here.join(server.url, "a", wards["a"], "--accept", "0" * 64)
     assert wrong.wait() == REFUSED
+    assert f"is not the hash of these terms ({agreement[:12]}...)" in wrong.error
+    assert not wrong.named("step")
     accepted = here.join(server.url, "a", wards["a"], "--accept", agreement[:12])
     assert accepted.wait() == 0
     assert accepted.report["privacy"]["mode"] == "measured"

@@ -19,7 +19,6 @@ from client_model.cli import (
     check_address,
     check_name,
     cuts_of_pause,
-    default_state,
     describe,
     first_words,
     parse_plan,
@@ -84,12 +83,6 @@ def test_name_of_letters_and_digits_is_taken(name: str) -> None:
 def test_name_that_is_a_path_or_odd_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="is no client name"):
         check_name(name)
-
-
-def test_state_of_two_clients_or_two_servers_lies_apart() -> None:
-    places = {default_state(f"ws://127.0.0.1:{port}", name) for port in (1, 2) for name in ("a", "b")}
-    assert len(places) == 4
-    assert all(place.is_absolute() and ":" not in place.name for place in places)
 
 
 def test_plan_is_a_cut_or_left_to_the_federation() -> None:
@@ -226,6 +219,11 @@ EVENTS = [
     ("privacy", {"mode": "off", "statement": OFF}, f"privacy: off. {OFF}"),
     ("waiting", {"for_": "the next round"}, "waiting for the next round"),
     ("step", STEP, "round 1 step 5: loss 1.500, 1234 tokens/s, 2.0 MB sent, 0.1 MB received"),
+    (
+        "baseline_step",
+        {"which": "top-only", "step": 300, "steps": 1200, "bytes_sent": 1, "bytes_received": 41_000_000},
+        "top-only, step 300 of 1200, 41.0 MB received",
+    ),
     ("evaluation", {"round": 1, "loss": 2.0, "perplexity": 7.4}, "held-out loss 2.000, perplexity 7.4, after 1 rounds"),
     ("step_missed", {"round": 0, "step": 4, "reason": "NaN"}, "round 1 step 5 left out: NaN"),
     ("evaluation_failed", {"round": 1, "reason": "NaN"}, "held-out loss after 1 rounds could not be measured: NaN"),

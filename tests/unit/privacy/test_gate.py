@@ -268,7 +268,15 @@ def test_gradients_of_a_top_that_trains_without_dp_leave_no_bound_on_the_whole_f
     report = privacy_report(gate.policy, gate.ledger)
     assert report["epsilon"] is None
     assert "Activations alone: epsilon = " in report["statement"]
-    assert "whole transcript: none" in report["statement"]
+    assert "whole transcript: none (no bound)." in report["statement"]
+
+
+def test_before_anything_leaves_the_report_gives_no_figures(tmp_path: Path) -> None:
+    gate = open_gate(tmp_path, "measured")
+    gate.ledger.accept(b"t" * 32)
+    assert privacy_report(gate.policy, gate.ledger)["statement"] == "No guarantee. Nothing has left yet."
+    once(gate, 1, 2)
+    assert "Activations alone: epsilon = " in privacy_report(gate.policy, gate.ledger)["statement"]
 
 
 def test_weights_without_dp_leave_no_epsilon_and_with_dp_sgd_they_are_paid_for_by_its_steps(tmp_path: Path) -> None:
