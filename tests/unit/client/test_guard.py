@@ -170,9 +170,10 @@ def test_records_are_named_by_the_clients_own_key(client: Client, tmp_path: Path
 
 def test_a_report_takes_an_audit_of_this_very_ledger_alone(client: Client) -> None:
     guard, gate = client.start(settings())
+    gate.once.release(ReleaseKind.ACTIVATION, 0, refs(1), lambda: torch.randn(1, 8, 4))
     found: dict[str, Any] = {"rows": guard.ledger.count, "head": guard.ledger.head.hex()}
     path = client.state / "audit.json"
     path.write_text(json.dumps(found | {"recovery": 0.25, "interval": [0.2, 0.3]}))
     assert "recovered 25%" in guard.report(gate)["statement"]
-    gate.once.release(ReleaseKind.ACTIVATION, 0, refs(1), lambda: torch.randn(1, 8, 4))
+    gate.once.release(ReleaseKind.ACTIVATION, 0, refs(2), lambda: torch.randn(1, 8, 4))
     assert "Not audited yet" in guard.report(gate)["statement"]
