@@ -158,6 +158,13 @@ def test_everybody_may_take_part_with_privacy_off_and_budgets_decide_else(client
     assert not later(again.key, 8, True)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_gate_is_told_whether_the_bottom_trains(client: Client, trains: bool) -> None:
+    chosen = settings()
+    gate = client.guard().open_gate(chosen, client.data(chosen), "cut 1", bottom_trains=trains)
+    assert gate.policy.bottom_trains == trains
+
+
 def test_records_are_named_by_the_clients_own_key(client: Client, tmp_path: Path) -> None:
     chosen = settings()
     _, gate = client.start(chosen)
