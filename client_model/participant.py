@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -140,6 +141,7 @@ class Participant(Candidate):
                 return self._finish(answer)
             if not isinstance(answer, RoundOpen):
                 raise ProtocolError(f"{type(answer).__name__} instead of a round")
+            self.store.forget_closing()
             self._take_merge(answer.weights)
             self.ends.begin_round(self.beside)
             self._evaluate(answer.round)
@@ -253,9 +255,17 @@ class Participant(Candidate):
         self._take_merge(finished.weights)
         self._evaluate(finished.round + 1)
         path = self.store.save_merged({name: tensor.contiguous() for name, tensor in self.ends.weights().items()})
-        baselines = self._baselines()
+        self.store.save_closing(
+            self._closing(finished, path, None)
+        )  # all that the server is still needed for: baselines
+        report = self._closing(finished, path, self._baselines())
+        self.store.save_closing(report)
         self.notary.settle()
         self._say_goodbye()
+        return report
+
+    def _closing(self, finished: Finished, path: Path, baselines: Baselines | None) -> dict[str, Any]:
+        """The closing report."""
         assert self.count is not None
         assert self.guard is not None
         tally = self.count.tally
