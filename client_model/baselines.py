@@ -19,7 +19,8 @@ from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.data.packing import Batch
 from splitfl.errors import PrivacyError
-from splitfl.privacy.gate import Gate, RecordRef
+from splitfl.privacy.charges import RecordRef
+from splitfl.privacy.gate import Gate
 from splitfl.split.modes import bottom_trains
 
 
@@ -102,4 +103,4 @@ class BaselineRun:
         """With privacy on, only records that were released before take part: a baseline costs nothing."""
         if not self.gate.policy.private:
             return None
-        return lambda key, length, _: self.gate.is_paid(self.gate.name_of(RecordRef(key, length)))
+        return lambda key, length, _: self.gate.once.is_paid(RecordRef(key, length))

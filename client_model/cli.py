@@ -64,7 +64,10 @@ def join(
         Path | None, typer.Option(help="File of this client's secret key; the default is under ~/.config/splitfl.")
     ] = None,
     plan: Annotated[
-        str, typer.Option(help="Blocks to keep here, BOTTOM,TOP; auto takes the federation's own cut.")
+        str,
+        typer.Option(
+            help="Blocks to keep here, BOTTOM,TOP, from the next round on; auto takes the federation's own cut."
+        ),
     ] = "auto",
     model: Annotated[
         Path | None, typer.Option(help="A local copy of the base model, instead of fetching the ends.")
@@ -371,6 +374,7 @@ def print_report(report: dict[str, Any]) -> None:
         ends = [losses[0], losses[-1]][: len(losses)]
         said = ", ".join(f"{entry['loss']:.3f} after {entry['round']} rounds" for entry in ends)
         lines.append(f"  held-out loss: {said} (nats per token)")
+    lines += beside_personal(report)
     traffic = report["bytes"]
     lines.append(
         f"  link: {traffic['bytes_sent'] / 1e6:.1f} MB sent, {traffic['bytes_received'] / 1e6:.1f} MB received"
@@ -400,6 +404,19 @@ def beside(baselines: dict[str, Any] | None) -> list[str]:
     said = {"federated": baselines["federated"], "ends-only": baselines["ends_only"], "top-only": baselines["top_only"]}
     figures = [f"{name} {loss:.3f}" if loss is not None else f"{name} not measured" for name, loss in said.items()]
     return [f"  on this client's held-out records: {', '.join(figures)} (nats per token)"]
+
+
+def beside_personal(report: dict[str, Any]) -> list[str]:
+    """The merged weights beside the client's own, or that its own are all there is."""
+    if report["share"] == "none":
+        return ["  heads are personal: this client's ends were merged with nobody's"]
+    last = report["held_out_losses"][-1:]
+    if report["personal"] is None or not last or last[0]["round"] != report["rounds"]:
+        return []
+    merged = last[0]["loss"]
+    return [
+        f"  your own weights before the last merge: {report['personal']:.3f}; merged: {merged:.3f} (nats per token)"
+    ]
 
 
 def privacy_lines(privacy: dict[str, Any]) -> list[str]:

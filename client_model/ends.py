@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 
 
 class Ends:
-    """Bottom and top of ``cut``, read slice-wise from ``source`` onto ``device``."""
+    """Bottom and top of ``cut``, read slice-wise from ``source`` onto ``device``.
+
+    ``dp_sgd`` trains them with ``noise``: the gate then takes their weights for paid for, so one without the other is
+    a ValueError.
+    """
 
     def __init__(
         self,
@@ -71,7 +75,9 @@ class Ends:
         self.needs_backward = trunk_needs_backward(settings, cut, self.layers)
         self.private_top: PrivateTop | None = None
         self.private_bottom: PrivateBottom | None = None
-        if dp_sgd is not None and noise is not None:
+        if dp_sgd is not None:
+            if noise is None:
+                raise ValueError("DP-SGD without noise is none")
             from splitfl.privacy.dp_sgd import PrivateBottom, PrivateTop  # opacus takes seconds to import
 
             self.private_top = PrivateTop(self.top, dp_sgd, noise)
@@ -145,9 +151,15 @@ class Ends:
         return self.bottom_optimizer.step(learning_rate, lambda _: tokens, self.correction)
 
     def begin_round(self, sent: Mapping[str, Tensor]) -> None:
-        """The shared weights are the round's start; ``sent`` is what came beside them for the strategy's correction."""
+        """The shared weights are the round's start; ``sent`` is what came beside them for the strategy's correction.
+
+        Raises ProtocolError for a tensor that does not fit its weight.
+        """
         if self.correction is not None:
-            start = {name: weight.detach().clone() for name, weight in self._shared_weights().items()}
+            start = {name: weight.clone() for name, weight in self._shared_weights().items()}
+            for name, tensor in sent.items():
+                if tensor.shape != start[name.rpartition("/")[0]].shape:
+                    raise ProtocolError(f"{name!r} has another shape than its weight", "Do not trust this server.")
             self.correction.begin(start, {name: tensor.to(self.device) for name, tensor in sent.items()})
 
     def end_round(self, step_sizes: float) -> None:

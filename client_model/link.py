@@ -27,7 +27,7 @@ from client_model.patience import Patience
 from splitfl.channel.certificates import SERVER_NAME
 from splitfl.errors import ConfigError, LinkError, ProtocolError, RefusedError, SplitFLError
 from splitfl.pipe import send_frame, watch
-from splitfl.wire.frames import MAX_FRAME_BYTES, Parts, decode, encode, frame_bytes
+from splitfl.wire.frames import MAX_FRAME_BYTES, DamagedError, Parts, decode, encode, frame_bytes
 from splitfl.wire.messages import Answer, Backward, Failed, Forward, Hello, Message, Refused, Request, Welcome
 from splitfl.wire.session import Answered, ClientSession, Connected, Rejected
 
@@ -170,7 +170,7 @@ class Link:
                     raise ProtocolError(
                         "a frame was over the server's limit", "Lower batch.records or batch.max_length."
                     ) from closed
-            except (OSError, InvalidHandshake, TimeoutError) as error:
+            except (OSError, InvalidHandshake, TimeoutError, DamagedError) as error:
                 reason = why_not(error, self.patience)
             await self.patience.wait(reason)
 
@@ -196,6 +196,10 @@ class Link:
             if not welcomed:
                 raise
             self._raise_if_too_big(connection)
+        except DamagedError as damaged:
+            if not welcomed:
+                raise
+            self.say(f"the link to {self.url}: {damaged.message}")
         finally:
             self._outgoing = None
             for helper in helpers:
@@ -345,6 +349,8 @@ def settle(future: Future[Answer], answer: Answer) -> None:
 
 def refusal_error(refusal: Refused) -> SplitFLError:
     """The error that a Refused means for the person at the client."""
+    if refusal.code == "damaged":
+        return DamagedError(refusal.reason, refusal.remedy, field="frame")
     if refusal.code in ("version", "bad_message"):
         return ProtocolError(f"the server refuses: {refusal.reason}", refusal.remedy)
     return RefusedError(f"the server refuses: {refusal.reason}", refusal.remedy, code=refusal.code)

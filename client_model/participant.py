@@ -7,6 +7,7 @@ go on once the merge is durable. After a server's restart it goes back to the sn
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -255,16 +256,17 @@ class Participant(Candidate):
         self._take_merge(finished.weights)
         self._evaluate(finished.round + 1)
         path = self.store.save_merged({name: tensor.contiguous() for name, tensor in self.ends.weights().items()})
-        self.store.save_closing(
-            self._closing(finished, path, None)
-        )  # all that the server is still needed for: baselines
-        report = self._closing(finished, path, self._baselines())
+        personal = self._personal_loss(finished.round)
+        self.store.save_closing(self._closing(finished, path, personal, None))  # kept, whatever happens from here on
+        report = self._closing(finished, path, personal, self._baselines())
         self.store.save_closing(report)
         self.notary.settle()
         self._say_goodbye()
         return report
 
-    def _closing(self, finished: Finished, path: Path, baselines: Baselines | None) -> dict[str, Any]:
+    def _closing(
+        self, finished: Finished, path: Path, personal: float | None, baselines: Baselines | None
+    ) -> dict[str, Any]:
         """The closing report."""
         assert self.count is not None
         assert self.guard is not None
@@ -277,7 +279,9 @@ class Participant(Candidate):
             "starts": tally.starts,
             "uncounted_starts": tally.uncounted_starts,
             "cut": str(self.cut),
+            "share": self.settings.merge.share,
             "held_out_losses": self.measured.losses,
+            "personal": personal,
             "baselines": None if baselines is None else {**asdict(baselines), "earned": baselines.earned},
             "data": self._data_facts(),
             "bytes": self.count.total_traffic(),
@@ -285,6 +289,24 @@ class Participant(Candidate):
             "weights": str(path),
             "seconds": time.monotonic() - self.started,
         }
+
+    def _personal_loss(self, round_: int) -> float | None:
+        """Held-out loss of this client's own weights as they were before the merge of ``round_``, on the merged trunk.
+
+        None when it had no part in that round, nothing of it is merged, or its activations would be charged anew. The
+        ends hold those weights afterwards.
+        """
+        own = self.store.newest(round_)
+        charged = self.gate.policy.private and self.ends.bottom_trains and not self.ends.trunk_is_empty
+        if own is None or own.round != round_ or not (self.evaluation and self.ends.shared) or charged:
+            return None
+        self.ends.load_weights(own.weights)
+        try:
+            loss = mean(self.trainer.evaluate(round_ + 1, self.evaluation))
+        except (MissedStepError, NumericalError):
+            return None
+        self.notary.mark()
+        return loss if math.isfinite(loss) else None
 
     def _baselines(self) -> Baselines | None:
         """What this client would have reached without the split; None where that is not asked for."""

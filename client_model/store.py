@@ -2,6 +2,11 @@
 
     ledger.sqlite               what has left so far, row by row (splitfl.privacy.ledger)
     releases.sqlite             noised bytes that left, encrypted (splitfl.privacy.vault)
+    key-id                      this folder's random name, which finds its key (client_model.keys)
+    agreement.txt               the terms that were accepted last, in words
+    countersigner               who countersigns the ledger: a public key
+    audit.json                  what `splitfl audit` found, and of which ledger
+    identity/                   certificate and private key of an invitation (client_model.identity)
     tally.json                  starts, rounds and traffic so far
     federation.json             the settings that were agreed to, and the cut
     client.json                 name, federation, session token (to resume)

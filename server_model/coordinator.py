@@ -14,7 +14,8 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -86,10 +87,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Progress:
-    """Something an operator wants to see; the shell prints it."""
+    """Something an operator wants to see; the shell prints it. ``time`` is UTC, in ISO 8601."""
 
     event: str
     facts: dict[str, object]
+    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
 
 
 class Coordinator:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from splitfl.config import Federation
 from splitfl.errors import ConfigError, RefusedError, StorageError
 from splitfl.federation.merging import Merger, choose_strategy
 from splitfl.federation.robust import Contribution
-from splitfl.federation.rounds import Action, Finish, MergeRound, OpenRound, Phase, RoundMachine
+from splitfl.federation.rounds import Action, Finish, LateUpdate, MergeRound, OpenRound, Phase, RoundMachine
 from splitfl.federation.schedule import round_step_sizes
 from splitfl.federation.strategies import RoundFacts
 from splitfl.split.checkpoint import CheckpointFolder, embedding_name, file_entries, is_tied
@@ -90,6 +91,7 @@ class Rounds:
         self._desk = Desk()
         self._opened = -1  # the newest round that was opened
         self._updates: dict[str, ClientUpdate] = {}
+        self._late: dict[str, ClientUpdate] = {}  # for the next merge; a restart forgets them
 
     def restore(self) -> None:
         """Go back to the newest durable round, if there is one."""
@@ -145,7 +147,10 @@ class Rounds:
         return replace(await future, seq=request.seq)
 
     async def update(self, members: Members, member: Member, request: Update) -> Answer:
-        """RoundDurable once the round is merged and on disk. Raises RefusedError for weights that do not fit."""
+        """RoundDurable once the round is merged and on disk; at once for an update that came too late.
+
+        Raises RefusedError for weights that do not fit, and for a round that this client is not in.
+        """
         if member.name in self._desk.update:
             raise RefusedError("this client's update has come already", "Wait for the merge.", code="wrong_round")
         most = self.settings.rounds.local_steps * self.settings.batch.records * self.settings.batch.max_length
@@ -159,21 +164,24 @@ class Rounds:
         self._desk.update[member.name] = future
         try:
             update = await asyncio.to_thread(self.inbox.check, member.name, request, member.shared)
+            actions = self._accept(update, request)
         except BaseException:
             self._desk.update.pop(member.name, None)
             raise
-        self._updates[member.name] = update
         if request.held_out_loss is not None:
             self.say("held_out_loss", client=member.name, round=request.round, loss=request.held_out_loss)
         self.engine.leave_round(member.name)
-        try:
-            actions = self.machine.update(member.name, request.round, request.tokens, self.clock())
-        except RefusedError:  # too late, or not in the cohort: it goes on with the newest merge
-            self._updates.pop(member.name, None)
-            self._desk.update.pop(member.name, None)
-            return RoundDurable(request.seq, self.durable, self.weights, merged=False)
         self._act(members, actions)
         return replace(await future, seq=request.seq)
+
+    def _accept(self, update: ClientUpdate, request: Update) -> list[Action]:
+        try:
+            actions = self.machine.update(update.client, request.round, request.tokens, self.clock())
+        except RefusedError:
+            self.inbox.forget(update)
+            raise
+        self._updates[update.client] = update
+        return actions
 
     def leave(self, members: Members, member: Member) -> None:
         """A client is gone for good; an update that it has sent still counts."""
@@ -182,6 +190,16 @@ class Rounds:
         self.engine.leave_round(member.name)
         self._act(members, self.machine.leave(member.name, self.clock()))
 
+    @property
+    def progress(self) -> tuple[object, ...]:
+        """Changes whenever the federation gets on."""
+        return self.machine.round, self.machine.phase, self.engine.steps_applied
+
+    def awaited(self) -> tuple[list[str], int]:
+        """Whom the others wait for at this moment, and how many more clients a round needs to open."""
+        in_step = self.engine.awaited()
+        return sorted(self.machine.awaited() if in_step is None else in_step), self.machine.missing()
+
     # -- what the machine decides ------------------------------------------------------------------------------
 
     def _act(self, members: Members, actions: list[Action]) -> None:
@@ -189,6 +207,8 @@ class Rounds:
             match action:
                 case OpenRound():
                     self._open(members, action)
+                case LateUpdate():
+                    self._take_late(action)
                 case MergeRound():
                     self.engine.end_round()
                     spawn(self._merge(members, action))
@@ -213,18 +233,39 @@ class Rounds:
     def _trains_through_trunk(self, member: Member) -> bool:
         return trunk_needs_backward(self.settings, member.cut, self.layers)
 
+    def _take_late(self, late: LateUpdate) -> None:
+        """Its client goes on with the newest merge. It hears "not merged": until the next one nothing is durable."""
+        update = self._updates.pop(late.client)
+        if late.kept:
+            self._late[late.client] = update
+        else:
+            self.inbox.forget(update)
+        self.say("late_update", client=late.client, round=late.round, kept=late.kept)
+        answer = RoundDurable(0, self.durable, self.weights, merged=False)
+        resolve(self._desk.update.pop(late.client, None), answer)
+
+    def _to_merge(self, action: MergeRound) -> list[ClientUpdate]:
+        """The updates of a merge, those in time first."""
+        in_time = [self._updates.pop(name) for name in action.contributors]
+        return in_time + [
+            replace(self._late.pop(late.client), discount=late.discount, start=partial(self._before, late.round))
+            for late in action.late
+        ]
+
     async def _merge(self, members: Members, action: MergeRound) -> None:
         """Merge, make it durable, tell everybody."""
-        updates = [self._updates[name] for name in action.contributors]
+        updates = self._to_merge(action)
         state = await self.engine.call(self._merge_now, action.round, updates)
         await self._save(state)
         await asyncio.to_thread(self._offer_weights, action.round)
         self.durable = action.round
         for folder in await asyncio.to_thread(self.store.prune):
             self.blobs.forget_round(folder)
-        self.inbox.clear()
-        self.say("round_durable", round=action.round, clients=list(action.contributors))
-        done, self._desk.update, self._updates = self._desk.update, {}, {}
+        for update in updates:
+            self.inbox.forget(update)
+        late = [update.client for update in action.late]
+        self.say("round_durable", round=action.round, clients=list(action.contributors), late=late)
+        done, self._desk.update = self._desk.update, {}
         for name, future in done.items():
             resolve(future, RoundDurable(0, action.round, self.weights, merged=name in action.contributors))
         self._act(members, self.machine.merged(self.clock()))
@@ -263,14 +304,14 @@ class Rounds:
         merged = self.merged | {name: part.tensor.clone() for name, part in own.items() if self._held(name)}
         remembered = dict(self.remembered)
         merger = Merger(self.strategy, self._facts(round_, updates))
-        for name, tensor, kept in merge_updates(updates, merger, self._previous, own, self._state_of):
+        for name, tensor, kept in merge_updates(updates, merger, partial(self._before, round_), own, self._state_of):
             merged[name] = tensor
             remembered |= {f"{name}/{what}": value for what, value in kept.items()}
         trunk.load_weights(merged)
         self.merged, self.remembered = merged, remembered
         self.contributors |= {update.client for update in updates}
         facts = {
-            "updates": {update.client: update.tokens for update in updates},
+            "updates": {update.client: update.tokens for update in updates if update.start is None},
             "contributors": sorted(self.contributors),
             "seed": self.settings.seed,
         }
@@ -286,10 +327,15 @@ class Rounds:
         keys = {what: f"{name}/{what}" for what in self.strategy.state_names}
         return {what: self.remembered[key] for what, key in keys.items() if key in self.remembered}
 
-    def _previous(self, name: str, shape: torch.Size) -> Tensor:
-        """A shared tensor's value before the round; LoRA's B starts at zero."""
-        if name in self.merged:
-            return self.merged[name]
+    def _before(self, round_: int, name: str, shape: torch.Size) -> Tensor:
+        """A shared tensor's value when ``round_`` began: in the merge, the trunk or the checkpoint; LoRA's B is zero.
+
+        Raises StorageError.
+        """
+        newest = self.merged.get(name) if round_ == self.durable + 1 else None
+        kept = newest if newest is not None or round_ == 0 else self.store.tensor(round_ - 1, name)
+        if kept is not None:
+            return kept
         stored = name.replace(".base_layer.", ".")
         if stored == f"{self.source.anatomy.head}.weight" and is_tied(self.source.config):
             stored = embedding_name(self.source.anatomy)

@@ -15,9 +15,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -137,6 +137,18 @@ class Store:
                 f"{folder} cannot be read", "Delete it: the round before it is still there, and --resume uses that."
             ) from error
         return RoundState(round=round_, facts=facts, **parts)
+
+    def tensor(self, round_: int, name: str) -> Tensor | None:
+        """One weight as a kept round left it, merged or the trunk's; None where it holds none. Raises StorageError."""
+        for part in ("merged", "trunk"):
+            path = self.folder_of(round_) / f"{part}.safetensors"
+            try:
+                with safe_open(path, framework="pt") as file:
+                    if name in file.keys():  # noqa: SIM118 - safe_open is no dict
+                        return cast(Tensor, file.get_tensor(name))
+            except (OSError, SafetensorError) as error:
+                raise StorageError(f"{path} cannot be read", "Restore it from a backup.") from error
+        return None
 
 
 def check_same(before: Federation, now: Federation) -> None:

@@ -29,13 +29,22 @@ from splitfl.wire.messages import Update, Upload
 HEADER_ALLOWANCE = 1 << 20  # bytes of safetensors header beside the tensors
 
 
+#: (name, shape) -> a shared tensor's value at some moment
+Weights = Callable[[str, torch.Size], Tensor]
+
+
 @dataclass(frozen=True)
 class ClientUpdate:
-    """A checked update: the file it lies in (None when nothing is shared) and its label tokens."""
+    """A checked update: the file it lies in (None when nothing is shared) and its label tokens.
+
+    ``start`` is for late ones alone: the weights that its client had trained from.
+    """
 
     client: str
     tokens: int
     path: Path | None
+    discount: float = 1.0
+    start: Weights | None = None
 
 
 class Inbox:
@@ -97,10 +106,10 @@ class Inbox:
         with self._writing:
             self.coming(client).unlink(missing_ok=True)
 
-    def clear(self) -> None:
-        """Forget all checked uploads."""
-        for path in self.folder.glob("*.safetensors"):
-            path.unlink(missing_ok=True)
+    def forget(self, update: ClientUpdate) -> None:
+        """Delete a checked upload."""
+        if update.path is not None:
+            update.path.unlink(missing_ok=True)
 
 
 def file_hash(path: Path) -> str:
@@ -140,19 +149,28 @@ def check_tensors(path: Path, expected: Shapes) -> None:
 class OpenUpdate:
     """A client's tensors, read one at a time."""
 
-    client: str
-    tokens: int
+    update: ClientUpdate
     file: Any
+    previous: Weights
+
+    @property
+    def tokens(self) -> float:
+        """Its weight."""
+        return self.update.tokens * self.update.discount
 
     def tensor(self, name: str) -> Tensor | None:
-        """fp32; None when this client does not hold it."""
-        return self.file.get_tensor(name) if name in self.file.keys() else None  # noqa: SIM118 - safe_open is no dict
+        """fp32; None when this client does not hold it. Of a late update its change, on top of the newest weights."""
+        if name not in self.file.keys():  # noqa: SIM118 - safe_open is no dict
+            return None
+        copy: Tensor = self.file.get_tensor(name)
+        start = self.update.start
+        return copy if start is None else self.previous(name, copy.shape) + (copy - start(name, copy.shape))
 
 
 def merge_updates(
     updates: Sequence[ClientUpdate],
     merger: Merger,
-    previous: Callable[[str, torch.Size], Tensor],
+    previous: Weights,
     own: Mapping[str, Contribution],
     states: Callable[[str], State],
 ) -> Iterator[tuple[str, Tensor, State]]:
@@ -162,7 +180,7 @@ def merge_updates(
     """
     with ExitStack() as stack:
         sent = [
-            OpenUpdate(update.client, update.tokens, stack.enter_context(safe_open(update.path, framework="pt")))
+            OpenUpdate(update, stack.enter_context(safe_open(update.path, framework="pt")), previous)
             for update in updates
             if update.path is not None
         ]
@@ -178,22 +196,22 @@ def merge_updates(
 
 def screened(
     sent: Sequence[OpenUpdate], merger: Merger, before: Iterable[tuple[str, Tensor]]
-) -> dict[str, float | None]:
+) -> dict[Path | None, float | None]:
     """What each client's update is multiplied by, None = left out: a first pass over all files, where it is needed."""
     if not merger.screens:
         return {}
     trained = [update for update in sent if update.tokens]
     pairs = ((start, [update.tensor(name) for update in trained]) for name, start in before)
     screen = merger.screen(inner_products(pairs, len(trained)))
-    return {update.client: factor for update, factor in zip(trained, screen, strict=True)}
+    return {one.update.path: factor for one, factor in zip(trained, screen, strict=True)}
 
 
 def contributions(
-    sent: Sequence[OpenUpdate], name: str, start: Tensor, factors: Mapping[str, float | None]
+    sent: Sequence[OpenUpdate], name: str, start: Tensor, factors: Mapping[Path | None, float | None]
 ) -> Iterator[Contribution]:
     """The copies of one tensor that are merged, each as far from ``start`` as its client's factor leaves it."""
     for update in sent:
-        copy, factor = update.tensor(name), factors.get(update.client, 1.0)
+        copy, factor = update.tensor(name), factors.get(update.update.path, 1.0)
         if copy is None or factor is None:
             continue
         near = copy if factor == 1.0 else (start.double() + factor * (copy.double() - start.double())).float()

@@ -38,6 +38,15 @@ class Rounds(Section):
     client_fraction: float = Field(1.0, gt=0, le=1, description="share of the waiting clients that a round takes")
     min_clients: int = Field(1, ge=1, description="clients that a round needs to open, and the least that it takes")
     deadline_s: float = Field(0.0, ge=0, description="seconds until a round merges what it has; 0 = wait for all")
+    staleness: Literal["drop", "polynomial"] = Field(
+        "drop",
+        description="what becomes of an update that missed its round's deadline; drop: nothing; polynomial: the next "
+        "merge takes its change, weighted by label tokens times (1 + rounds late) ^ -staleness_exponent",
+    )
+    staleness_exponent: float = Field(
+        0.5, ge=0, le=100, description="polynomial: how fast late updates lose weight, no unit; 0 = not at all"
+    )
+    max_staleness: int = Field(2, ge=1, le=2, description="polynomial: rounds that an update may be late; beyond, drop")
 
 
 class Batch(Section):
@@ -174,7 +183,7 @@ class Wire(Section):
 
 
 class Evaluation(Section):
-    """What a client measures on its own held-out rows; losses stay at home."""
+    """What a client measures on its own held-out rows; losses stay at home unless ``share_metrics``."""
 
     held_out_fraction: float = Field(0.1, ge=0, lt=1, description="share of the rows that is never trained on")
     seed: int = Field(

@@ -25,7 +25,7 @@ class Contribution:
     """One holder's copy of a tensor after the round, and the label tokens that trained it."""
 
     tensor: Tensor
-    tokens: int
+    tokens: float  # discounted if it is late
 
 
 Average = Callable[[Sequence[Contribution]], Tensor]  # at least one, each with tokens -> float64

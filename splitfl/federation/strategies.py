@@ -116,6 +116,11 @@ class Scaffold(Strategy):
                 'merge.strategy = "scaffold" with robust merging: the variates of clients and server would part',
                 "Leave out merge.aggregate and merge.clip_norm, or set another strategy.",
             )
+        if settings.rounds.staleness != "drop":
+            raise ConfigError(
+                'merge.strategy = "scaffold" with late updates: a variate would be of another round than its change',
+                'Set rounds.staleness = "drop", or another strategy.',
+            )
         if len(settings.bottoms) * len(settings.tops) > 1:
             raise ConfigError(
                 'merge.strategy = "scaffold" where cuts may differ: the trunk\'s copy of a block has no variate',

@@ -5,8 +5,9 @@ changed or missing one shows; head and count are countersigned by the server, so
 (``splitfl.privacy.witness``). ``synchronous = FULL``: when ``append`` returns, the rows survive a power cut. It holds
 no text and no token: a record is a keyed hash.
 
-Columns: seq, record, kind, sensitivity, sigma, round, tainted, time, payload (SHA-256 of the bytes that leave),
-nbytes, chain. ``tainted`` marks releases that depend on weights trained on private records without DP.
+Columns: seq, record, kind, sensitivity, sigma, round, tainted, time, payload, nbytes, chain. ``payload`` is the SHA-256
+of the bytes that leave; empty for a step of DP-SGD, of which nothing leaves but weights, later. ``tainted`` marks
+releases that depend on weights trained on private records without DP.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from enum import Enum
 from pathlib import Path
 
 import msgpack
@@ -30,6 +32,21 @@ GENESIS = bytes(32)  # the chain's value before the first row
 EVERYTHING = b""  # the record of a row that no single record stands for: a weight update
 AGREEMENT = "agreement"  # kind of the rows that say what was agreed to; they release nothing
 CLOCK_SLACK_S = 120.0  # how far the clock may go back: time servers correct by less
+
+
+class ReleaseKind(Enum):
+    """What can be computed from a record and leave."""
+
+    ACTIVATION = "activations"
+    HELD_OUT_ACTIVATION = "activations of held-out records"
+    GRADIENT = "gradients"
+    DP_SGD = "steps of DP-SGD"
+    WEIGHTS = "weights"
+    METRIC = "held-out losses"
+
+
+#: kinds that are computed from several records at once
+JOINT = {ReleaseKind.DP_SGD.value, ReleaseKind.METRIC.value}
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS rows (
@@ -84,7 +101,7 @@ class Ledger:
         self.releases: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self._payloads: set[bytes] = set()
-        self.has_record_steps = False  # DP-SGD was counted record by record: never enough for a whole client
+        self.joint_by_record = False  # something joint was counted record by record: not enough for a whole client
         self._agreement = b""  # the terms that were accepted last
         with ledger_errors(path):
             fresh = not path.exists()
@@ -152,11 +169,12 @@ class Ledger:
             return
         self.releases[row.kind] += 1
         self.bytes[row.kind] += row.nbytes
-        self._payloads.add(row.payload)
+        if row.payload:
+            self._payloads.add(row.payload)
         self.total += row.mu_squared
         self.spent[row.charged_to] += row.mu_squared
         self.spent_by_kind[row.kind][row.charged_to] += row.mu_squared
-        self.has_record_steps |= row.nbytes == 0 and row.record != EVERYTHING
+        self.joint_by_record |= row.kind in JOINT and row.record != EVERYTHING
         if row.tainted:
             self.tainted.add(row.kind)
 

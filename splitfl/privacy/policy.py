@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from splitfl.config import LEVELS, Federation
 from splitfl.errors import ConfigError
@@ -45,10 +46,13 @@ class DpSgd:
 
 @dataclass(frozen=True)
 class Policy:
-    """What may leave one client, and how. None for a mechanism: sent as it is (mode off), or not at all."""
+    """What may leave one client, and how. None for a mechanism: sent as it is (mode off), or not at all.
 
-    mode: str
-    unit: str
+    ``bottom_trains``: activations come from weights that train here, so each step's are new ones.
+    """
+
+    mode: Literal["off", "measured", "certified"]
+    unit: Literal["record", "client"]
     activations: Mechanism | None
     gradients: Mechanism | None
     dp_sgd: DpSgd | None
@@ -58,6 +62,7 @@ class Policy:
     delta: float
     epsilon: float | None = None  # the bound that the budgets keep; None = none was asked for
     noise: Mapping[str, float] = field(default_factory=dict)  # multiplier by kind that leaves; 0 = as it is
+    bottom_trains: bool = False
 
     @property
     def private(self) -> bool:
@@ -89,12 +94,23 @@ def workload(settings: Federation, records: int, held_out: int) -> Workload:
     return Workload(records, held_out, steps * settings.batch.records, steps, length)
 
 
-def policy_of(settings: Federation, work: Workload) -> Policy:
+def policy_of(settings: Federation, work: Workload, *, bottom_trains: bool = False) -> Policy:
     """The policy of a client with that workload. Raises ConfigError for a target that no noise reaches."""
     privacy = settings.privacy
     if not privacy.on:
-        unbounded = (math.inf, math.inf, privacy.delta)
-        return Policy("off", privacy.unit, None, None, None, 0.0, *unbounded, noise=leaving(settings, NONE))
+        return Policy(
+            mode="off",
+            unit=privacy.unit,
+            activations=None,
+            gradients=None,
+            dp_sgd=None,
+            metric_noise=0.0,
+            record_budget=math.inf,
+            run_budget=math.inf,
+            delta=privacy.delta,
+            noise=leaving(settings, NONE),
+            bottom_trains=bottom_trains,
+        )
     if privacy.clip_norm is None:
         raise ConfigError("privacy.clip_norm is not settled", "The server measures it at its start; or set it.")
     noise = certified_noise(settings, work) if privacy.mode == "certified" else measured_noise(settings)
@@ -115,6 +131,7 @@ def policy_of(settings: Federation, work: Workload) -> Policy:
         delta=privacy.delta,
         epsilon=privacy.epsilon,
         noise=leaving(settings, noise),
+        bottom_trains=bottom_trains,
     )
 
 

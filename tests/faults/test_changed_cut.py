@@ -56,6 +56,8 @@ def test_client_that_comes_back_with_another_plan_goes_on(
         steps = [(event["round"], event["step"]) for part in (first, again) for event in part.named("step")]
         assert steps == [(round_, step) for round_ in range(3) for step in range(8)]
         assert again.report["starts"] == 2
+        received = sum(event["bytes_in"] for event in server.command.named("left", client="a"))
+        assert again.report["bytes"]["bytes_sent"] == pytest.approx(received, rel=0.01)  # over both sessions
     (changed,) = again.named("cut_changed")
     assert (changed["before"], changed["now"]) == ("1,1", "2,1")
     assert again.report["cut"] == "2,1"

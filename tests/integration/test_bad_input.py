@@ -29,7 +29,8 @@ from splitfl.errors import (
     SplitFLError,
 )
 from splitfl.split.checkpoint import read_config
-from splitfl.wire.frames import encode
+from splitfl.wire.checksum import checksum
+from splitfl.wire.frames import CHECKSUM_BYTES, encode
 from splitfl.wire.messages import (
     Failed,
     Forward,
@@ -394,7 +395,7 @@ def test_join_ends_when_the_server_speaks_another_protocol_version(
 
 
 def test_join_ends_when_the_server_sends_what_is_no_frame(place: Place, wards: dict[str, Path]) -> None:
-    with fake_server(lambda _: b"\xff" * 40) as url:
+    with fake_server(lambda _: sealed(b"\xff" * 40)) as url:
         assert_ends(place.join(url, "ward", wards["a"]), ProtocolError, "header")
 
 
@@ -456,7 +457,7 @@ def test_server_refuses_a_frame_over_the_limit_and_keeps_the_session(hall: Serve
 def test_server_refuses_a_tensor_whose_shape_lies_and_keeps_the_session(hall: Server, shape: tuple[int, ...]) -> None:
     honest = b"".join(encode(Forward(0, 0, 0, 0, 0, True, 9, (), TensorBytes("f32", (4, 32, 64), bytes(32768)))))
     header_end = 4 + int.from_bytes(honest[:4], "little")
-    lie = with_shape(honest[4:header_end], shape) + honest[-32768:]
+    lie = sealed(with_shape(honest[4:header_end], shape) + honest[-32768 - CHECKSUM_BYTES : -CHECKSUM_BYTES])
     with RawClient(hall.url, "liar") as client:
         token = client.greeting.session
         client.connection.send(lie)
@@ -468,6 +469,11 @@ def test_server_refuses_a_tensor_whose_shape_lies_and_keeps_the_session(hall: Se
         assert client.greeting.resumed
 
 
+def sealed(body: bytes) -> bytes:
+    """With the checksum that an honest sender would add."""
+    return body + checksum([body]).to_bytes(4, "little")
+
+
 def with_shape(header: bytes, shape: tuple[int, ...]) -> bytes:
     """The frame's head with another shape in it, padded as the protocol wants."""
     import msgpack
@@ -477,6 +483,20 @@ def with_shape(header: bytes, shape: tuple[int, ...]) -> bytes:
     packed = msgpack.packb(fields)
     head = len(packed).to_bytes(4, "little") + packed
     return head + bytes(-len(head) % 64)
+
+
+@pytest.mark.parametrize("place", [0, 40, -100, -1])  # length, header, tensor, checksum
+def test_server_refuses_a_damaged_frame_and_keeps_the_session(hall: Server, place: int) -> None:
+    data = bytearray(b"".join(encode(Forward(0, 0, 0, 0, 0, True, 9, (), TensorBytes("f32", (1, 1, 64), bytes(256))))))
+    data[place] ^= 4
+    with RawClient(hall.url, "noisy") as client:
+        token = client.greeting.session
+        client.connection.send(bytes(data))
+        refusal = client.hear()
+    assert isinstance(refusal, Refused)
+    assert refusal.code == "damaged"
+    with RawClient(hall.url, "noisy", resume=token) as client:
+        assert client.greeting.resumed
 
 
 def test_server_refuses_text_messages_and_keeps_the_session(hall: Server) -> None:
@@ -590,6 +610,10 @@ def test_server_refuses_bad_uploads_and_then_takes_the_right_one(place: Place, s
         assert oversize.code == "over_limit"
         gap = client.ask(Upload(0, 0, "ab" * 32, len(right) + 9, len(right) + 99, TensorBytes("u8", (1,), b"x")))
         assert isinstance(gap, Failed)
+        client.upload(right)
+        greedy = client.update(0, right, tokens=10**9)  # more than a round has
+        assert isinstance(greedy, Failed)
+        assert greedy.code == "over_limit"
         assert not list((place.folder / "server").glob("rounds/*"))
         client.upload(right)
         merged = client.update(0, right)
@@ -603,8 +627,8 @@ def test_server_refuses_an_upload_before_any_round(hall: Server, small_model: Pa
     with RawClient(hall.url, "early") as client:
         client.upload(weights)
         answer = client.update(0, weights)
-        assert isinstance(answer, RoundDurable)
-        assert not answer.merged
+        assert isinstance(answer, Failed)
+        assert answer.code == "wrong_round"
 
 
 def in_settings(server: Server) -> Any:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import torch
 from gates import agree
+from serving import ServiceThread
 
 from client_model.cli import first_words, say_goodbye
 from client_model.events import Event
@@ -20,7 +19,6 @@ from client_model.link import Link
 from client_model.participant import Participant, PausedError
 from client_model.store import ClientStore
 from server_model.coordinator import Coordinator
-from server_model.service import Service
 from splitfl.config import Federation, parse_federation
 from splitfl.cut import Cut
 
@@ -111,29 +109,3 @@ def join(
         raise
     finally:
         link.close()
-
-
-class ServiceThread:
-    """The trunk service on a free loopback port, on an event loop of its own."""
-
-    def __init__(self, model: Path, settings: Federation, state: Path) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self.coordinator: Coordinator = self._call(self._make(model, settings, state))
-        self.service = Service(self.coordinator)
-        self.url = f"ws://127.0.0.1:{self._call(self.service.start('127.0.0.1', 0))}"
-
-    async def _make(self, model: Path, settings: Federation, state: Path) -> Coordinator:
-        return Coordinator(model, settings, state, device=CPU)
-
-    def _call(self, work: Any) -> Any:
-        future: Future[Any] = asyncio.run_coroutine_threadsafe(work, self._loop)
-        return future.result(timeout=60)
-
-    def stop(self) -> None:
-        """Close everything."""
-        self._call(self.service.stop())
-        self.coordinator.close()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=10)

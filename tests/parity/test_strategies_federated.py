@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -40,13 +42,19 @@ def settings(**tables: Any) -> Federation:
 
 
 def run(
-    model: Path, notes: dict[str, Path], chosen: Federation, folder: Path, stop_after: int | None = None
+    model: Path,
+    notes: dict[str, Path],
+    chosen: Federation,
+    folder: Path,
+    stop_after: int | None = None,
+    watch: Callable[[str, str], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Start, or go on with, the federation in ``folder``; ends once round ``stop_after`` is durable, before any client
-    hears of it. Returns the clients' reports."""
+    hears of it. ``watch`` gets (client, event), "" for the service. Returns the clients' reports."""
     services: list[MemoryService] = []
 
     def report(told: Progress) -> None:
+        watch("", told.event)
         if told.event == "round_durable" and told.facts["round"] == stop_after:
             services[0].fail(LinkError("stopped by the test"))
 
@@ -59,6 +67,7 @@ def run(
         for name in NAMES:
             participant = Participant(name, notes[name], ClientStore(folder / name), folder / "cache" / name, CPU)
             participant.accept = lambda _: True
+            participant.report = lambda told, name=name: watch(name, told.event)
             jobs[name] = joined(service, participant, None)
         return run_together(service, jobs)
 
@@ -129,3 +138,23 @@ def test_scaffolds_first_variates_are_the_mean_gradients_of_the_round(
     for name, merged in first.merged.items():
         expected = (base[name] - merged) / round_step_sizes(chosen, 0)
         torch.testing.assert_close(first.strategy[f"{name}/control"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_client_that_is_too_late_keeps_the_variate_that_the_server_knows_of(
+    llama: Path, notes: dict[str, Path], tmp_path: Path
+) -> None:
+    merged = Event()
+
+    def watch(client: str, event: str) -> None:
+        if (client, event) == ("", "round_durable"):
+            merged.set()
+        if (client, event) == ("oncology", "step"):
+            merged.wait(timeout=60)
+
+    one = {"count": 1, "local_steps": 1, "deadline_s": 0.01}
+    reports = run(llama, notes, settings(merge={"strategy": "scaffold"}, rounds=one), tmp_path, watch=watch)
+    assert [reports[name]["rounds_taken"] for name in NAMES] == [1, 0]
+    correction = "snapshots/round-000000/correction.safetensors"
+    own = {name: load_file(tmp_path / name / correction) for name in NAMES}
+    moved = {name: any(t.any() for key, t in own[name].items() if key.endswith("/own")) for name in NAMES}
+    assert moved == {"cardiology": True, "oncology": False}

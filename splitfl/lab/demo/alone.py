@@ -18,8 +18,9 @@ from splitfl.config import Federation
 from splitfl.data.packing import Batch
 from splitfl.federation.robust import Contribution, token_mean
 from splitfl.federation.schedule import learning_rate
-from splitfl.lab.adapt import NarrowModel, Release, clip_tokens, constantly, public_release
+from splitfl.lab.adapt import NarrowModel, Release, constantly, public_release
 from splitfl.lab.whole import local_steps
+from splitfl.privacy.mechanism import clip_tokens
 from splitfl.split.loss import HeadLoss
 from splitfl.split.modes import optimizer_spec
 from splitfl.split.narrow import NarrowSpec, load_release

@@ -94,7 +94,7 @@ class Simulation(Section):
     model: ModelSource = ModelSource()
     data: DataSource = DataSource()
     partition: PartitionSettings = PartitionSettings()
-    federation: Federation = Federation()
+    federation: Federation = Field(default_factory=Federation, description="as in federation.toml, unchanged")
 
     @model_validator(mode="after")
     def parts_fit(self) -> Simulation:

@@ -103,4 +103,7 @@ class TurnClient:
         except PausedError:
             return None
         finally:
+            if participant.guard is not None:
+                participant.guard.close()
+            vars(participant).clear()  # its callbacks refer to it: the weights would wait for the garbage collector
             self.link.end_turn()

@@ -266,6 +266,46 @@ def test_events_are_text_on_stderr_for_a_person(capsys: pytest.CaptureFixture[st
     assert printed.err == "waiting for the next round\n"
 
 
+def closing_report(folder: Path, **facts: Any) -> dict[str, Any]:
+    gate = open_gate(folder)
+    gate.release_weights(0, {"head": torch.ones(2)})
+    return {
+        "client": "ward",
+        "federation": "wards",
+        "rounds": 3,
+        "rounds_taken": 2,
+        "starts": 4,
+        "uncounted_starts": 1,
+        "seconds": 1.0,
+        "share": "ends",
+        "held_out_losses": [],
+        "personal": None,
+        "baselines": None,
+        "bytes": {"bytes_sent": 1, "bytes_received": 2},
+        "privacy": privacy_report(gate.policy, gate.ledger),
+        "weights": "merged.safetensors",
+    } | facts
+
+
+@pytest.mark.parametrize(
+    ("facts", "line"),
+    [
+        ({"personal": 2.125}, "your own weights before the last merge: 2.125; merged: 2.000 (nats per token)"),
+        ({"personal": None}, ""),
+        ({"personal": 2.125, "rounds": 4}, ""),  # the merged ones of the end were not measured
+        ({"share": "none"}, "heads are personal: this client's ends were merged with nobody's"),
+    ],
+)
+def test_report_puts_personal_weights_beside_merged_ones(
+    tmp_path: Path, facts: dict[str, Any], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = [{"round": 0, "loss": 3.0}, {"round": 3, "loss": 2.0}]
+    print_report(closing_report(tmp_path, held_out_losses=losses, **facts))
+    out = capsys.readouterr().out
+    assert line in out
+    assert bool(line) == ("your own" in out or "personal" in out)
+
+
 ONCE, TWICE = [{"round": 3, "loss": 3.0}], [{"round": 0, "loss": 3.0}, {"round": 2, "loss": 2.0}]
 
 
@@ -273,24 +313,7 @@ ONCE, TWICE = [{"round": 3, "loss": 3.0}], [{"round": 0, "loss": 3.0}, {"round":
 def test_report_says_what_left_and_what_stayed(
     tmp_path: Path, losses: list[dict[str, float]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gate = open_gate(tmp_path)
-    gate.release_weights(0, {"head": torch.ones(2)})
-    print_report(
-        {
-            "client": "ward",
-            "federation": "wards",
-            "rounds": 3,
-            "rounds_taken": 2,
-            "starts": 4,
-            "uncounted_starts": 1,
-            "seconds": 1.0,
-            "held_out_losses": losses,
-            "baselines": None,
-            "bytes": {"bytes_sent": 1, "bytes_received": 2},
-            "privacy": privacy_report(gate.policy, gate.ledger),
-            "weights": "merged.safetensors",
-        }
-    )
+    print_report(closing_report(tmp_path, held_out_losses=losses))
     out = capsys.readouterr().out
     assert "ward in wards: part in 2 of 3 rounds" in out
     assert "counted over 4 starts" in out

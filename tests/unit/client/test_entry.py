@@ -15,7 +15,9 @@ from client_model.entry import DirectEntry, OnceEntry, sent_lengths
 from splitfl.codec.tensors import by_record, decode_tensor
 from splitfl.data.packing import Batch
 from splitfl.errors import ProtocolError
-from splitfl.privacy.gate import Gate, ReleaseKind, digest
+from splitfl.privacy.gate import Gate
+from splitfl.privacy.ledger import ReleaseKind
+from splitfl.privacy.once import digest
 from splitfl.wire.messages import Answer, AskHeld, Forward, Held, Missing, Release, Request
 
 CPU = torch.device("cpu")
@@ -80,7 +82,7 @@ def test_with_privacy_on_the_trunk_is_told_padded_lengths_alone() -> None:
 
 def test_a_release_goes_once_and_by_name_from_then_on(tmp_path: Path) -> None:
     gate, link = noisy_gate(tmp_path), FakeLink()
-    entry = OnceEntry(link, gate)
+    entry = OnceEntry(link, gate.once)
     ask(entry)
     ask(entry)
     releases, forwards = link.sent(Release), link.sent(Forward)
@@ -92,14 +94,14 @@ def test_a_release_goes_once_and_by_name_from_then_on(tmp_path: Path) -> None:
 
 
 def test_a_release_of_an_earlier_start_is_asked_for_and_sent_again_if_the_server_lost_it(tmp_path: Path) -> None:
-    ask(OnceEntry(FakeLink(), noisy_gate(tmp_path)))
+    ask(OnceEntry(FakeLink(), noisy_gate(tmp_path).once))
     link = FakeLink()
-    ask(OnceEntry(link, noisy_gate(tmp_path)))
+    ask(OnceEntry(link, noisy_gate(tmp_path).once))
     assert [type(message) for message in link.asked] == [AskHeld, Release, Release, Forward]
 
 
 def test_a_record_that_was_not_named_is_not_sent_again(tmp_path: Path) -> None:
-    entry = OnceEntry(FakeLink(), noisy_gate(tmp_path))
+    entry = OnceEntry(FakeLink(), noisy_gate(tmp_path).once)
     ask(entry)
     with pytest.raises(ProtocolError, match="not named"):
         entry.ask_again(Missing(0, 3, 1, 0, ("ff" * 16,)), FORWARD, batch())

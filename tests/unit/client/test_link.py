@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,7 +34,7 @@ Behaviour = Callable[[ServerConnection, int], None]
 
 
 def welcome(*, resumed: bool, round_: int = -1) -> Welcome:
-    return Welcome(1, "token", resumed, "incarnation", round_, 1, 1, "{}", "ab" * 32)
+    return Welcome(PROTOCOL_VERSIONS[0], "token", resumed, "incarnation", round_, 1, 1, "{}", "ab" * 32)
 
 
 def send(connection: ServerConnection, message: Any) -> None:
@@ -224,7 +225,8 @@ def test_request_after_the_link_gave_up_is_told_why() -> None:
         hear(connection)
         send(connection, welcome(resumed=False))
         connection.recv(timeout=WAIT_S)
-        connection.send(b"\xff" * 40)  # no frame
+        body = b"\xff" * 40  # no header
+        connection.send(body + zlib.crc32(body).to_bytes(4, "little"))
 
     with served(behave) as url, linked(url) as link:
         link.open()

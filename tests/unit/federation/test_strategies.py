@@ -196,6 +196,7 @@ def test_parameter_that_would_be_left_unread_is_refused(merge: dict[str, Any], f
 
 
 SGD = {"name": "sgd"}
+LATE = {"staleness": "polynomial"}
 CUTS = {"max_top": 2}
 
 
@@ -206,6 +207,10 @@ CUTS = {"max_top": 2}
         ({"merge": {"strategy": "scaffold", "aggregate": "median"}, "optimizer": SGD}, ("scaffold", "robust")),
         ({"merge": {"strategy": "scaffold", "clip_norm": 1.0}, "optimizer": SGD}, ("scaffold", "robust")),
         ({"merge": {"strategy": "scaffold"}, "optimizer": SGD, "model": CUTS}, ("scaffold", "cuts")),
+        (
+            {"merge": {"strategy": "scaffold"}, "optimizer": SGD, "rounds": {"staleness": "polynomial"}},
+            ("scaffold", "late"),
+        ),
         ({"merge": {"aggregate": "krum"}, "rounds": {"min_clients": 4}}, ("krum", "needs 5 updates")),
         ({"merge": {"aggregate": "krum"}, "rounds": {"min_clients": 5}, "model": CUTS}, ("krum", "cuts")),
         ({"merge": {"share": "none", "strategy": "fedadam"}}, ("none", "fedadam")),

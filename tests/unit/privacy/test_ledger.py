@@ -37,6 +37,28 @@ def test_rows_and_sums_survive_closing(tmp_path: Path) -> None:
     assert not again.knows(bytes(32))
 
 
+def test_rows_are_on_the_disk_itself_before_anything_leaves(tmp_path: Path) -> None:
+    """Without FULL a power cut takes rows back that were announced; kill -9 does not show it."""
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    assert ledger._file.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert ledger._file.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_what_was_computed_from_several_records_and_counted_one_by_one_is_remembered(tmp_path: Path) -> None:
+    for kind, expected in (
+        ("activations", False),
+        ("gradients", False),
+        ("steps of DP-SGD", True),
+        ("held-out losses", True),
+    ):
+        path = tmp_path / f"{kind}.sqlite"
+        Ledger(path).append([row(kind=kind)])
+        assert Ledger(path).joint_by_record == expected
+    whole = Ledger(tmp_path / "client.sqlite")
+    whole.append([row(EVERYTHING, kind="steps of DP-SGD")])
+    assert not whole.joint_by_record
+
+
 def test_a_ledger_holds_no_more_rights_than_its_owner_needs(tmp_path: Path) -> None:
     Ledger(tmp_path / "ledger.sqlite").append([row()])
     assert (tmp_path / "ledger.sqlite").stat().st_mode & 0o077 == 0

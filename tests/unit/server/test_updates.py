@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -194,12 +195,15 @@ def test_clients_do_not_see_each_others_uploads(inbox: Inbox) -> None:
         inbox.check("b", update(data), SHAPES)
 
 
-def test_cleared_inbox_keeps_what_is_still_coming(inbox: Inbox) -> None:
+def test_forgotten_update_leaves_the_others(inbox: Inbox) -> None:
     data = save(weights())
-    inbox.check("a", received(inbox, data, "a"), SHAPES)
+    first = inbox.check("a", received(inbox, data, "a"), SHAPES)
+    second = inbox.check("a", received(inbox, data, "a"), SHAPES)
     received(inbox, data, "b")
-    inbox.clear()
-    assert sorted(path.name for path in inbox.folder.iterdir()) == ["b.part"]
+    inbox.forget(first)
+    inbox.forget(ClientUpdate("c", 1, None))
+    assert second.path is not None
+    assert sorted(path.name for path in inbox.folder.iterdir()) == sorted([second.path.name, "b.part"])
     inbox.check("b", update(data), SHAPES)
 
 
@@ -246,6 +250,14 @@ def test_merge_of_clients_with_different_cuts_takes_each_tensor_from_those_who_h
     merged = merged_by_mean([first, second], {})
     assert merged["norm.weight"].tolist() == [2.0, 2.0]
     assert merged["head.weight"].unique().tolist() == [1.0]
+
+
+def test_merge_takes_the_change_of_a_late_update_at_its_discounted_weight(inbox: Inbox) -> None:
+    in_time = inbox.check("a", received(inbox, save(weights(4.0)), "a"), SHAPES)
+    late = inbox.check("a", received(inbox, save(weights(7.0)), "a"), SHAPES)  # of the same client, a round before
+    late = replace(late, discount=0.5, start=lambda _, shape: torch.full(shape, 5.0))  # it has changed them by 2
+    for tensor in merged_with(Merge(), [in_time, late]).values():
+        torch.testing.assert_close(tensor, torch.full_like(tensor, (10 * 4.0 + 5 * (0.0 + 2.0)) / 15))
 
 
 def test_whole_update_is_clipped_over_all_its_tensors(inbox: Inbox) -> None:
