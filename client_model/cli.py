@@ -23,7 +23,7 @@ from splitfl.channel.joining import JoinString
 from splitfl.config import parse_federation
 from splitfl.console import command, is_loopback, note, print_json, require_loopback
 from splitfl.cut import Cut
-from splitfl.errors import ConfigError, SplitFLError
+from splitfl.errors import ConfigError, LinkError, SplitFLError
 from splitfl.files import claimed
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Bye, Hello, Name
 
@@ -211,9 +211,12 @@ def take_part(participant: Participant, url: str, patience: float, invited: Join
     store = participant.store
     hello, next_seq = first_words(participant.name, store, participant.plan)
     tls = enrolled(invited, store.folder, patience) if invited else None
-    link = Link(url, hello, next_seq=next_seq, patience_s=patience, say=note, tls=tls)
+    first = 0.0 if store.closing() is not None else patience  # there is little left to wait for
+    link = Link(url, hello, next_seq=next_seq, patience_s=first, say=note, tls=tls)
     try:
-        return participant.run(link, link.open(), url)
+        welcome = link.open()
+        link.patience.limit_s = patience
+        return participant.run(link, welcome, url)
     except PausedError:
         if not store.pause_folder.exists():
             say_goodbye(link, "interrupted")  # between rounds there is nothing that the server should wait for
@@ -225,8 +228,11 @@ def take_part(participant: Participant, url: str, patience: float, invited: Join
         say_goodbye(link, "interrupted")
         note(f"the state is in {store.folder}. Run the same command to go on.")
         raise
-    except SplitFLError:
+    except SplitFLError as error:
         say_goodbye(link, "failed")
+        if isinstance(error, LinkError) and (report := store.closing()) is not None:
+            note(f"{error.message}; the rounds are over, so this is the report as it was saved")
+            return report
         raise
     finally:
         link.close()
@@ -365,8 +371,9 @@ def print_report(report: dict[str, Any]) -> None:
     lines = [f"{report['client']} in {report['federation']}: {rounds}, {report['seconds']:.0f} s"]
     lines = [*not_earned(report["baselines"]), *lines, *beside(report["baselines"])]
     if losses:
-        first, last = (f"{entry['loss']:.3f} after {entry['round']} rounds" for entry in (losses[0], losses[-1]))
-        lines.append(f"  held-out loss: {first}, {last} (nats per token)")
+        ends = [losses[0], losses[-1]][: len(losses)]
+        said = ", ".join(f"{entry['loss']:.3f} after {entry['round']} rounds" for entry in ends)
+        lines.append(f"  held-out loss: {said} (nats per token)")
     lines += beside_personal(report)
     traffic = report["bytes"]
     lines.append(

@@ -89,11 +89,10 @@ class Link:
     ) -> None:
         self.url = url
         self.tls = tls
-        self.patience_s = patience_s
+        self.patience = Patience(url, patience_s, say, met=hello.resume != "")
         self.say = say
         self.bytes_sent = 0
         self.bytes_received = 0
-        self._met = hello.resume != ""
         self._session = ClientSession(hello, next_seq=next_seq)
         self._futures: dict[int, Future[Answer]] = {}
         self._backlog: deque[tuple[Request, Future[Answer]]] = deque()  # beyond the credit window
@@ -159,12 +158,11 @@ class Link:
         await asyncio.Event().wait()  # whoever asks from now on is told why it gave up, until close()
 
     async def _connect_forever(self) -> None:
-        patience = Patience(self.url, self.patience_s, self.say, met=self._met)
         while True:
             try:
                 async with dial(self.url, self.tls) as connection:
                     if await self._converse(as_any(connection)):
-                        patience.renew()
+                        self.patience.renew()
                     reason = "the connection ended"
             except ConnectionClosed as closed:
                 reason = str(closed)
@@ -173,8 +171,8 @@ class Link:
                         "a frame was over the server's limit", "Lower batch.records or batch.max_length."
                     ) from closed
             except (OSError, InvalidHandshake, TimeoutError, DamagedError) as error:
-                reason = why_not(error, patience)
-            await patience.wait(reason)
+                reason = why_not(error, self.patience)
+            await self.patience.wait(reason)
 
     async def _converse(self, connection: CountingConnection) -> bool:
         """Hello, then frames until the connection ends; whether the server welcomed us."""

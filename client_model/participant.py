@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -141,6 +142,7 @@ class Participant(Candidate):
                 return self._finish(answer)
             if not isinstance(answer, RoundOpen):
                 raise ProtocolError(f"{type(answer).__name__} instead of a round")
+            self.store.forget_closing()
             self._take_merge(answer.weights)
             self.ends.begin_round(self.beside)
             self._evaluate(answer.round)
@@ -255,9 +257,17 @@ class Participant(Candidate):
         self._evaluate(finished.round + 1)
         path = self.store.save_merged({name: tensor.contiguous() for name, tensor in self.ends.weights().items()})
         personal = self._personal_loss(finished.round)
-        baselines = self._baselines()
+        self.store.save_closing(self._closing(finished, path, personal, None))  # kept, whatever happens from here on
+        report = self._closing(finished, path, personal, self._baselines())
+        self.store.save_closing(report)
         self.notary.settle()
         self._say_goodbye()
+        return report
+
+    def _closing(
+        self, finished: Finished, path: Path, personal: float | None, baselines: Baselines | None
+    ) -> dict[str, Any]:
+        """The closing report."""
         assert self.count is not None
         assert self.guard is not None
         tally = self.count.tally

@@ -14,6 +14,7 @@
     snapshots/round-000003/     weights, optimizer, correction (.safetensors), state.json
     pause/                      the same in the middle of a round, after Ctrl-C
     merged.safetensors          the trained weights at the end
+    closing.json                the closing report, once the rounds are over
 
 A snapshot is the state after a round's local steps, before the merge; the last two are kept, for the server may
 restart and go back by one. It holds no text.
@@ -26,6 +27,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -167,6 +169,28 @@ class ClientStore:
         snapshot = self._read(self.pause_folder)
         shutil.rmtree(self.pause_folder, ignore_errors=True)
         return snapshot
+
+    def save_closing(self, report: Mapping[str, Any]) -> None:
+        """Make the closing report durable: from now on this client can end without the server."""
+        write_file(self.folder / "closing.json", json.dumps(report).encode())
+
+    def closing(self) -> dict[str, Any] | None:
+        """The closing report, with what is counted by now; None while there are rounds. Raises StorageError."""
+        path = self.folder / "closing.json"
+        if not path.exists():
+            return None
+        tally = self.tally()
+        traffic = {"bytes_sent": tally.bytes_sent, "bytes_received": tally.bytes_received}
+        counted = {"starts": tally.starts, "uncounted_starts": tally.uncounted_starts + tally.open, "bytes": traffic}
+        try:
+            return {**json.loads(path.read_text()), **counted}
+        except (OSError, ValueError, TypeError) as error:
+            raise StorageError(f"{path} cannot be read", "Delete it: with the server there it is made anew.") from error
+
+    def forget_closing(self) -> None:
+        """There are rounds again. Raises StorageError."""
+        with storage_errors(self.folder):
+            (self.folder / "closing.json").unlink(missing_ok=True)
 
     def save_merged(self, weights: Mapping[str, Tensor]) -> Path:
         """Leave the trained ends on disk."""

@@ -61,6 +61,21 @@ def test_start_that_was_cut_short_is_said_to_be_uncounted(
     assert not ClientStore(tmp_path / "client").tally().open
 
 
+def test_closing_report_is_forgotten_when_there_are_rounds_again(
+    tmp_path: Path, small_model: Path, wards: dict[str, Path]
+) -> None:
+    store = ClientStore(tmp_path / "client")
+    store.save_closing({"client": "a"})
+    with service(small_model, tmp_path / "server") as running:
+        with pytest.raises(PausedError):
+            start(running, tmp_path, wards["a"], (0, 0))
+        assert store.closing() is None
+        report, _ = start(running, tmp_path, wards["a"])
+    kept = store.closing()
+    assert kept is not None
+    assert kept["held_out_losses"] == report["held_out_losses"]
+
+
 def test_privacy_mode_is_said_before_anything_leaves(tmp_path: Path, small_model: Path, wards: dict[str, Path]) -> None:
     with service(small_model, tmp_path / "server") as running:
         _, events = start(running, tmp_path, wards["a"])

@@ -306,7 +306,10 @@ def test_report_puts_personal_weights_beside_merged_ones(
     assert bool(line) == ("your own" in out or "personal" in out)
 
 
-@pytest.mark.parametrize("losses", [[], [{"round": 0, "loss": 3.0}, {"round": 2, "loss": 2.0}]])
+ONCE, TWICE = [{"round": 3, "loss": 3.0}], [{"round": 0, "loss": 3.0}, {"round": 2, "loss": 2.0}]
+
+
+@pytest.mark.parametrize("losses", [[], ONCE, TWICE])
 def test_report_says_what_left_and_what_stayed(
     tmp_path: Path, losses: list[dict[str, float]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -318,3 +321,4 @@ def test_report_says_what_left_and_what_stayed(
     assert "stayed here: the data file" in out
     assert "left: 1 x weights" in out
     assert ("held-out loss" in out) == bool(losses)
+    assert all(out.count(f"{entry['loss']:.3f} after {entry['round']} rounds") == 1 for entry in losses)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from client_model.store import KEPT_SNAPSHOTS, ClientStore, SessionRecord, Snapshot
+from client_model.store import KEPT_SNAPSHOTS, ClientStore, SessionRecord, Snapshot, Tally
 from splitfl.errors import StorageError
 
 
@@ -169,3 +169,17 @@ def test_state_that_is_a_file_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
         ClientStore(tmp_path / "file")
+
+
+def test_closing_report_is_kept_with_what_is_counted_by_now_until_there_are_rounds_again(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path / "state")
+    assert store.closing() is None
+    store.save_closing({"client": "ward", "starts": 1, "bytes": {}})
+    store.save_tally(Tally(starts=2, uncounted_starts=1, open=True, bytes_sent=3, bytes_received=4))
+    counted = {"starts": 2, "uncounted_starts": 2, "bytes": {"bytes_sent": 3, "bytes_received": 4}}
+    assert ClientStore(tmp_path / "state").closing() == {"client": "ward"} | counted
+    (tmp_path / "state/closing.json").write_text("{")
+    with pytest.raises(StorageError, match=r"closing\.json cannot be read"):
+        store.closing()
+    store.forget_closing()
+    assert store.closing() is None
