@@ -19,7 +19,7 @@ from client_model.floor import Floor
 from splitfl.channel.joining import JoinString
 from splitfl.console import command, is_loopback, note, print_json, require_loopback
 from splitfl.cut import Cut
-from splitfl.errors import ConfigError, SplitFLError
+from splitfl.errors import ConfigError, SplitFLError, StorageError
 from splitfl.files import claimed
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Bye, Hello, Name
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ssl import SSLContext
 
     from client_model.events import Event
+    from client_model.journal import Head, Journal
     from client_model.link import Link
     from client_model.participant import Participant
     from client_model.store import ClientStore
@@ -197,15 +198,17 @@ def run(
     from client_model.link import Link
     from client_model.participant import PausedError
 
-    hello, next_seq = first_words(participant.name, participant.store, cut)
+    check_same_client(participant.name, participant.store)
+    journal = open_journal(participant.store, participant.key_file, cut)
+    hello = first_words(participant.name, participant.store, cut, journal.head)
     tls = enrolled(invited, participant.store.folder, patience) if invited else None
-    link = Link(url, hello, next_seq=next_seq, patience_s=patience, say=note, tls=tls)
+    link = Link(url, hello, journal=journal, patience_s=patience, say=note, tls=tls)
     stop = StopSignal(participant)
     participant.stop = stop.asked
     try:
         report = participant.run(link, link.open(), url)
-    except PausedError:
-        if not participant.store.pause_folder.exists():
+    except PausedError as paused:
+        if not paused.in_round:
             say_goodbye(link, "interrupted")  # between rounds there is nothing that the server should wait for
         note(f"paused; the state is in {participant.store.folder}. Run the same command to go on.")
         raise KeyboardInterrupt from None
@@ -213,33 +216,55 @@ def run(
         say_goodbye(link, "interrupted")
         note(f"the state is in {participant.store.folder}. Run the same command to go on.")
         raise
-    except SplitFLError:
-        say_goodbye(link, "failed")
+    except SplitFLError as error:
+        if not (isinstance(error, StorageError) and journal.head):  # with room again it goes on where it is
+            say_goodbye(link, "failed")
         raise
     finally:
         link.close()
     print_json({"report": report}) if as_json else print_report(report)
 
 
-def first_words(name: str, store: ClientStore, cut: Cut | None) -> tuple[Hello, int]:
-    """Hello for a new session, a paused one, or one whose state a crash has lost; and the next request's number."""
+def check_same_client(name: str, store: ClientStore) -> None:
+    """Raise ConfigError when the state folder is another client's."""
     record = store.session()
     if record is not None and record.name != name:
         raise ConfigError(
             f"{store.folder} holds the state of client {record.name!r}", "Name another --state, or join as that one."
         )
-    paused = record is not None and record.next_seq >= 0 and store.pause_folder.exists()
-    hello = Hello(
+
+
+def open_journal(store: ClientStore, key_file: Path | None, cut: Cut | None) -> Journal:
+    """The journal of a state folder; one that is damaged, or of another ``cut``, is begun anew. Raises PrivacyError."""
+    from client_model.journal import Journal
+    from client_model.keys import open_key
+
+    key = open_key(store.folder, key_file, may_create=not (store.folder / "ledger.sqlite").exists()).derived("journal")
+    try:
+        journal = Journal(store.journal, key)
+    except StorageError as error:
+        note(f"{error.message}: this client's part of the round is lost, and it goes on from its last snapshot")
+        store.journal.unlink(missing_ok=True)
+        return Journal(store.journal, key)
+    if journal.head is not None and journal.head.plan != str(cut):
+        journal.drop()
+    return journal
+
+
+def first_words(name: str, store: ClientStore, cut: Cut | None, head: Head | None) -> Hello:
+    """Hello for a new session, for one that the journal ``head`` goes on with, or for one whose state is lost."""
+    record = store.session()
+    last = record.token if record is not None else ""
+    return Hello(
         versions=PROTOCOL_VERSIONS,
         name=name,
-        resume=record.token if record is not None else "",
-        fresh=not paused,
+        resume=last if head is None else head.token,
+        fresh=head is None,
         round=max(store.rounds(), default=-1),
         software=f"splitfl {version('splitfl')}",
         n_bottom=cut.n_bottom if cut else -1,
         n_top=cut.n_top if cut else -1,
     )
-    return hello, record.next_seq if paused and record is not None else 0
 
 
 class StopSignal:
