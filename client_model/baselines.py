@@ -19,7 +19,8 @@ from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.data.packing import Batch
 from splitfl.errors import PrivacyError
-from splitfl.privacy.gate import Gate, RecordRef
+from splitfl.privacy.charges import RecordRef
+from splitfl.privacy.gate import Gate
 from splitfl.split.modes import bottom_trains
 
 
@@ -51,7 +52,10 @@ def wanted(settings: Federation, cut: Cut) -> tuple[bool, bool]:
 
 
 class BaselineRun:
-    """Trains baselines for the client ``name``; ``fresh`` gives ends with the base weights."""
+    """Trains baselines for the client ``name``; ``fresh`` gives ends with the base weights.
+
+    ``say`` hears of every step: which baseline, how many steps are done, and of how many.
+    """
 
     def __init__(
         self,
@@ -61,6 +65,7 @@ class BaselineRun:
         link: Asker,
         gate: Gate,
         fresh: Callable[[], Ends],
+        say: Callable[[str, int, int], None],
     ) -> None:
         self.name = name
         self.data = data
@@ -68,24 +73,26 @@ class BaselineRun:
         self.link = link
         self.gate = gate
         self.fresh = fresh
+        self.say = say
 
     def ends_only(self) -> float | None:
         """Held-out loss of the ends alone; None when it is no number."""
         ends = self.fresh()
         ends.leave_trunk_out()
-        return self._run(ends, None)
+        return self._run("ends-only", ends, None)
 
     def top_only(self) -> float | None:
         """Held-out loss of a top that this client trained alone, on the trunk as it was published."""
-        return self._run(self.fresh(), self._paid_for())
+        return self._run("top-only", self.fresh(), self._paid_for())
 
-    def _run(self, ends: Ends, spend: Spend | None) -> float | None:
+    def _run(self, which: str, ends: Ends, spend: Spend | None) -> float | None:
         settings, trainer = self.data.settings, Trainer(ends, self.link, self.gate)
         order, rounds = self.data.order(self.name), settings.rounds
         try:
             for round_ in range(rounds.count):
                 for step in range(rounds.local_steps):
                     trainer.step(round_, step, self.data.step(order, spend))
+                    self.say(which, round_ * rounds.local_steps + step + 1, rounds.count * rounds.local_steps)
             loss = trainer.evaluate(rounds.count, self.evaluation)
         except (MissedStepError, PrivacyError):  # or too few records whose release is paid for
             return None
@@ -96,4 +103,4 @@ class BaselineRun:
         """With privacy on, only records that were released before take part: a baseline costs nothing."""
         if not self.gate.policy.private:
             return None
-        return lambda key, length, _: self.gate.is_paid(self.gate.name_of(RecordRef(key, length)))
+        return lambda key, length, _: self.gate.once.is_paid(RecordRef(key, length))

@@ -73,7 +73,7 @@ class Candidate:
     guard: Guard | None = None
     started: float = field(default_factory=time.monotonic)
     count: Count | None = None
-    agreed: tuple[object, ...] = ()  # what of Welcome everything here was prepared for
+    prepared_for: tuple[object, ...] = ()  # what of Welcome everything here was prepared for
     link: Connection = field(init=False)
     url: str = field(init=False)
 
@@ -89,15 +89,18 @@ class Candidate:
         tokenizer = open_tokenizer(self.store.model)
         self.data = ClientData.open(self.data_path, self.settings, tokenizer, skip_bad=self.skip_bad)
         self._say("data", **self._data_facts())
+        self.data.check_fills_a_step()
+        assert self.guard is not None
+        self.guard.check_floor(self.settings, self.data, self.floor)
         self.source: TensorSource = self._open_source()
         self._open_count()
         self._open_gate()
         self.store.save_federation(welcome.settings, (self.cut.n_bottom, self.cut.n_top))
-        self.agreed = terms(welcome)
+        self.prepared_for = preparation(welcome)
 
     def _checked_cut(self, cut: Cut) -> Cut:
         """The server's word on the cut, unless it is not ours: how much stays here is not for it to change."""
-        asked = self.plan or (self.cut if self.agreed else self.settings.cut)
+        asked = self.plan or (self.cut if self.prepared_for else self.settings.cut)
         if cut != asked:
             raise ProtocolError(f"the server says cut {cut}, this client keeps {asked}", "Do not trust this server.")
         return cut
@@ -111,11 +114,16 @@ class Candidate:
             )
 
     def _check_terms(self, welcome: Welcome) -> None:
-        """Nothing computed from the data leaves before the terms are accepted and the ledger is the newest one."""
+        """Nothing computed from the data leaves before the terms are accepted."""
         if self.guard is None:
             self.guard = Guard(self.store, self.key_file, noise_seed=self.noise_seed, simulated=self.simulated)
         self.terms = Terms(self.settings, welcome.manifest)
-        self.guard.check_terms(self.terms, self.accept, self.floor)
+        self.guard.check_terms(self.terms, self.accept)
+        self._check_countersigner(welcome)
+
+    def _check_countersigner(self, welcome: Welcome) -> None:
+        """Nothing leaves to a server that cannot know, or does not say, what has left before."""
+        assert self.guard is not None
         self.guard.check_signer(welcome.signer, private=self.settings.privacy.on)
         mark = Mark(welcome.ledger_rows, welcome.ledger_head)
         if not self.guard.check_mark(mark, private=self.settings.privacy.on):
@@ -172,7 +180,7 @@ class Candidate:
         self.report(Event(event, facts))
 
 
-def terms(welcome: Welcome) -> tuple[object, ...]:
+def preparation(welcome: Welcome) -> tuple[object, ...]:
     """What a client must prepare anew for when a restarted server says otherwise."""
     return welcome.settings, welcome.manifest, welcome.n_bottom, welcome.n_top
 

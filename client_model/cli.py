@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -15,8 +16,11 @@ from urllib.parse import SplitResult, urlsplit
 import typer
 from pydantic import TypeAdapter, ValidationError
 
+from client_model.consent import Consent
 from client_model.floor import Floor
+from client_model.places import default_cache, default_state
 from splitfl.channel.joining import JoinString
+from splitfl.config import parse_federation
 from splitfl.console import command, is_loopback, note, print_json, require_loopback
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError, SplitFLError, StorageError
@@ -31,10 +35,6 @@ if TYPE_CHECKING:
     from client_model.link import Link
     from client_model.participant import Participant
     from client_model.store import ClientStore
-    from splitfl.federation.agreement import Terms
-
-DEFAULT_STATE = Path("~/.local/state/splitfl")
-DEFAULT_CACHE = Path("~/.cache/splitfl/blobs")
 
 
 def join(
@@ -55,18 +55,28 @@ def join(
     ] = "",
     privacy: Annotated[
         str,
-        typer.Option(help="The weakest mode to take part in: off, measured or certified. The terms say which it is."),
+        typer.Option(
+            metavar="FLOOR",
+            help="The least privacy to take part with: off; measured:NOISE (of all that leaves, in clip norms) or "
+            "measured:NOISE,KIND:NOISE (a kind's own: gradients, weights, losses); certified:EPSILON (at most).",
+        ),
     ] = "off",
     key: Annotated[
         Path | None, typer.Option(help="File of this client's secret key; the default is under ~/.config/splitfl.")
     ] = None,
     plan: Annotated[
-        str, typer.Option(help="Blocks to keep here, BOTTOM,TOP; auto takes the federation's own cut.")
+        str,
+        typer.Option(
+            help="Blocks to keep here, BOTTOM,TOP, from the next round on; auto takes the federation's own cut."
+        ),
     ] = "auto",
     model: Annotated[
         Path | None, typer.Option(help="A local copy of the base model, instead of fetching the ends.")
     ] = None,
-    cache: Annotated[Path, typer.Option(help="Folder for fetched parts of base models.")] = DEFAULT_CACHE,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder for fetched parts of base models; the default is under ~/.cache/splitfl."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="Threads torch may use; 0 = all cores.")] = 0,
     patience: Annotated[float, typer.Option(help="Seconds to wait for a server that is away.")] = 600.0,
@@ -86,19 +96,16 @@ def join(
         url = invited.url if invited else check_address(address, insecure=insecure)
         name = invited.name if invited else name
         check_name(name)
-        if not data.exists():
-            from splitfl.errors import DataError
-
-            raise DataError(f"there is no {data}", "Name your data file or folder with --data.")
+        check_data(data, skip_bad=skip_bad)
         cut = parse_plan(plan)
-        folder = state if state is not None else default_state(url, name)
+        folder = state or default_state(url, name, invited.authority if invited else "")
         with claimed(folder):
-            participant = prepare(name, data, folder, cache, device, threads)
-            participant.skip_bad, participant.local_model, participant.plan = skip_bad, model, parse_plan(plan)
+            participant = prepare(name, data, folder, cache or default_cache(), device, threads)
+            participant.skip_bad, participant.local_model, participant.plan = skip_bad, model, cut
             participant.accept, participant.key_file = Consent(accept, as_json=as_json), key
             participant.floor = Floor.parse(privacy)
             participant.report = EventPrinter(as_json=as_json)
-            run(participant, url, cut, patience, as_json=as_json, invited=invited)
+            run(participant, url, patience, as_json=as_json, invited=invited)
 
 
 def read_join_string(address: str, name: str) -> JoinString | None:
@@ -152,30 +159,15 @@ def check_name(name: str) -> None:
         ) from None
 
 
-def default_state(url: str, name: str) -> Path:
-    """Where a client's state lies unless --state says otherwise."""
-    return DEFAULT_STATE.expanduser() / f"{urlsplit(url).netloc.replace(':', '-')}-{name}"
+def check_data(path: Path, *, skip_bad: bool) -> None:
+    """Raise DataError for a file that cannot be used, before anybody is asked anything and a token is spent."""
+    from splitfl.data.readers import check_beginning  # imports NumPy
+
+    check_beginning(path, skip_bad=skip_bad)
 
 
 def parse_plan(plan: str) -> Cut | None:
     return None if plan == "auto" else Cut.parse(plan)
-
-
-class Consent:
-    """Shows the federation's terms, and takes a yes from --accept or, on a terminal, from the person."""
-
-    def __init__(self, given: str, *, as_json: bool) -> None:
-        self.given = given
-        self.as_json = as_json
-
-    def __call__(self, terms: Terms) -> bool:
-        for line in terms.lines():
-            note(line)
-        if self.given:
-            return terms.named_by(self.given)
-        if self.as_json or not sys.stdin.isatty():
-            return False
-        return typer.confirm("Do you accept these terms?", default=False, err=True)
 
 
 def prepare(name: str, data: Path, state: Path, cache: Path, device: str, threads: int) -> Participant:
@@ -191,30 +183,55 @@ def prepare(name: str, data: Path, state: Path, cache: Path, device: str, thread
     return Participant(name, data, ClientStore(state), cache.expanduser(), choose_device(device))
 
 
-def run(
-    participant: Participant, url: str, cut: Cut | None, patience: float, *, as_json: bool, invited: JoinString | None
-) -> None:
-    """Connect, take part, and end well however it ends."""
+def run(participant: Participant, url: str, patience: float, *, as_json: bool, invited: JoinString | None) -> None:
+    """Connect, take part, and end well however it ends. A paused round keeps the cut that it began with."""
+    participant.stop = StopSignal(participant).asked
+    if (cuts := cuts_of_pause(participant.store, participant.plan)) is not None:
+        participant.plan, participant.only_finish = cuts[0], True
+        note(f"finishing the round that was paused with cut {cuts[0]}; after it, this client takes {cuts[1]}")
+        take_part(participant, url, patience, invited)
+        participant.plan, participant.only_finish = cuts[1], False
+    report = take_part(participant, url, patience, invited)
+    print_json({"report": report}) if as_json else print_report(report)
+
+
+def cuts_of_pause(store: ClientStore, plan: Cut | None) -> tuple[Cut, Cut] | None:
+    """The cut of a round that was paused and the one that ``plan`` asks for now, where they differ."""
+    if not store.pause_folder.exists():
+        return None
+    _, held = store.federation()
+    before, asked = Cut(*held), asked_cut(store, plan)
+    return (before, asked) if before != asked else None
+
+
+def asked_cut(store: ClientStore, plan: Cut | None) -> Cut:
+    """The cut that ``plan`` asks for; None is the federation's own, as the state folder knows it."""
+    return plan or parse_federation(json.loads(store.federation()[0]), str(store.folder)).cut
+
+
+def take_part(participant: Participant, url: str, patience: float, invited: JoinString | None) -> dict[str, Any]:
+    """One connection from Hello to goodbye; returns the closing report, {} when the paused round was all to be done."""
     from client_model.link import Link
     from client_model.participant import PausedError
 
-    check_same_client(participant.name, participant.store)
-    journal = open_journal(participant.store, participant.key_file, cut)
-    hello = first_words(participant.name, participant.store, cut, journal.head)
-    tls = enrolled(invited, participant.store.folder, patience) if invited else None
+    store = participant.store
+    check_same_client(participant.name, store)
+    journal = open_journal(store, participant.key_file, participant.plan)
+    hello = first_words(participant.name, store, participant.plan, journal.head)
+    tls = enrolled(invited, store.folder, patience) if invited else None
     link = Link(url, hello, journal=journal, patience_s=patience, say=note, tls=tls)
-    stop = StopSignal(participant)
-    participant.stop = stop.asked
     try:
-        report = participant.run(link, link.open(), url)
+        return participant.run(link, link.open(), url)
     except PausedError as paused:
         if not paused.in_round:
             say_goodbye(link, "interrupted")  # between rounds there is nothing that the server should wait for
-        note(f"paused; the state is in {participant.store.folder}. Run the same command to go on.")
+        if participant.only_finish and not participant.stop():
+            return {}
+        note(f"paused; the state is in {store.folder}. Run the same command to go on.")
         raise KeyboardInterrupt from None
     except KeyboardInterrupt:
         say_goodbye(link, "interrupted")
-        note(f"the state is in {participant.store.folder}. Run the same command to go on.")
+        note(f"the state is in {store.folder}. Run the same command to go on.")
         raise
     except SplitFLError as error:
         if not (isinstance(error, StorageError) and journal.head):  # with room again it goes on where it is
@@ -222,7 +239,6 @@ def run(
         raise
     finally:
         link.close()
-    print_json({"report": report}) if as_json else print_report(report)
 
 
 def check_same_client(name: str, store: ClientStore) -> None:
@@ -246,7 +262,7 @@ def open_journal(store: ClientStore, key_file: Path | None, cut: Cut | None) -> 
         note(f"{error.message}: this client's part of the round is lost, and it goes on from its last snapshot")
         store.journal.unlink(missing_ok=True)
         return Journal(store.journal, key)
-    if journal.head is not None and journal.head.plan != str(cut):
+    if journal.head is not None and journal.head.cut != str(asked_cut(store, cut)):
         journal.drop()
     return journal
 
@@ -294,6 +310,9 @@ def say_goodbye(link: Link, reason: Literal["interrupted", "failed"]) -> None:
         link.request(Bye(0, 0, reason)).result(timeout=2)
 
 
+LIVE = ("step", "baseline_step")  # on a terminal each such line replaces the one before
+
+
 class EventPrinter:
     """Events as JSON lines on stdout, or as text for a person on stderr."""
 
@@ -306,7 +325,7 @@ class EventPrinter:
             print_json({"event": event.event, **event.facts})
             return
         text = describe(event.event, event.facts)
-        if event.event == "step" and self.live:
+        if event.event in LIVE and self.live:
             sys.stderr.write(f"\r\x1b[K{text}")
             sys.stderr.flush()
         elif text:
@@ -336,6 +355,9 @@ def describe(event: str, facts: dict[str, Any]) -> str:
             return f"this client's ledger has {facts['rows']} rows, the server countersigned {facts['countersigned']}"
         case "baselines":
             return "training what this client would have reached without the trunk, to compare with"
+        case "baseline_step":
+            received = facts["bytes_received"] / 1e6
+            return f"{facts['which']}, step {facts['step']} of {facts['steps']}, {received:.1f} MB received"
         case "data_changed":
             return "the data file has changed since this client began; going on with what is there now"
         case "waiting":
@@ -358,6 +380,9 @@ def describe(event: str, facts: dict[str, Any]) -> str:
             return f"round {facts['round'] + 1} merged{late}"
         case "server_restarted":
             return f"the server restarted; going on after round {facts['durable_round'] + 1}"
+        case "cut_changed":
+            anew = "; activations leave anew, and are charged anew" if facts["released_anew"] else ""
+            return f"this client's cut was {facts['before']} and is {facts['now']} from now on{anew}"
         case "resumed":
             return f"going on with round {facts['round'] + 1} at step {facts['step'] + 1}"
     return ""
@@ -372,6 +397,7 @@ def print_report(report: dict[str, Any]) -> None:
     if losses:
         first, last = (f"{entry['loss']:.3f} after {entry['round']} rounds" for entry in (losses[0], losses[-1]))
         lines.append(f"  held-out loss: {first}, {last} (nats per token)")
+    lines += beside_personal(report)
     traffic = report["bytes"]
     lines.append(
         f"  link: {traffic['bytes_sent'] / 1e6:.1f} MB sent, {traffic['bytes_received'] / 1e6:.1f} MB received"
@@ -401,6 +427,19 @@ def beside(baselines: dict[str, Any] | None) -> list[str]:
     said = {"federated": baselines["federated"], "ends-only": baselines["ends_only"], "top-only": baselines["top_only"]}
     figures = [f"{name} {loss:.3f}" if loss is not None else f"{name} not measured" for name, loss in said.items()]
     return [f"  on this client's held-out records: {', '.join(figures)} (nats per token)"]
+
+
+def beside_personal(report: dict[str, Any]) -> list[str]:
+    """The merged weights beside the client's own, or that its own are all there is."""
+    if report["share"] == "none":
+        return ["  heads are personal: this client's ends were merged with nobody's"]
+    last = report["held_out_losses"][-1:]
+    if report["personal"] is None or not last or last[0]["round"] != report["rounds"]:
+        return []
+    merged = last[0]["loss"]
+    return [
+        f"  your own weights before the last merge: {report['personal']:.3f}; merged: {merged:.3f} (nats per token)"
+    ]
 
 
 def privacy_lines(privacy: dict[str, Any]) -> list[str]:

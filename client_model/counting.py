@@ -26,6 +26,10 @@ class Count:
         cut_short = self.before.uncounted_starts + self.before.open
         self.tally = replace(self.before, starts=self.before.starts + 1, uncounted_starts=cut_short)
 
+    def go_on(self, link: Counted) -> None:
+        """Count the same start on over another link, which counts from nought."""
+        self.before, self._link = self.tally, link
+
     def save(self, *, still_open: bool, data: str = "") -> None:
         """Make the count durable. Raises StorageError."""
         traffic = self.total_traffic()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.errors import ProtocolError
+from splitfl.federation.merging import choose_strategy
 from splitfl.privacy.noise import NormalSource
 from splitfl.privacy.policy import DpSgd
 from splitfl.split.checkpoint import TensorSource, load_segment
@@ -28,7 +29,11 @@ if TYPE_CHECKING:
 
 
 class Ends:
-    """Bottom and top of ``cut``, read slice-wise from ``source`` onto ``device``."""
+    """Bottom and top of ``cut``, read slice-wise from ``source`` onto ``device``.
+
+    ``dp_sgd`` trains them with ``noise``: the gate then takes their weights for paid for, so one without the other is
+    a ValueError.
+    """
 
     def __init__(
         self,
@@ -61,6 +66,7 @@ class Ends:
         self.bottom_optimizer = PartOptimizer(bottom, spec)
         self.top_optimizer = PartOptimizer(top, spec)
         self.shared = list(choose_shared(settings, shapes(bottom), shapes(top)))
+        self.correction = choose_strategy(settings).correction()
         self.narrow = None if narrow is None else narrow.to(device)  # the publisher's, frozen
         self.bottom_trains = bottom_trains(settings, cut)
         self.trunk_is_empty = len(cut.trunk(self.layers)) == 0
@@ -69,7 +75,9 @@ class Ends:
         self.needs_backward = trunk_needs_backward(settings, cut, self.layers)
         self.private_top: PrivateTop | None = None
         self.private_bottom: PrivateBottom | None = None
-        if dp_sgd is not None and noise is not None:
+        if dp_sgd is not None:
+            if noise is None:
+                raise ValueError("DP-SGD without noise is none")
             from splitfl.privacy.dp_sgd import PrivateBottom, PrivateTop  # opacus takes seconds to import
 
             self.private_top = PrivateTop(self.top, dp_sgd, noise)
@@ -134,13 +142,50 @@ class Ends:
         """Apply the top's gradients; returns their norm. With DP-SGD ``tokens`` is the public number of records."""
         if self.private_top is not None:
             self.private_top.finish()
-        return self.top_optimizer.step(learning_rate, lambda _: tokens)
+        return self.top_optimizer.step(learning_rate, lambda _: tokens, self.correction)
 
     def step_bottom(self, learning_rate: float, tokens: int) -> float:
         """Apply the bottom's gradients; returns their norm. With DP-SGD ``tokens`` is the public number of records."""
         if self.private_bottom is not None:
             self.private_bottom.finish()
-        return self.bottom_optimizer.step(learning_rate, lambda _: tokens)
+        return self.bottom_optimizer.step(learning_rate, lambda _: tokens, self.correction)
+
+    def begin_round(self, sent: Mapping[str, Tensor]) -> None:
+        """The shared weights are the round's start; ``sent`` is what came beside them for the strategy's correction.
+
+        Raises ProtocolError for a tensor that does not fit its weight.
+        """
+        if self.correction is not None:
+            start = {name: weight.clone() for name, weight in self._shared_weights().items()}
+            for name, tensor in sent.items():
+                if tensor.shape != start[name.rpartition("/")[0]].shape:
+                    raise ProtocolError(f"{name!r} has another shape than its weight", "Do not trust this server.")
+            self.correction.begin(start, {name: tensor.to(self.device) for name, tensor in sent.items()})
+
+    def end_round(self, step_sizes: float) -> None:
+        """All local steps are done; their step sizes add up to ``step_sizes``."""
+        if self.correction is not None:
+            self.correction.end(self._shared_weights(), step_sizes)
+
+    @property
+    def beside(self) -> list[str]:
+        """Names of what this client takes down beside the merged weights."""
+        kind = None if self.correction is None else self.correction.sent_name
+        return [] if kind is None else [f"{name}/{kind}" for name in self.shared]
+
+    def correction_tensors(self) -> dict[str, Tensor]:
+        """What the strategy's correction keeps, on the CPU."""
+        kept = {} if self.correction is None else self.correction.kept
+        return {name: tensor.cpu() for name, tensor in kept.items()}
+
+    def load_correction_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put them back."""
+        if self.correction is not None:
+            self.correction.kept = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+
+    def _shared_weights(self) -> dict[str, Tensor]:
+        named = self.bottom_optimizer.named | self.top_optimizer.named
+        return {name: named[name].detach() for name in self.shared}
 
     def clear_gradients(self) -> None:
         """Discard what a missed step left."""

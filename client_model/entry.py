@@ -18,7 +18,10 @@ from torch import Tensor
 from client_model.asking import Asker
 from splitfl.data.packing import Batch
 from splitfl.errors import ProtocolError
-from splitfl.privacy.gate import Gate, RecordRef, ReleaseKind
+from splitfl.privacy.charges import RecordRef
+from splitfl.privacy.gate import Gate
+from splitfl.privacy.ledger import ReleaseKind
+from splitfl.privacy.once import OnceReleases
 from splitfl.wire.messages import Answer, AskHeld, Forward, Held, Missing, Release, TensorBytes
 
 
@@ -66,22 +69,22 @@ class DirectEntry:
 class OnceEntry:
     """Activations travel once; ``held`` remembers which of them the server keeps."""
 
-    def __init__(self, link: Asker, gate: Gate) -> None:
+    def __init__(self, link: Asker, once: OnceReleases) -> None:
         self.link = link
-        self.gate = gate
+        self.once = once
         self.held: dict[str, bool] = {}
         self._receipts: list[tuple[tuple[str, ...], Future[Answer]]] = []
 
     def ask(self, kind: ReleaseKind, forward: Forward, batch: Batch, hidden: Callable[[], Tensor]) -> Future[Answer]:
         self._read_receipts()
-        before = [name for name in map(self.gate.name_of, records_of(batch)) if self.gate.is_paid(name)]
-        names = self.gate.release_once(kind, forward.round, records_of(batch), hidden)
+        before = [self.once.name_of(record) for record in records_of(batch) if self.once.is_paid(record)]
+        names = self.once.release(kind, forward.round, records_of(batch), hidden)
         self._learn(name for name in before if name not in self.held)
         self._send(name for name in names if not self.held.get(name, False))
         return self.link.request(with_input(forward, (), None, tuple(names)))
 
     def ask_again(self, missing: Missing, forward: Forward, batch: Batch) -> Future[Answer]:
-        names = tuple(self.gate.name_of(record) for record in records_of(batch))
+        names = tuple(self.once.name_of(record) for record in records_of(batch))
         if not set(missing.records) <= set(names):
             raise ProtocolError("the server misses records that were not named", "Do not trust this server.")
         self._send(missing.records)
@@ -95,7 +98,7 @@ class OnceEntry:
 
     def _send(self, names: Iterable[str]) -> None:
         """Send releases; those of one shape together. The Forward may follow at once: requests keep their order."""
-        payloads = {name: self.gate.payload(name) for name in dict.fromkeys(names)}
+        payloads = {name: self.once.payload(name) for name in dict.fromkeys(names)}
         for _, group in groupby(sorted(payloads, key=lambda name: payloads[name].shape), lambda n: payloads[n].shape):
             together = tuple(group)
             message = Release(0, 0, together, stacked([payloads[name] for name in together]))

@@ -15,15 +15,16 @@ from splitfl.config import Federation
 from splitfl.errors import PrivacyError
 from splitfl.federation.agreement import SHORT, Terms
 from splitfl.files import write_file
-from splitfl.privacy.gate import Gate, RecordRef
+from splitfl.privacy.gate import Gate
 from splitfl.privacy.keepsakes import sample
 from splitfl.privacy.ledger import Ledger
 from splitfl.privacy.noise import open_stream
-from splitfl.privacy.policy import policy_of, workload
+from splitfl.privacy.policy import Policy, policy_of, workload
 from splitfl.privacy.report import privacy_report
 from splitfl.privacy.vault import Vault
 from splitfl.privacy.witness import Mark, check_not_older
 
+ACCEPTED_FILE = "agreement.txt"  # the terms that were accepted last, in words
 Accept = Callable[[Terms], bool]  # shows the terms to whoever decides
 
 
@@ -42,25 +43,36 @@ class Guard:
         self.ledger = Ledger(self.folder / "ledger.sqlite")
         self.vault = Vault(self.folder / "releases.sqlite", self.key.derived("vault"))
 
-    def check_terms(self, terms: Terms, accept: Accept, floor: Floor) -> None:
-        """Raise PrivacyError unless the terms were accepted, now or before, and are not below the client's floor."""
-        floor.check(terms.settings)
+    def check_terms(self, terms: Terms, accept: Accept) -> None:
+        """Raise PrivacyError unless the terms were accepted, now or before."""
         digest = bytes.fromhex(terms.sha256)
         if self.ledger.accepted(digest):
             return
         if not accept(terms):
             raise PrivacyError(
-                "this federation's terms are not accepted, and nothing has left",
-                f"Read them above; to accept, add --accept {terms.sha256[:SHORT]}.",
+                self._unaccepted(terms), f"Read them above; to accept, add --accept {terms.sha256[:SHORT]}."
             )
         self.ledger.accept(digest)
+        write_file(self.folder / ACCEPTED_FILE, "\n".join(terms.lines()).encode())
+
+    def _unaccepted(self, terms: Terms) -> str:
+        path = self.folder / ACCEPTED_FILE
+        if not path.exists():
+            return "this federation's terms are not accepted, and nothing has left"
+        before = set(path.read_text().split("\n"))
+        changed = [line.split("  ")[0] for line in terms.lines()[:-1] if line not in before]  # the last is the hash
+        what = ", ".join(changed) or "in detail"
+        return f"this federation's terms have changed ({what}), and nothing leaves under the new ones"
 
     def check_signer(self, signer: str, *, private: bool) -> None:
         """Remember who countersigns. Raises PrivacyError when it is another one, which knows of no earlier row."""
         path = self.folder / "countersigner"
-        if not path.exists() or not private:
+        known = path.read_text() if path.exists() else ""
+        if known == signer:
+            return
+        if not known or not private:
             write_file(path, signer.encode())
-        elif path.read_text() != signer:
+        else:
             raise PrivacyError(
                 "this server countersigns with another key than before, so it cannot know what left until now",
                 "Ask its operator to put back STATE/ledgers; for another federation name another --state.",
@@ -68,17 +80,22 @@ class Guard:
 
     def check_mark(self, mark: Mark, *, private: bool) -> bool:
         """Whether the ledger goes on from what the server countersigned. Raises PrivacyError with privacy on."""
-        if self.ledger.has_prefix(mark.count, bytes.fromhex(mark.head)):
-            return True
-        if private:
+        try:
             check_not_older(self.ledger, mark)
-        return False
+        except PrivacyError:
+            if private:
+                raise
+            return False
+        return True
+
+    def check_floor(self, settings: Federation, data: ClientData, floor: Floor) -> None:
+        """Raise PrivacyError for settings that protect these records less than the client wants, accepted or not."""
+        floor.check(policy_for(settings, data), len(data.train))
 
     def open_gate(self, settings: Federation, data: ClientData, context: str, *, bottom_trains: bool) -> Gate:
         """The gate for these settings and records. Raises ConfigError for noise that cannot be had."""
-        held_out = len(data.held_out) if data.held_out is not None else 0
-        policy = policy_of(settings, workload(settings, len(data.train), min(held_out, settings.evaluation.records)))
-        if policy.unit == "client" and self.ledger.has_record_steps:
+        policy = policy_for(settings, data, bottom_trains=bottom_trains)
+        if policy.unit == "client" and self.ledger.joint_by_record:
             raise PrivacyError(
                 "this ledger counted single records, so epsilon of the whole client is not known any more",
                 "Name another --state for a federation whose unit is the client.",
@@ -93,31 +110,31 @@ class Guard:
             self.noise,
             secret=self.key.derived("names"),
             context=context,
-            bottom_trains=bottom_trains,
             audited=sample(data.train_keys, settings.privacy.audit_records),
         )
 
     def spend(self, gate: Gate) -> Spend | None:
         """Who may take part in a step: asked record by record, and what it says yes to is set aside. None: all may."""
-        if not gate.policy.private:
-            return None
-        pending: dict[bytes, float] = {}
-
-        def allowed(key: bytes, padded_length: int, trains: bool) -> bool:
-            cost = gate.cost(RecordRef(key, padded_length), trains=trains)
-            if not gate.budget.allows(key, cost, pending):
-                return False
-            pending[key] = pending.get(key, 0.0) + cost
-            return True
-
-        return allowed
+        return gate.reserve() if gate.policy.private else None
 
     def report(self, gate: Gate) -> dict[str, Any]:
         """The privacy section of the closing report."""
         return privacy_report(gate.policy, self.ledger, simulated=self.seeded, audit=self._audit())
+
+    def close(self) -> None:
+        """Let go of ledger and vault."""
+        self.ledger.close()
+        self.vault.close()
 
     def _audit(self) -> dict[str, Any] | None:
         """What an audit found, if it was of all that has left."""
         path = self.folder / "audit.json"
         found = dict(json.loads(path.read_text())) if path.exists() else {}
         return found if (found.get("rows"), found.get("head")) == (self.ledger.count, self.ledger.head.hex()) else None
+
+
+def policy_for(settings: Federation, data: ClientData, *, bottom_trains: bool = False) -> Policy:
+    """What those settings come to for these records. Raises ConfigError for noise that cannot be had."""
+    held_out = len(data.held_out) if data.held_out is not None else 0
+    work = workload(settings, len(data.train), min(held_out, settings.evaluation.records))
+    return policy_of(settings, work, bottom_trains=bottom_trains)

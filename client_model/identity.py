@@ -31,7 +31,9 @@ from splitfl.wire.messages import AskAuthority, Authority, Enrol, Enrolled, Mess
 #: ask one thing on a connection of its own: address, message, TLS settings -> the answer
 Ask = Callable[[str, Message, ssl.SSLContext], Message]
 
-NEW_INVITATION = "Ask the server's operator for a new join string (splitfl invite)."
+NEW_INVITATION = (
+    "Ask the server's operator for a new join string (splitfl invite); with the same --state the client goes on."
+)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ whole disk has the key too, unless ``--key`` puts it on another medium.
 
 from __future__ import annotations
 
-import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from client_model.places import default_key
 from splitfl.errors import PrivacyError, StorageError
 from splitfl.files import storage_errors, write_file
 
@@ -59,9 +59,3 @@ def identity_of(state: Path) -> str:
         write_file(path, secrets.token_hex(16).encode())
     with storage_errors(path):
         return path.read_text().strip()
-
-
-def default_key(identity: str) -> Path:
-    """Where a client's key lies unless --key says otherwise: in the user's configuration."""
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
-    return home / "splitfl" / "keys" / f"{identity}.key"

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import socket
 import ssl
 import threading
 from collections import deque
@@ -27,7 +29,7 @@ from client_model.patience import Patience
 from splitfl.channel.certificates import SERVER_NAME
 from splitfl.errors import ConfigError, LinkError, ProtocolError, RefusedError, SplitFLError
 from splitfl.pipe import send_frame, watch
-from splitfl.wire.frames import MAX_FRAME_BYTES, Parts, decode, encode, frame_bytes
+from splitfl.wire.frames import MAX_FRAME_BYTES, DamagedError, Parts, decode, encode, frame_bytes
 from splitfl.wire.messages import Answer, Backward, Forward, Hello, Message, Refused, Request, Welcome
 from splitfl.wire.session import Answered, ClientSession, Connected, Rejected
 
@@ -95,6 +97,7 @@ class Link:
         self.bytes_sent = 0
         self.bytes_received = 0
         self.journal = Journal() if journal is None else journal
+        self._met = hello.resume != ""
         self._session = ClientSession(
             hello, next_seq=self.journal.next_seq, unanswered=self.journal.unanswered, keeper=self.journal
         )
@@ -168,7 +171,7 @@ class Link:
         await asyncio.Event().wait()  # whoever asks from now on is told why it gave up, until close()
 
     async def _connect_forever(self) -> None:
-        patience = Patience(self.url, self.patience_s, self.say)
+        patience = Patience(self.url, self.patience_s, self.say, met=self._met)
         while True:
             try:
                 async with dial(self.url, self.tls) as connection:
@@ -181,8 +184,8 @@ class Link:
                     raise ProtocolError(
                         "a frame was over the server's limit", "Lower batch.records or batch.max_length."
                     ) from closed
-            except (OSError, InvalidHandshake, TimeoutError) as error:
-                reason = why_not(error, self.url)
+            except (OSError, InvalidHandshake, TimeoutError, DamagedError) as error:
+                reason = why_not(error, patience)
             await patience.wait(reason)
 
     async def _converse(self, connection: CountingConnection) -> bool:
@@ -207,6 +210,10 @@ class Link:
             if not welcomed:
                 raise
             self._raise_if_too_big(connection)
+        except DamagedError as damaged:
+            if not welcomed:
+                raise
+            self.say(f"the link to {self.url}: {damaged.message}")
         finally:
             self._outgoing = None
             for helper in helpers:
@@ -316,12 +323,19 @@ def dial(url: str, tls: ssl.SSLContext | None, max_bytes: int = MAX_FRAME_BYTES)
         raise ConfigError(f"{url!r} is no websocket address", "Write it as ws://HOST:PORT.") from error
 
 
-def why_not(error: BaseException, url: str) -> str:
-    """Why there is no connection, in a few words. Raises TrustError for what waiting does not mend."""
+def why_not(error: BaseException, patience: Patience) -> str:
+    """Why there is no connection, in a few words. Raises TrustError and LinkError for what waiting does not mend."""
+    url = patience.url
     if (distrust := tls_error(error, url)) is not None:
         raise distrust from error
+    if isinstance(error, socket.gaierror):
+        if not patience.met:
+            raise LinkError(f"no machine is known by the name in {url}", "Check host and port.") from error
+        return "its name does not resolve"
     if isinstance(error, InvalidMessage) and url.startswith("wss:"):  # asyncio closes without the alert that says why
         return "it hung up after the TLS handshake: busy, or it does not take this client's certificate"
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ssl.SSLError):
+        return os.strerror(error.errno)
     return one_line(error)
 
 
@@ -342,12 +356,14 @@ async def _ask_patiently(url: str, message: Message, tls: ssl.SSLContext, patien
                 raise refusal_error(answer)
             return answer
         except (OSError, InvalidHandshake, TimeoutError, ConnectionClosed) as error:
-            reason = why_not(error, url)
+            reason = why_not(error, patience)
         await patience.wait(reason)
 
 
 def refusal_error(refusal: Refused) -> SplitFLError:
     """The error that a Refused means for the person at the client."""
+    if refusal.code == "damaged":
+        return DamagedError(refusal.reason, refusal.remedy, field="frame")
     if refusal.code in ("version", "bad_message"):
         return ProtocolError(f"the server refuses: {refusal.reason}", refusal.remedy)
     return RefusedError(f"the server refuses: {refusal.reason}", refusal.remedy, code=refusal.code)

@@ -15,7 +15,8 @@ from splitfl.codec.tensors import check_finite
 from splitfl.config import Federation
 from splitfl.data.packing import Batch
 from splitfl.errors import PrivacyError
-from splitfl.privacy.gate import Gate, RecordRef
+from splitfl.privacy.charges import RecordRef
+from splitfl.privacy.gate import Gate
 from splitfl.split.loss import HeadLoss
 
 
@@ -55,8 +56,9 @@ class Measurements:
         """
         check_finite(torch.tensor(loss.total), "the loss")
         self.losses = [entry for entry in self.losses if entry["round"] < round_]
-        self.losses.append({"round": round_, "loss": mean(loss), "tokens": loss.tokens})
-        return {"round": round_, "loss": mean(loss), "perplexity": math.exp(min(50.0, mean(loss)))}
+        entry = {"round": round_, "loss": mean(loss), "tokens": loss.tokens}
+        self.losses.append(entry)
+        return {**entry, "perplexity": math.exp(min(50.0, mean(loss)))}
 
 
 def shared_metric(gate: Gate, round_: int, each: Sequence[float], records: Sequence[RecordRef]) -> float | None:

@@ -7,14 +7,17 @@ go on once the merge is durable. After a server's restart it goes back to the sn
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from torch import Tensor
 
 from client_model.assets import PIECE_BYTES
 from client_model.baselines import BaselineRun, Baselines, wanted
-from client_model.candidate import Candidate, Connection, terms
+from client_model.candidate import Candidate, Connection, preparation
 from client_model.ends import Ends
 from client_model.journal import Head
 from client_model.link import SessionLostError
@@ -25,9 +28,11 @@ from client_model.trainer import MissedStepError, Trainer
 from splitfl.cut import Cut
 from splitfl.data.packing import Batch, DataOrder
 from splitfl.errors import ConfigError, NumericalError, ProtocolError, SplitFLError
+from splitfl.federation.schedule import round_step_sizes
 from splitfl.files import sha256_of
 from splitfl.privacy.policy import DpSgd
 from splitfl.split.narrow import load_release
+from splitfl.split.shares import check_handover
 from splitfl.wire.messages import (
     Bye,
     Finished,
@@ -45,7 +50,10 @@ GOODBYE_S = 10.0  # how long a client that is done waits for the server's farewe
 
 
 class PausedError(Exception):
-    """Ctrl-C: the state is saved. ``in_round``: this client is awaited, within the grace period."""
+    """Ctrl-C, or all that was asked for is done: the state is saved.
+
+    ``in_round``: this client is awaited, within the grace period.
+    """
 
     def __init__(self, *, in_round: bool) -> None:
         super().__init__("paused")
@@ -57,14 +65,18 @@ class Participant(Candidate):
     """Takes part: rounds, snapshots, evaluations, and what becomes of each fault."""
 
     measured: Measurements = field(default_factory=Measurements)
+    only_finish: bool = False  # stop as soon as the round that was paused is merged
     in_step: bool = False  # steps are under way: Ctrl-C waits for the end of the one that is
 
     def run(self, link: Connection, welcome: Welcome, url: str) -> dict[str, Any]:
         """Take part until the federation ends; returns the closing report.
 
-        Raises PausedError after Ctrl-C, and SplitFLError with its remedy for anything that cannot go on.
+        Raises PausedError after Ctrl-C, and SplitFLError with its remedy for anything that cannot go on. After a pause
+        it may be called again, with another link and another ``plan``.
         """
         self.link, self.url = link, url
+        if self.count is not None:
+            self.count.go_on(link)
         try:
             return self._run(welcome)
         finally:
@@ -76,8 +88,10 @@ class Participant(Candidate):
         """Go on, from one restart of the server to the next, until the federation ends."""
         while True:
             try:
-                if self.agreed != terms(welcome):
+                if self.prepared_for != preparation(welcome):
                     self._prepare(welcome)
+                else:
+                    self._check_countersigner(welcome)
                 self._go_on_from(welcome)
                 return self._rounds()
             except SessionLostError as lost:
@@ -89,17 +103,21 @@ class Participant(Candidate):
         self._remember(welcome)
         head = self.link.journal.head if welcome.resumed else None
         snapshot = self._newest(welcome.round) if head is None else self._base(head)
+        if snapshot is not None:
+            self._change_cut(Cut(*snapshot.cut))
         self.ends = self._fresh_ends(self.gate.policy.dp_sgd)
         self.trainer = Trainer(self.ends, self.link, self.gate)
         assert self.guard is not None
         self.notary = Notary(self.link, self.guard.ledger, self.name, welcome.signer)
         self.held_weights = ""
+        self.beside: dict[str, Tensor] = {}  # what came beside the weights that are held
         self.labels: set[int] = set()  # of this start, for the audit of the first update
         self.round = snapshot.round if snapshot else -1
         self.order: DataOrder = self.data.order(self.name, snapshot.cursor if snapshot else (0, 0))
         if snapshot is not None:
             self.ends.load_weights(snapshot.weights)
             self.ends.load_optimizer_tensors(snapshot.optimizer)
+            self.ends.load_correction_tensors(snapshot.correction)
         self.unfinished = snapshot if head is not None and head.in_round else None
         if head is None:
             self._begin_journal("" if snapshot is None else self.store.name_of(snapshot.round), in_round=False)
@@ -109,7 +127,7 @@ class Participant(Candidate):
     def _newest(self, durable: int) -> Snapshot | None:
         """The snapshot of the last durable round; None for the published weights."""
         snapshot = self.store.newest(durable)
-        if snapshot is not None and (Cut(*snapshot.cut), snapshot.terms) != (self.cut, self.terms.sha256):
+        if snapshot is not None and snapshot.terms != self.terms.sha256:
             return None  # weights that were trained under other terms may tell what these do not allow
         return snapshot
 
@@ -124,7 +142,7 @@ class Participant(Candidate):
 
     def _begin_journal(self, base: str, *, in_round: bool) -> None:
         """From now on a crash goes back to ``base``. Steps of DP-SGD cannot be done again: their noise is not kept."""
-        head = Head(base, in_round, self.welcome.session, self.link.next_seq, self._fingerprint(), str(self.plan))
+        head = Head(base, in_round, self.welcome.session, self.link.next_seq, self._fingerprint(), str(self.cut))
         self.link.journal.begin(head, only_head=self.gate.policy.dp_sgd is not None)
         if base != self.store.pause_folder.name:
             self.store.forget_pause()
@@ -136,6 +154,13 @@ class Participant(Candidate):
             at = (self.unfinished.round, self.unfinished.step)
         if at is not None:
             self._say("resumed", round=at[0], step=at[1])
+
+    def _change_cut(self, before: Cut) -> None:
+        """Say so when the cut is another one than before. Raises ConfigError where the blocks cannot change hands."""
+        if before != self.cut:
+            check_handover(self.settings, before, self.cut)
+            anew = self.gate.policy.private and before.n_bottom != self.cut.n_bottom
+            self._say("cut_changed", before=str(before), now=str(self.cut), released_anew=anew)
 
     def _fresh_ends(self, dp_sgd: DpSgd | None = None) -> Ends:
         """Ends with the base weights; without DP-SGD for what never leaves."""
@@ -156,6 +181,7 @@ class Participant(Candidate):
             if not isinstance(answer, RoundOpen):
                 raise ProtocolError(f"{type(answer).__name__} instead of a round")
             self._take_merge(answer.weights)
+            self.ends.begin_round(self.beside)
             self._evaluate(answer.round)
             self._train_round(answer.round, 0, 0)
 
@@ -164,13 +190,13 @@ class Participant(Candidate):
         if unfinished.step < self.settings.rounds.local_steps:
             self._train_round(unfinished.round, unfinished.step, unfinished.tokens)
         else:
-            self._send_update(unfinished.round, unfinished.tokens)
+            self._send_update(unfinished, {})
 
     def _take_merge(self, weights: str) -> None:
         """Load the newest merge, unless it is what we hold. Personal weights stay."""
         if weights and weights != self.held_weights:
-            names = self.ends.shared if self.settings.merge.share != "none" else []
-            self.ends.load_weights(self.assets.weights(weights, names))
+            self.ends.load_weights(self.assets.weights(weights, self.ends.shared))
+            self.beside = self.assets.weights(weights, self.ends.beside) if self.ends.beside else {}
         self.held_weights = weights
 
     def _train_round(self, round_: int, first_step: int, tokens: int) -> None:
@@ -182,9 +208,11 @@ class Participant(Candidate):
         finally:
             self.in_step = False
         self.notary.settle()
+        unmerged = self.ends.correction_tensors()
+        self.ends.end_round(round_step_sizes(self.settings, round_))
         snapshot = self._snapshot(round_, self.settings.rounds.local_steps, tokens)
         self._begin_journal(self.store.save(snapshot), in_round=True)
-        self._send_update(round_, tokens)
+        self._send_update(snapshot, unmerged)
 
     def _train_steps(self, round_: int, first_step: int, tokens: int) -> int:
         """The local steps from ``first_step`` on; returns the tokens of the whole round. Raises PausedError."""
@@ -219,20 +247,27 @@ class Participant(Candidate):
         numbers = self.data.pick(self.order, self.guard.spend(self.gate))
         return numbers, self.order.cursor
 
-    def _send_update(self, round_: int, tokens: int) -> None:
-        """The update of a round whose snapshot is on disk, and the wait until the merge is durable."""
+    def _send_update(self, snapshot: Snapshot, unmerged: Mapping[str, Tensor]) -> None:
+        """The update of a round whose snapshot is on disk, and the wait until the merge is durable.
+
+        ``unmerged`` is the correction as it was, for a round whose merge was missed.
+        """
         if self.stop():  # else it would wait for everybody first
             raise PausedError(in_round=True)
+        round_ = snapshot.round
         weights = self.ends.weights()
         shared = {name: weights[name] for name in self.ends.shared}
         digest = self._upload(self.gate.release_weights(round_, shared)) if shared else ""
         if round_ == 0 and self.gate.keepsakes.chosen:
             self.gate.keepsakes.keep_head(shared.get(self.ends.head_name), self.labels)
         self.notary.mark()
-        answer = self.link.ask(Update(0, 0, round_, tokens, digest, self.measured.shared))
+        answer = self.link.ask(Update(0, 0, round_, snapshot.tokens, digest, self.measured.shared))
         self.measured.shared = None
         if not isinstance(answer, RoundDurable):
             raise ProtocolError(f"{type(answer).__name__} instead of a merged round")
+        if unmerged and not answer.merged:  # too late: the server's side of the strategy does not know of this round
+            self.ends.load_correction_tensors(unmerged)
+            self.store.save(replace(snapshot, correction=unmerged))
         self._take_merge(answer.weights)
         assert self.count is not None
         taken = self.count.tally.rounds_taken + answer.merged
@@ -253,11 +288,12 @@ class Participant(Candidate):
     def _snapshot(self, round_: int, step: int, tokens: int) -> Snapshot:
         cut = (self.cut.n_bottom, self.cut.n_top)
         weights, moments = self.ends.weights(), self.ends.optimizer_tensors()
-        return Snapshot(round_, step, tokens, self.order.cursor, cut, weights, moments, self.terms.sha256)
+        place = (round_, step, tokens, self.order.cursor, cut)
+        return Snapshot(*place, weights, moments, self.terms.sha256, self.ends.correction_tensors())
 
     def _stop_if_asked(self, step: int | None, tokens: int) -> None:
         """On Ctrl-C: save where we are, so that the next start goes on here. Raises PausedError."""
-        if not self.stop():
+        if not (self.stop() or (self.only_finish and step is None)):
             return
         self.notary.settle()  # a journal begins with nothing unanswered
         if self.link.journal.doing_again:  # it goes further than this
@@ -286,6 +322,7 @@ class Participant(Candidate):
         self._take_merge(finished.weights)
         self._evaluate(finished.round + 1)
         path = self.store.save_merged({name: tensor.contiguous() for name, tensor in self.ends.weights().items()})
+        personal = self._personal_loss(finished.round)
         baselines = self._baselines()
         self.notary.settle()
         self._say_goodbye()
@@ -301,7 +338,9 @@ class Participant(Candidate):
             "starts": tally.starts,
             "uncounted_starts": tally.uncounted_starts,
             "cut": str(self.cut),
+            "share": self.settings.merge.share,
             "held_out_losses": self.measured.losses,
+            "personal": personal,
             "baselines": None if baselines is None else {**asdict(baselines), "earned": baselines.earned},
             "data": self._data_facts(),
             "bytes": self.count.total_traffic(),
@@ -310,16 +349,39 @@ class Participant(Candidate):
             "seconds": time.monotonic() - self.started,
         }
 
+    def _personal_loss(self, round_: int) -> float | None:
+        """Held-out loss of this client's own weights as they were before the merge of ``round_``, on the merged trunk.
+
+        None when it had no part in that round, nothing of it is merged, or its activations would be charged anew. The
+        ends hold those weights afterwards.
+        """
+        own = self.store.newest(round_)
+        charged = self.gate.policy.private and self.ends.bottom_trains and not self.ends.trunk_is_empty
+        if own is None or own.round != round_ or not (self.evaluation and self.ends.shared) or charged:
+            return None
+        self.ends.load_weights(own.weights)
+        try:
+            loss = mean(self.trainer.evaluate(round_ + 1, self.evaluation))
+        except (MissedStepError, NumericalError):
+            return None
+        self.notary.mark()
+        return loss if math.isfinite(loss) else None
+
     def _baselines(self) -> Baselines | None:
         """What this client would have reached without the split; None where that is not asked for."""
         ends_too, top_too = wanted(self.settings, self.cut)
         if not (self.evaluation and self.measured.losses and (ends_too or top_too)) or self.ends.trunk_is_empty:
             return None
-        run = BaselineRun(self.name, self.data, self.evaluation, self.link, self.gate, self._fresh_ends)
+        measured = (self.data, self.evaluation, self.link, self.gate)
+        run = BaselineRun(self.name, *measured, self._fresh_ends, self._say_baseline)
         self._say("baselines")
         return Baselines(
             self.measured.losses[-1]["loss"], run.ends_only() if ends_too else None, run.top_only() if top_too else None
         )
+
+    def _say_baseline(self, which: str, step: int, steps: int) -> None:
+        assert self.count is not None
+        self._say("baseline_step", which=which, step=step, steps=steps, **self.count.traffic())
 
     def _say_goodbye(self) -> None:
         """Tell the server that it need not stay for us; all is on disk, so it does not matter whether it hears."""

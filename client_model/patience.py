@@ -14,26 +14,42 @@ LONGEST_PAUSE_S = 30.0
 
 
 class Patience:
-    """``limit_s`` seconds for the server at ``url``; ``say`` receives a line before each pause."""
+    """``limit_s`` seconds for the server at ``url``; ``say`` receives a line before each pause.
 
-    def __init__(self, url: str, limit_s: float, say: Callable[[str], None]) -> None:
+    ``met`` is whether it was ever there: else its address may be wrong.
+    """
+
+    def __init__(self, url: str, limit_s: float, say: Callable[[str], None], *, met: bool = False) -> None:
         self.url = url
         self.limit_s = limit_s
         self.say = say
-        self.renew()
+        self.met = met
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pause, self._away_since = FIRST_PAUSE_S, time.monotonic()
 
     def renew(self) -> None:
         """The server was there: begin anew."""
-        self._pause, self._away_since = FIRST_PAUSE_S, time.monotonic()
+        self.met = True
+        self._begin()
 
     async def wait(self, reason: str) -> None:
         """Pause before the next try. Raises LinkError when the limit is over."""
         away = time.monotonic() - self._away_since
         if away > self.limit_s:
-            raise LinkError(
-                f"the server at {self.url} has been away for {away:.0f} s ({reason})",
-                "Check the address and that `splitfl serve` runs, then join again: the client goes on.",
-            )
-        self.say(f"waiting for the server at {self.url} ({reason}); next try in {self._pause:.0f} s")
+            raise self._over(away, reason)
+        self.say(f"waiting for the server at {self.url} ({reason}); next try in {self._pause:g} s")
         await asyncio.sleep(self._pause * random.uniform(0.8, 1.2))
         self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
+
+    def _over(self, away: float, reason: str) -> LinkError:
+        if not self.met:
+            return LinkError(
+                f"the server at {self.url} was not reached in {away:.0f} s ({reason})",
+                "Check host and port, and that `splitfl serve` runs there; then join again.",
+            )
+        return LinkError(
+            f"the server at {self.url} has been away for {away:.0f} s ({reason})",
+            "Check the address and that `splitfl serve` runs, then join again: the client goes on.",
+        )

@@ -22,7 +22,7 @@ from splitfl.config import Federation
 from splitfl.data.packing import Batch, DataOrder, RecordSet, collate
 from splitfl.data.readers import open_corpus, split_corpus
 from splitfl.data.records import Record
-from splitfl.errors import CheckpointError, PrivacyError
+from splitfl.errors import CheckpointError, DataError, PrivacyError
 
 Spend = Callable[[bytes, int, bool], bool]  # (key, padded length, trains) -> whether the record may take part
 KEY_BYTES = 16
@@ -57,6 +57,15 @@ class ClientData:
             corpus.skipped,
             corpus.fingerprint,
         )
+
+    def check_fills_a_step(self) -> None:
+        """Raise DataError when the records make no step: with privacy on, none takes part in a step twice."""
+        records, needed = len(self.train), self.settings.batch.records
+        if self.settings.privacy.on and records < needed:
+            raise DataError(
+                f"too few records to train on: {records}, and with privacy on a step takes {needed} different ones",
+                "Give more rows; nothing has left.",
+            )
 
     def order(self, name: str, cursor: tuple[int, int] = (0, 0)) -> DataOrder:
         """The seeded order of the training records of the client ``name``, from ``cursor``."""

@@ -2,12 +2,17 @@
 
     ledger.sqlite               what has left so far, row by row (splitfl.privacy.ledger)
     releases.sqlite             noised bytes that left, encrypted (splitfl.privacy.vault)
+    key-id                      this folder's random name, which finds its key (client_model.keys)
+    agreement.txt               the terms that were accepted last, in words
+    countersigner               who countersigns the ledger: a public key
+    audit.json                  what `splitfl audit` found, and of which ledger
+    identity/                   certificate and private key of an invitation (client_model.identity)
     tally.json                  starts, rounds and traffic so far
     federation.json             the settings that were agreed to, and the cut
     client.json                 name, federation, session token
     journal                     what was sent and heard since the snapshot to go on from (client_model.journal)
     model/                      config and tokenizer as the server handed them out
-    snapshots/round-000003/     weights.safetensors  optimizer.safetensors  state.json
+    snapshots/round-000003/     weights, optimizer, correction (.safetensors), state.json
     pause/                      the same in the middle of a round, after Ctrl-C
     merged.safetensors          the trained weights at the end
 
@@ -20,7 +25,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -31,11 +36,13 @@ from splitfl.errors import StorageError
 from splitfl.files import clear_unfinished, new_folder, numbered, storage_errors, sync, write_file
 
 KEPT_SNAPSHOTS = 2
+PARTS = ("weights", "optimizer", "correction")  # of a snapshot, a safetensors file each
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where a client stood: ``round``, the next ``step`` in it and the label ``tokens`` so far, weights, moments."""
+    """Where a client stood: ``round``, the next ``step`` in it and the label ``tokens`` so far, weights, moments, and
+    what the strategy's correction of gradients keeps."""
 
     round: int
     step: int
@@ -45,6 +52,7 @@ class Snapshot:
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     terms: str = ""  # SHA-256 of the agreement under which it was trained
+    correction: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -182,18 +190,19 @@ class ClientStore:
         facts: dict[str, object] = {"round": snapshot.round, "step": snapshot.step, "tokens": snapshot.tokens}
         facts |= {"cursor": snapshot.cursor, "cut": snapshot.cut, "terms": snapshot.terms}
         with new_folder(folder) as work:
-            write_tensors(snapshot.weights, work / "weights.safetensors")
-            write_tensors(snapshot.optimizer, work / "optimizer.safetensors")
+            for part in PARTS:
+                write_tensors(getattr(snapshot, part), work / f"{part}.safetensors")
             (work / "state.json").write_text(json.dumps(facts))
 
     def _read(self, folder: Path) -> Snapshot:
         try:
             facts = json.loads((folder / "state.json").read_text())
-            weights, optimizer = (load_file(folder / f"{name}.safetensors") for name in ("weights", "optimizer"))
+            weights, optimizer, correction = (load_file(folder / f"{part}.safetensors") for part in PARTS)
             epoch, position = facts["cursor"]
             cut = (int(facts["cut"][0]), int(facts["cut"][1]))
             place = (int(facts["round"]), int(facts["step"]), int(facts["tokens"]))
-            return Snapshot(*place, (epoch, position), cut, weights, optimizer, str(facts.get("terms", "")))
+            terms = str(facts.get("terms", ""))
+            return Snapshot(*place, (epoch, position), cut, weights, optimizer, terms, correction)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise StorageError(
                 f"{folder} cannot be read", f"Delete {folder}: the client then goes on from the newest merge."

@@ -26,7 +26,8 @@ from splitfl.codec.tensors import decode_tensor
 from splitfl.data.packing import Batch
 from splitfl.errors import NumericalError, ProtocolError, RefusedError
 from splitfl.federation.schedule import learning_rate
-from splitfl.privacy.gate import Gate, ReleaseKind
+from splitfl.privacy.gate import Gate
+from splitfl.privacy.ledger import ReleaseKind
 from splitfl.split.loss import HeadLoss
 from splitfl.wire.messages import (
     Answer,
@@ -87,7 +88,7 @@ class Trainer:
         self.gate = gate
         self.in_flight = ends.settings.batch.in_flight
         once = gate.policy.private and not ends.bottom_trains
-        self.entry: Entry = OnceEntry(link, gate) if once else DirectEntry(link, gate)
+        self.entry: Entry = OnceEntry(link, gate.once) if once else DirectEntry(link, gate)
         # With a deadline a step can be refused at its very end; only without one may the top move on before.
         self._top_may_run_ahead = ends.settings.trunk.step_deadline_s == 0
 
@@ -111,7 +112,6 @@ class Trainer:
             raise
         if not top_moved:
             norm = self._step_top(round_, micro_batches, rate)
-        self.gate.trained = True
         if not math.isfinite(norm + self.ends.step_bottom(rate, self._divisor(micro_batches))):
             raise MissedStepError("the gradients' norm was not finite, so these weights stayed as they were")
         return HeadLoss(done.loss, done.tokens)
@@ -120,8 +120,7 @@ class Trainer:
         """Apply the top's gradients; returns their norm. DP-SGD is paid for before its noise is drawn."""
         ends = self.ends
         if ends.private_top is not None:
-            parts = 1 + ends.bottom_trains
-            self.gate.charge_dp_sgd(round_, [record for batch in micro_batches for record in records_of(batch)], parts)
+            self.gate.charge_dp_sgd(round_, [record for batch in micro_batches for record in records_of(batch)])
         return ends.step_top(rate, self._divisor(micro_batches))
 
     def _divisor(self, micro_batches: Sequence[Batch]) -> int:

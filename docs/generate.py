@@ -1,4 +1,4 @@
-"""Writes the reference pages that repeat what the code says: docs/federation.md and docs/commands.md.
+"""Writes the reference pages that repeat what the code says: federation.md, simulating.md and commands.md.
 
 ``make docs`` runs it; tests/unit/test_docs.py fails while a page differs from what the code says now.
 """
@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from splitfl.cli import app
 from splitfl.config import Federation, Section
+from splitfl.lab.simulate.settings import Simulation
 
 HERE = Path(__file__).parent
 BOUNDS: dict[type, str] = {Ge: ">=", Gt: ">", Le: "<=", Lt: "<"}
@@ -28,7 +29,7 @@ FEDERATION_HEAD = """\
 What a federation agrees on, in one TOML file, given to `splitfl serve --federation FILE`. The server's settings win:
 every client receives them when it joins, so nothing has to be set twice. What is left out takes its default; an
 unknown field, or a value out of its range, is refused at start with the field's name. [recipes/](recipes) holds whole
-files to start from.
+files to start from; [strategies.md](strategies.md) says which `merge.strategy` and which average to choose.
 
 ```toml
 name = "three-hospitals"
@@ -44,8 +45,11 @@ learning_rate = 3e-4
 Some combinations are refused as well: `micro_batches` that does not divide `records`; a default cut outside its own
 limits, or with more blocks than the model has; `share = "none"` when clients may differ in `n_top` (personal tops of
 different depth cannot be exported); on a model whose head is its embedding, `head` other than `"full"` or
-`share = "top"` while that embedding trains.
+`share = "top"` while that embedding trains; a parameter of `[merge]` that the chosen strategy and average do not use;
+SCAFFOLD with AdamW, with robust merging or where cuts may differ; Krum with a `min_clients` below 2 x `byzantine` + 3.
 """
+
+TABLES_BELOW = "<!-- Tables from here on: docs/generate.py, from splitfl/lab/simulate/settings.py -->\n"
 
 COMMANDS_HEAD = """\
 # Commands
@@ -60,12 +64,22 @@ Ctrl-C ends with 130, and what was saved stays saved.
 
 def federation_page() -> str:
     """Every field of federation.toml with its values, default and unit."""
-    parts = [FEDERATION_HEAD, "## At the top of the file\n", *field_table(Federation)]
-    for name, field in Federation.model_fields.items():
-        if is_section(field):
+    return "\n".join([FEDERATION_HEAD, *section_tables(Federation, "##")])
+
+
+def simulating_page() -> str:
+    """The page as it was written by hand, and every field of a simulation's file but those of its federation."""
+    by_hand = (HERE / "simulating.md").read_text().partition(TABLES_BELOW)[0]
+    return "\n".join([by_hand + TABLES_BELOW, *section_tables(Simulation, "###", without=("federation",))])
+
+
+def section_tables(whole: type[Section], mark: str, *, without: tuple[str, ...] = ()) -> Iterator[str]:
+    """A heading and a table for the fields at the top, and for those of each table in the file."""
+    yield from [f"{mark} At the top of the file\n", *field_table(whole)]
+    for name, field in whole.model_fields.items():
+        if is_section(field) and name not in without:
             section: type[Section] = field.annotation  # type: ignore[assignment]
-            parts += [f"## [{name}]\n", f"{paragraph(section.__doc__)}\n", *field_table(section)]
-    return "\n".join(parts)
+            yield from [f"{mark} [{name}]\n", f"{paragraph(section.__doc__)}\n", *field_table(section)]
 
 
 def field_table(section: type[Section]) -> Iterator[str]:
@@ -91,7 +105,7 @@ def values(field: FieldInfo) -> str:
         return f"list of {listed(get_args(annotation)[0])}"
     annotation = plain(annotation)
     kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not type(None)]
-    words = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}
+    words = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text", Path: "path"}
     bounds = [f"{BOUNDS[type(m)]} {getattr(m, type(m).__name__.lower())}" for m in field.metadata if type(m) in BOUNDS]
     patterns = [f"`{m.pattern}`" for m in field.metadata if getattr(m, "pattern", None)]
     return ", ".join([words[kinds[0]], *bounds, *patterns])
@@ -104,7 +118,7 @@ def plain(annotation: Any) -> Any:
 
 def listed(annotation: Any) -> str:
     """What the items of a list are."""
-    return {int: "whole numbers", str: "texts"}[plain(annotation)]
+    return {int: "whole numbers", str: "texts", Path: "paths"}[plain(annotation)]
 
 
 def default(field: FieldInfo) -> str:
@@ -173,7 +187,7 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-PAGES = {"federation.md": federation_page, "commands.md": commands_page}
+PAGES = {"federation.md": federation_page, "simulating.md": simulating_page, "commands.md": commands_page}
 
 
 def main() -> None:

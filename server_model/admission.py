@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server_model.authority import Authority, now_utc, open_authority
+from server_model.authority import Authority, has_authority, now_utc, open_authority
 from server_model.registry import Issued, Registry, ended
 from splitfl.channel.certificates import certificate_pem, public_key_hash, requested_key
 from splitfl.errors import RefusedError
@@ -35,18 +35,20 @@ class Peer:
 
 
 class Admission:
-    """Authority and books of one state folder. ``plain`` allows sockets without TLS."""
+    """Authority and books of one state folder. ``plain`` allows sockets without TLS; ``new``: both were just made."""
 
-    def __init__(self, authority: Authority, registry: Registry, *, plain: bool) -> None:
+    def __init__(self, authority: Authority, registry: Registry, *, plain: bool, new: bool = False) -> None:
         self.authority = authority
         self.registry = registry
         self.plain = plain
+        self.new = new
 
     @classmethod
     def open(cls, state: Path, *, plain: bool) -> Admission:
         """Raises StorageError."""
+        new = not has_authority(state)
         authority = open_authority(state)
-        return cls(authority, Registry(authority.folder / "clients.sqlite"), plain=plain)
+        return cls(authority, Registry(authority.folder / "clients.sqlite"), plain=plain, new=new)
 
     async def answer(self, peer: Peer, message: AskAuthority | Enrol) -> messages.Authority | Enrolled:
         """What a newcomer gets. Raises RefusedError, StorageError."""

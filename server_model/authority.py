@@ -121,6 +121,11 @@ class Authority:
         return context
 
 
+def has_authority(state: Path) -> bool:
+    """Whether the authority of a state folder was made before."""
+    return (state / "tls" / "ca.pem").exists()
+
+
 def open_authority(state: Path, now: datetime | None = None) -> Authority:
     """The authority of a state folder; made when there is none. Raises StorageError."""
     now = now or now_utc()
@@ -128,7 +133,7 @@ def open_authority(state: Path, now: datetime | None = None) -> Authority:
     with storage_errors(folder):
         state.mkdir(parents=True, exist_ok=True)
         with appending_alone(state / ".tls.lock"):  # serve and invite may both be the first
-            if not (folder / "ca.pem").exists():
+            if not has_authority(state):
                 make_authority(folder, now)
             authority = read_authority(folder)
             if now > authority.certificate.not_valid_after_utc:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,6 +90,7 @@ async def run(coordinator: Coordinator, admission: Admission, host: str, port: i
     from server_model.invitations import remember_address
     from server_model.service import Service
     from server_model.tasks import BACKGROUND_FAILURE
+    from server_model.waiting import name_the_awaited
     from splitfl.federation.agreement import privacy_line
 
     stopped = asyncio.Event()
@@ -113,9 +115,10 @@ async def run(coordinator: Coordinator, admission: Admission, host: str, port: i
         report(Progress("listening", facts))  # type: ignore[operator]
         ended = asyncio.create_task(until_everybody_left(coordinator))
         signalled = asyncio.create_task(stopped.wait())
+        naming = asyncio.create_task(name_the_awaited(coordinator.rounds))
         await asyncio.wait([ended, signalled], return_when=asyncio.FIRST_COMPLETED)
-        ended.cancel()
-        signalled.cancel()
+        for task in (ended, signalled, naming):
+            task.cancel()
     finally:
         await service.stop()
         coordinator.close()
@@ -130,7 +133,8 @@ def listening(admission: Admission, host: str, port: int, durable: int) -> dict[
     """What an operator, or a program, wants to know of a service that is ready."""
     url = f"{'ws' if admission.plain else 'wss'}://{f'[{host}]' if ':' in host else host}:{port}"
     facts = {"url": url, "plain": admission.plain, "loopback": is_loopback(host)}
-    return {**facts, "authority": admission.authority.fingerprint, "durable_round": durable}
+    facts |= {"authority": admission.authority.fingerprint, "new_authority": admission.new}
+    return {**facts, "durable_round": durable}
 
 
 def stop(stopped: asyncio.Event) -> None:
@@ -156,35 +160,49 @@ async def until_everybody_left(coordinator: Coordinator) -> None:
 
 
 def report_json(progress: Progress) -> None:
-    print_json({"event": progress.event, **progress.facts})
+    print_json({"event": progress.event, "time": progress.time, **progress.facts})
 
 
 def report_text(progress: Progress) -> None:
-    """One line an event for the operator."""
+    """One line an event for the operator; more when it begins."""
     facts = progress.facts
-    match progress.event:
-        case "listening":
-            say_where(str(facts["url"]), plain=bool(facts["plain"]), loopback=bool(facts["loopback"]))
-            note(f"privacy {facts['privacy']}")
-            note(f"agreement {facts['agreement']}: clients are shown its terms, and accept them before they take part")
+    if progress.event != "listening":
+        note(f"{progress.time} {in_words(progress.event, facts)}")
+        return
+    if facts["new_authority"]:
+        note("a new certificate authority was made: no earlier invitation or certificate is known here")
+    say_where(str(facts["url"]), plain=bool(facts["plain"]), loopback=bool(facts["loopback"]))
+    note(f"privacy {facts['privacy']}")
+    note(f"agreement {facts['agreement']}: clients are shown its terms, and accept them before they take part")
+
+
+def in_words(event: str, facts: Mapping[str, object]) -> str:
+    """An event as an operator reads it."""
+    match event:
         case "round_open":
-            note(f"round {as_number(facts['round'])} open for {', '.join(as_names(facts['cohort']))}")
+            return f"round {as_number(facts['round'])} open for {', '.join(as_names(facts['cohort']))}"
         case "round_durable":
-            note(f"round {as_number(facts['round'])} merged and durable")
+            return f"round {as_number(facts['round'])} merged and durable"
+        case "late_update":
+            becomes = "the next merge takes its change" if facts["kept"] else "dropped"
+            return f"{facts['client']}: its update of round {as_number(facts['round'])} came late: {becomes}"
+        case "waiting_for":
+            more = [f"{facts['missing']} more to open a round"] if facts["missing"] else []
+            return "waiting for " + ", ".join(as_names(facts["clients"]) + more)
         case "sat_out":
             place = f"round {as_number(facts['round'])} step {as_number(facts['step'])}"
-            note(f"{place} goes on without {facts['client']}: {facts['reason']}")
+            return f"{place} goes on without {facts['client']}: {facts['reason']}"
         case "held_out_loss":
             loss, before = float(str(facts["loss"])), as_number(facts["round"])
-            note(f"{facts['client']}: held-out loss {loss:.3f} before round {before}")
+            return f"{facts['client']}: held-out loss {loss:.3f} before round {before}"
         case "storage_error":
-            note(f"round {as_number(facts['round'])} cannot be written, trying again: {facts['error']}")
+            return f"round {as_number(facts['round'])} cannot be written, trying again: {facts['error']}"
         case "unencrypted":
-            note(f"WARNING: the link to {facts['client']} is NOT encrypted, and nobody proved to be {facts['client']}")
+            return f"WARNING: the link to {facts['client']} is NOT encrypted, and nobody proved to be {facts['client']}"
         case "finished":
-            note("the federation has ended; export its model with: splitfl export --state STATE OUT")
+            return "the federation has ended; export its model with: splitfl export --state STATE OUT"
         case other:
-            note(f"{facts.get('client', '')} {other.replace('_', ' ')}".strip())
+            return f"{facts.get('client', '')} {other.replace('_', ' ')}".strip()
 
 
 def say_where(url: str, *, plain: bool, loopback: bool) -> None:

@@ -32,14 +32,18 @@ def invite(
     It is a secret until it has been used. An earlier invitation of the same client that was not used is void.
     """
     with command(verbose=verbose):
+        from server_model.authority import has_authority
         from server_model.invitations import invite as make_invitation
 
+        known = has_authority(state)
         join = make_invitation(state, name, address=address, valid_s=3600 * valid_hours)
         if as_json:
             print_json({"join": str(join), "name": name, "address": join.netloc, "authority": join.authority})
         else:
             sys.stdout.write(f"{join}\n")
             note(f"good once, for {valid_hours:g} hours; send it to {name} by a channel that you both trust")
+        if not known:
+            note(f"a new certificate authority was made in {state}/tls: a running service has another --state")
 
 
 def revoke(

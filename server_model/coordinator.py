@@ -14,7 +14,8 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -38,6 +39,7 @@ from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError, NumericalError, ProtocolError, RefusedError, SplitFLError, StorageError
 from splitfl.federation.agreement import Terms
+from splitfl.federation.merging import choose_strategy
 from splitfl.files import write_file
 from splitfl.privacy.witness import Mark
 from splitfl.split.checkpoint import CheckpointFolder, is_tied
@@ -85,10 +87,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Progress:
-    """Something an operator wants to see; the shell prints it."""
+    """Something an operator wants to see; the shell prints it. ``time`` is UTC, in ISO 8601."""
 
     event: str
     facts: dict[str, object]
+    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
 
 
 class Coordinator:
@@ -120,15 +123,14 @@ class Coordinator:
         store = Store(state)
         store.begin(model, settings, self.manifest, resume=resume)
         write_file(state / "agreement.txt", "".join(f"{line}\n" for line in self.terms.lines()).encode())
-        self.witness = Witness(state / "ledgers")
-        self.releases = Releases(state / "releases", int(settings.trunk.cache_gib * 2**30), settings.rounds.min_clients)
-        if not resume:
-            self.releases.clear()
+        known = bool(store.durable_rounds())
+        self.witness = Witness(state / "ledgers", strict=settings.privacy.on, known=known)
+        budget = int(settings.trunk.cache_gib * 2**30)
+        self.releases = Releases(state / "releases", budget, settings.rounds.min_clients, terms=self.terms.sha256)
         trunk = Trunk(settings, self.source, range(settings.bottoms[0], self.layers - settings.tops[0]), device)
         self.engine = Engine(trunk, settings)
         self._codec = ThreadPoolExecutor(max_workers=1, thread_name_prefix="codec")
-        # one thread: a ledger's states are written down in the order in which they came
-        self._notary = ThreadPoolExecutor(max_workers=1, thread_name_prefix="notary")
+        self._notary = asyncio.Lock()  # a ledger's states are written down in the order in which they came
         self.incarnation = secrets.token_hex(8)
         self.rounds = Rounds(settings, self.source, store, self.engine, self.blobs, clock=clock, say=self._say)
         if resume:
@@ -140,11 +142,15 @@ class Coordinator:
 
     # -- sessions ----------------------------------------------------------------------------------------------
 
-    def hello(self, hello: Hello) -> tuple[Member, Welcome]:
-        """Open or resume a session. Raises ProtocolError or RefusedError; the shell turns them into Refused."""
+    def hello(self, hello: Hello, certificate: str = "") -> tuple[Member, Welcome]:
+        """Open or resume a session for the holder of ``certificate`` (its serial number; "" on a plain socket).
+
+        Raises ProtocolError, RefusedError or StorageError; the shell turns them into Refused.
+        """
         version = choose_version(hello)
+        mark = self.witness.last(hello.name, proven=bool(certificate))
         member, resumed = self.members.welcome(hello)
-        mark = self.witness.last(member.name)
+        member.certificate = certificate
         about = {"cut": str(member.cut), "holds_round": hello.round, "software": hello.software}
         self._say("connected", client=member.name, resumed=resumed, **about)
         return member, Welcome(
@@ -251,9 +257,9 @@ class Coordinator:
         return tuple(held)
 
     async def _countersign(self, member: Member, request: Countersign) -> Answer:
-        mark = Mark(request.rows, request.head)
-        loop = asyncio.get_running_loop()
-        signature = await loop.run_in_executor(self._notary, self.witness.countersign, member.name, mark)
+        mark, proven = Mark(request.rows, request.head), bool(member.certificate)
+        async with self._notary:
+            signature = await self.rounds.once_there_is_room(self.witness.countersign, member.name, mark, proven=proven)
         return Countersigned(request.seq, mark.count, mark.head, signature)
 
     async def _forward(self, member: Member, request: Forward) -> Answer:
@@ -365,12 +371,18 @@ class Coordinator:
         asyncio.get_running_loop().call_soon(self.members.forget, member)
         return Farewell(request.seq)
 
+    async def shut_out(self, member: Member) -> None:
+        """End a session whose certificate is no longer good; what its client released is of no more use."""
+        self.members.forget(member)
+        await self._in_order(self.releases.forget, member.name)
+
     def close(self) -> None:
-        """Stop computing; what is durable stays."""
+        """Stop computing; what is durable stays. A federation that has ended needs no releases any more."""
         self.members.close()
         self.engine.close()
         self._codec.shutdown(wait=True, cancel_futures=True)
-        self._notary.shutdown(wait=True, cancel_futures=True)
+        if self.rounds.finished.is_set() and not len(self.members):
+            self.releases.clear()
 
     def _say(self, event: str, **facts: object) -> None:
         with contextlib.suppress(OSError):  # a full disk under the log, or nobody reads it: the federation goes on
@@ -381,6 +393,7 @@ def check_settings(settings: Federation, source: CheckpointFolder, device: torch
     """Raise ConfigError for settings that this model cannot be trained with."""
     layers = source.config.num_hidden_layers
     settings.check_layers(layers)
+    choose_strategy(settings)
     policy = training_policy(settings, layers, device)
     check_policy(policy, tied=is_tied(source.config))
     if stays_tied(source.config, policy) and settings.merge.share == "top":

@@ -220,6 +220,11 @@ class Engine:
             self.drop(client)
         self._set_timer(work)
 
+    def awaited(self) -> set[str] | None:
+        """Whose turn it is in the step in work; None between steps."""
+        work = self.work
+        return None if work is None else {client for client in work.members if not self._is_owed(work, client)}
+
     def _is_owed(self, work: StepWork, client: str) -> bool:
         """Whether it is not this client's turn: it waits for an answer, or has finished."""
         asked = any(arrival.client == client and arrival.train for arrival in self.waiting)

@@ -54,10 +54,9 @@ def export_state(
 
 def all_weights(state: RoundState, settings: Federation, client: Path | None) -> dict[str, Tensor]:
     """The trunk's weights with the clients' over them: merged ones, or one client's own."""
-    share = settings.merge.share
-    personal_bottom = share == "top" and bottom_trains(settings, Cut(settings.bottoms[-1], settings.tops[0]))
-    if share != "none" and not personal_bottom:
+    if not trains_personal_weights(settings):
         return {**state.trunk, **state.merged}
+    share = settings.merge.share
     if client is None:
         raise ConfigError(
             f'merge.share = "{share}": every client has a {"head" if share == "none" else "bottom"} of its own',
@@ -67,6 +66,13 @@ def all_weights(state: RoundState, settings: Federation, client: Path | None) ->
     if not path.exists():
         raise ConfigError(f"{client} holds no trained ends", "Let that client finish the federation first.")
     return {**state.trunk, **load_file(path)}
+
+
+def trains_personal_weights(settings: Federation) -> bool:
+    """Whether each client's model is another one, for some of its trained weights are merged with nobody's."""
+    share = settings.merge.share
+    bottom_too = bottom_trains(settings, Cut(settings.bottoms[-1], settings.tops[0]))
+    return share == "none" or (share == "top" and bottom_too)
 
 
 def frozen_factors(tensors: dict[str, Tensor], source: CheckpointFolder, settings: Federation) -> dict[str, Tensor]:

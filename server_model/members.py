@@ -69,11 +69,12 @@ class Members:
             known.connected = True
             cancel(known)
             return known, True
+        cut = self._cut_of(hello)  # a mistaken plan must not cost the session that there is
         if known is not None and known.name == hello.name:
             self.forget(known)  # it came back without that session's state
-        return self._new(hello), False
+        return self._new(hello, cut), False
 
-    def _new(self, hello: Hello) -> Member:
+    def _new(self, hello: Hello, cut: Cut) -> Member:
         for other in self:
             if other.name != hello.name:
                 continue
@@ -88,7 +89,6 @@ class Members:
             raise RefusedError(
                 f"{MAX_SESSIONS} clients are here already", "Try again later, or tell the operator.", code="over_limit"
             )
-        cut = self._cut_of(hello)
         member = Member(hello.name, secrets.token_urlsafe(24), cut, self._shapes_of(cut))
         self._by_token[member.token] = member
         return member

@@ -13,11 +13,12 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from splitfl.channel.joining import TOKEN_BYTES
 from splitfl.errors import ConfigError, RefusedError, StorageError
 
 LOCK_S = 10.0  # how long to wait for another process that writes
@@ -72,7 +73,7 @@ class Registry:
 
     def invite(self, name: str, valid_s: float) -> str:
         """A new token for ``name``; an earlier one that nobody has used is void."""
-        token = secrets.token_urlsafe(32)
+        token = secrets.token_urlsafe(TOKEN_BYTES)
         with self._writing() as books:
             books.execute("DELETE FROM invitations WHERE name = ? AND serial = ''", (name,))
             now = self.clock()
@@ -107,8 +108,8 @@ class Registry:
     # -- certificates ------------------------------------------------------------------------------------------
 
     def admit(self, serial: str, name: str) -> None:
-        """Let the holder of a certificate in as ``name``, and note when. Raises RefusedError."""
-        with self._writing() as books:
+        """Let the holder of a certificate in as ``name``, and note when if the disk has room. Raises RefusedError."""
+        with self._books() as books:
             row = books.execute("SELECT * FROM certificates WHERE serial = ?", (serial,)).fetchone()
             if row is None:
                 raise refused("certificate_unknown", "this server has no record of the client's certificate")
@@ -120,6 +121,7 @@ class Registry:
                     "Join under the certificate's own name.",
                     code="name_mismatch",
                 )
+        with suppress(StorageError), self._writing() as books:
             books.execute("UPDATE certificates SET seen = ? WHERE serial = ?", (self.clock(), serial))
 
     def knows(self, name: str) -> bool:
@@ -201,7 +203,8 @@ def find_invitation(books: sqlite3.Connection, name: str, token: str) -> sqlite3
         if hmac.compare_digest(row["token_hash"], digest):
             found = row
     if found is None:
-        raise refused("token_unknown", f"no invitation of {name!r} has this token")
+        reason = f"no invitation of {name!r} has this token"
+        raise refused("token_unknown", reason, "A newer invitation made this one void, or it is mistyped.")
     return found  # type: ignore[no-any-return]
 
 
@@ -209,7 +212,8 @@ def certificate_again(books: sqlite3.Connection, invitation: sqlite3.Row, key_ha
     """The certificate that this token was traded for, if the same key asks. Raises RefusedError."""
     row = books.execute("SELECT * FROM certificates WHERE serial = ?", (invitation["serial"],)).fetchone()
     if row is None or not hmac.compare_digest(invitation["key_hash"], key_hash):
-        raise refused("token_used", "this join string has been used already, from another state folder")
+        reason = "this join string has been used already, from another state folder"
+        raise refused("token_used", reason, "Go on with the --state that used it; if that was not you, say so.")
     if row["ended"]:
         raise ended(row["ended"])
     return str(row["pem"])
@@ -221,9 +225,10 @@ def ended(why: str) -> RefusedError:
     return refused("revoked", "the server's operator has revoked this client")
 
 
-def refused(code: str, reason: str) -> RefusedError:
-    """A refusal whose remedy is a new invitation."""
-    return RefusedError(reason, "Ask the server's operator for a new join string (splitfl invite).", code=code)
+def refused(code: str, reason: str, first: str = "") -> RefusedError:
+    """A refusal whose remedy is a new invitation, if ``first`` does not help."""
+    remedy = f"{first} Ask the server's operator for a new join string (splitfl invite)."
+    return RefusedError(reason, remedy.lstrip(), code=code)
 
 
 @contextmanager

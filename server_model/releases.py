@@ -1,8 +1,9 @@
 """Released activations, kept for all epochs: a client sends a record once, later steps name it.
 
 One append-only file a client, read through a memory map; each entry carries its length and its SHA-256, so a damaged
-one counts as missing and is sent again. Nothing is ever evicted: what the disk budget has no room for is not taken, and
-its owner sends it in each epoch. It is a cache: deleting it costs bandwidth and nothing else.
+one counts as missing and is sent again. Nothing is evicted for want of room: what the disk budget cannot hold is not
+taken, and its owner sends it in each epoch. Under other terms, and after the end, all of it goes. It is a cache:
+deleting it costs bandwidth and nothing else.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from splitfl.errors import StorageError
-from splitfl.files import storage_errors
+from splitfl.files import storage_errors, write_file
 from splitfl.wire.messages import TensorBytes, expected_bytes
 
 MAGIC = b"SFLR"
@@ -58,16 +59,20 @@ class Shelf:
 class Releases:
     """The cache of all clients in ``folder``, ``budget`` bytes at most. One thread calls it.
 
-    Of ``clients`` that share it none may take more than its part.
+    Of ``clients`` that share it none may take more than its part. What came under other ``terms`` (a hash) is deleted.
     """
 
-    def __init__(self, folder: Path, budget: int, clients: int = 1) -> None:
+    def __init__(self, folder: Path, budget: int, clients: int = 1, *, terms: str = "") -> None:
         self.folder = folder
         self.budget = budget
         self.share = budget // clients
         self._shelves: dict[str, Shelf] = {}
+        self.size = 0
+        self._terms = folder / "agreement"
+        if not (self._terms.is_file() and self._terms.read_text() == terms):
+            self.clear()
+            write_file(self._terms, terms.encode())
         with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o700)
             for path in sorted(folder.glob("*.bin")):
                 self._shelves[path.stem] = opened(path)
@@ -120,13 +125,21 @@ class Releases:
             return None
         return TensorBytes(place.dtype, place.shape, data)
 
+    def forget(self, client: str) -> None:
+        """Delete what one client released."""
+        shelf = self._shelves.pop(client, None)
+        if shelf is not None:
+            self.size -= shelf.end
+            shelf.path.unlink(missing_ok=True)
+
     def clear(self) -> None:
-        """Forget everything: another federation begins."""
+        """Delete everything."""
         self._shelves.clear()
         self.size = 0
         with storage_errors(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.chmod(0o700)
 
 
 def opened(path: Path) -> Shelf:

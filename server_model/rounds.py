@@ -24,9 +24,12 @@ from server_model.tasks import spawn
 from server_model.updates import ClientUpdate, Inbox, merge_updates
 from splitfl.config import Federation
 from splitfl.errors import ConfigError, RefusedError, StorageError
-from splitfl.federation.rounds import Action, Finish, MergeRound, OpenRound, Phase, RoundMachine
-from splitfl.federation.strategies import STRATEGIES, Contribution
-from splitfl.split.checkpoint import CheckpointFolder, file_entries
+from splitfl.federation.merging import Merger, choose_strategy
+from splitfl.federation.robust import Contribution
+from splitfl.federation.rounds import Action, Finish, LateUpdate, MergeRound, OpenRound, Phase, RoundMachine
+from splitfl.federation.schedule import round_step_sizes
+from splitfl.federation.strategies import RoundFacts
+from splitfl.split.checkpoint import CheckpointFolder, embedding_name, file_entries, is_tied
 from splitfl.split.modes import trunk_needs_backward
 from splitfl.wire.messages import Answer, Finished, NextRound, RoundDurable, RoundOpen, Update
 
@@ -78,13 +81,17 @@ class Rounds:
         self.say = say
         self.inbox = Inbox(store.uploads)
         self.machine = RoundMachine(settings, 0)
+        self.strategy = choose_strategy(settings)
         self.merged: dict[str, Tensor] = {}
+        self.remembered: dict[str, Tensor] = {}  # by the strategy, NAME/what -> tensor
+        self.contributors: set[str] = set()  # of all rounds so far
         self.weights = ""  # hash of the list of merged tensors
         self.durable = -1  # the newest round on disk
         self.finished = asyncio.Event()
         self._desk = Desk()
         self._opened = -1  # the newest round that was opened
         self._updates: dict[str, ClientUpdate] = {}
+        self._late: dict[str, ClientUpdate] = {}  # for the next merge; a restart forgets them
 
     def restore(self) -> None:
         """Go back to the newest durable round, if there is one."""
@@ -94,7 +101,9 @@ class Rounds:
         state = self.store.load(rounds[-1])
         check_fits(state, self.engine.trunk.weights())
         self._load_trunk(state)
-        self.merged = dict(state.merged)
+        self.merged, self.remembered = dict(state.merged), dict(state.strategy)
+        contributors = state.facts.get("contributors")
+        self.contributors = set(contributors) if isinstance(contributors, list) else set()
         self.durable = state.round
         self._offer_weights(state.round)
         self.machine = RoundMachine(self.settings, state.round + 1)
@@ -115,7 +124,10 @@ class Rounds:
 
     def _offer_weights(self, round_: int) -> None:
         folder = self.store.folder_of(round_)
+        sent = tuple(f"/{name}" for name in self.strategy.sent_names)
+        remembered = file_entries(folder / "strategy.safetensors")
         entries = file_entries(folder / "merged.safetensors")
+        entries += [entry for entry in remembered if entry.name.endswith(sent)]
         self.weights = self.blobs.add_round(folder, ((entry.name, entry) for entry in entries))
 
     # -- what clients ask --------------------------------------------------------------------------------------
@@ -135,28 +147,41 @@ class Rounds:
         return replace(await future, seq=request.seq)
 
     async def update(self, members: Members, member: Member, request: Update) -> Answer:
-        """RoundDurable once the round is merged and on disk. Raises RefusedError for weights that do not fit."""
+        """RoundDurable once the round is merged and on disk; at once for an update that came too late.
+
+        Raises RefusedError for weights that do not fit, and for a round that this client is not in.
+        """
         if member.name in self._desk.update:
             raise RefusedError("this client's update has come already", "Wait for the merge.", code="wrong_round")
+        most = self.settings.rounds.local_steps * self.settings.batch.records * self.settings.batch.max_length
+        if request.tokens > most:  # they weigh it in the mean
+            raise RefusedError(
+                f"an update trained on {request.tokens} label tokens, where a round has {most} at most",
+                "Train with the settings that the server sent.",
+                code="over_limit",
+            )
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._desk.update[member.name] = future
         try:
             update = await asyncio.to_thread(self.inbox.check, member.name, request, member.shared)
+            actions = self._accept(update, request)
         except BaseException:
             self._desk.update.pop(member.name, None)
             raise
-        self._updates[member.name] = update
         if request.held_out_loss is not None:
             self.say("held_out_loss", client=member.name, round=request.round, loss=request.held_out_loss)
         self.engine.leave_round(member.name)
-        try:
-            actions = self.machine.update(member.name, request.round, request.tokens, self.clock())
-        except RefusedError:  # too late, or not in the cohort: it goes on with the newest merge
-            self._updates.pop(member.name, None)
-            self._desk.update.pop(member.name, None)
-            return RoundDurable(request.seq, self.durable, self.weights, merged=False)
         self._act(members, actions)
         return replace(await future, seq=request.seq)
+
+    def _accept(self, update: ClientUpdate, request: Update) -> list[Action]:
+        try:
+            actions = self.machine.update(update.client, request.round, request.tokens, self.clock())
+        except RefusedError:
+            self.inbox.forget(update)
+            raise
+        self._updates[update.client] = update
+        return actions
 
     def leave(self, members: Members, member: Member) -> None:
         """A client is gone for good; an update that it has sent still counts."""
@@ -165,6 +190,16 @@ class Rounds:
         self.engine.leave_round(member.name)
         self._act(members, self.machine.leave(member.name, self.clock()))
 
+    @property
+    def progress(self) -> tuple[object, ...]:
+        """Changes whenever the federation gets on."""
+        return self.machine.round, self.machine.phase, self.engine.steps_applied
+
+    def awaited(self) -> tuple[list[str], int]:
+        """Whom the others wait for at this moment, and how many more clients a round needs to open."""
+        in_step = self.engine.awaited()
+        return sorted(self.machine.awaited() if in_step is None else in_step), self.machine.missing()
+
     # -- what the machine decides ------------------------------------------------------------------------------
 
     def _act(self, members: Members, actions: list[Action]) -> None:
@@ -172,6 +207,8 @@ class Rounds:
             match action:
                 case OpenRound():
                     self._open(members, action)
+                case LateUpdate():
+                    self._take_late(action)
                 case MergeRound():
                     self.engine.end_round()
                     spawn(self._merge(members, action))
@@ -196,18 +233,39 @@ class Rounds:
     def _trains_through_trunk(self, member: Member) -> bool:
         return trunk_needs_backward(self.settings, member.cut, self.layers)
 
+    def _take_late(self, late: LateUpdate) -> None:
+        """Its client goes on with the newest merge. It hears "not merged": until the next one nothing is durable."""
+        update = self._updates.pop(late.client)
+        if late.kept:
+            self._late[late.client] = update
+        else:
+            self.inbox.forget(update)
+        self.say("late_update", client=late.client, round=late.round, kept=late.kept)
+        answer = RoundDurable(0, self.durable, self.weights, merged=False)
+        resolve(self._desk.update.pop(late.client, None), answer)
+
+    def _to_merge(self, action: MergeRound) -> list[ClientUpdate]:
+        """The updates of a merge, those in time first."""
+        in_time = [self._updates.pop(name) for name in action.contributors]
+        return in_time + [
+            replace(self._late.pop(late.client), discount=late.discount, start=partial(self._before, late.round))
+            for late in action.late
+        ]
+
     async def _merge(self, members: Members, action: MergeRound) -> None:
         """Merge, make it durable, tell everybody."""
-        updates = [self._updates[name] for name in action.contributors]
+        updates = self._to_merge(action)
         state = await self.engine.call(self._merge_now, action.round, updates)
         await self._save(state)
         await asyncio.to_thread(self._offer_weights, action.round)
         self.durable = action.round
         for folder in await asyncio.to_thread(self.store.prune):
             self.blobs.forget_round(folder)
-        self.inbox.clear()
-        self.say("round_durable", round=action.round, clients=list(action.contributors))
-        done, self._desk.update, self._updates = self._desk.update, {}, {}
+        for update in updates:
+            self.inbox.forget(update)
+        late = [update.client for update in action.late]
+        self.say("round_durable", round=action.round, clients=list(action.contributors), late=late)
+        done, self._desk.update = self._desk.update, {}
         for name, future in done.items():
             resolve(future, RoundDurable(0, action.round, self.weights, merged=name in action.contributors))
         self._act(members, self.machine.merged(self.clock()))
@@ -244,19 +302,43 @@ class Rounds:
             if trunk.tokens_through(name)
         }
         merged = self.merged | {name: part.tensor.clone() for name, part in own.items() if self._held(name)}
-        strategy = STRATEGIES[self.settings.merge.strategy]()
-        merged |= merge_updates(updates, strategy, partial(self._previous, trunk.weights()), own)
+        remembered = dict(self.remembered)
+        merger = Merger(self.strategy, self._facts(round_, updates))
+        for name, tensor, kept in merge_updates(updates, merger, partial(self._before, round_), own, self._state_of):
+            merged[name] = tensor
+            remembered |= {f"{name}/{what}": value for what, value in kept.items()}
         trunk.load_weights(merged)
-        self.merged = merged
-        facts = {"updates": {update.client: update.tokens for update in updates}, "seed": self.settings.seed}
-        return RoundState(round_, trunk.weights(), trunk.optimizer.state_tensors(), merged, facts)
+        self.merged, self.remembered = merged, remembered
+        self.contributors |= {update.client for update in updates}
+        facts = {
+            "updates": {update.client: update.tokens for update in updates if update.start is None},
+            "contributors": sorted(self.contributors),
+            "seed": self.settings.seed,
+        }
+        return RoundState(round_, trunk.weights(), trunk.optimizer.state_tensors(), merged, facts, remembered)
 
-    def _previous(self, trunk: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor:
-        """A shared tensor's value before the round; LoRA's B starts at zero."""
-        for tensors in (self.merged, trunk):
-            if name in tensors:
-                return tensors[name]
+    def _facts(self, round_: int, updates: list[ClientUpdate]) -> RoundFacts:
+        names = {update.client for update in updates}
+        before, clients = len(self.contributors), len(self.contributors | names)
+        return RoundFacts(round_step_sizes(self.settings, round_), len(names), before, clients)
+
+    def _state_of(self, name: str) -> dict[str, Tensor]:
+        """What the strategy remembers of a shared tensor."""
+        keys = {what: f"{name}/{what}" for what in self.strategy.state_names}
+        return {what: self.remembered[key] for what, key in keys.items() if key in self.remembered}
+
+    def _before(self, round_: int, name: str, shape: torch.Size) -> Tensor:
+        """A shared tensor's value when ``round_`` began: in the merge, the trunk or the checkpoint; LoRA's B is zero.
+
+        Raises StorageError.
+        """
+        newest = self.merged.get(name) if round_ == self.durable + 1 else None
+        kept = newest if newest is not None or round_ == 0 else self.store.tensor(round_ - 1, name)
+        if kept is not None:
+            return kept
         stored = name.replace(".base_layer.", ".")
+        if stored == f"{self.source.anatomy.head}.weight" and is_tied(self.source.config):
+            stored = embedding_name(self.source.anatomy)
         return self.source.read(stored).float() if self.source.has(stored) else torch.zeros(shape)
 
     def _held(self, name: str) -> bool:

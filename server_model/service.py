@@ -22,8 +22,8 @@ from server_model.members import Member
 from server_model.tasks import spawn
 from splitfl.config import Federation
 from splitfl.errors import ConfigError, ProtocolError, RefusedError, SplitFLError, StorageError
-from splitfl.pipe import send_frame, watch
-from splitfl.wire.frames import Parts, decode, encode, frame_bytes
+from splitfl.pipe import SILENCE_LIMIT_S, send_frame, watch
+from splitfl.wire.frames import DamagedError, Parts, decode, encode, frame_bytes
 from splitfl.wire.messages import AskAuthority, Enrol, Hello, Message, Refused, Request
 
 log = logging.getLogger("splitfl.server.service")
@@ -84,12 +84,20 @@ class Line:
 class Service:
     """Listens on ``host:port`` (port 0: any free one) and serves one coordinator.
 
-    Without ``admission`` there is no TLS, and everybody may come: for a federation inside one process.
+    Without ``admission`` there is no TLS, and everybody may come: for a federation inside one process. A connection on
+    which nothing moves for ``silence_limit_s`` seconds is dead.
     """
 
-    def __init__(self, coordinator: Coordinator, admission: Admission | None = None) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        admission: Admission | None = None,
+        *,
+        silence_limit_s: float = SILENCE_LIMIT_S,
+    ) -> None:
         self.coordinator = coordinator
         self.admission = admission
+        self.silence_limit_s = silence_limit_s
         self.door = Door(admission.authority.server_context() if admission else None)
         self.lines: dict[str, Line] = {}  # by session token
         self.frame_limit = frame_limit(coordinator.settings, coordinator.source.config.hidden_size)
@@ -136,12 +144,13 @@ class Service:
             return
         member, line = opened
         connection.protocol.max_message_size = self.frame_limit
-        helpers = [asyncio.create_task(self._write(line)), asyncio.create_task(watch(as_any(connection)))]
+        liveness = watch(as_any(connection), self.silence_limit_s)
+        helpers = [asyncio.create_task(self._write(line)), asyncio.create_task(liveness)]
         try:
             async for data in connection:
                 self._receive(member, line, data)
         except ProtocolError as error:
-            await refuse(connection, line.turned_out or refusal("bad_message", error))
+            await refuse(connection, line.turned_out or refusal(refusal_code(error), error))
         except ConnectionClosed as closed:
             log.info("%s: connection ended: %s", member.name, closed)
         finally:
@@ -160,7 +169,7 @@ class Service:
             hello = await self._first_words(connection, peer, decode(data, max_bytes=HELLO_BYTES))
             if hello is None:
                 return None
-            member, welcome = self.coordinator.hello(hello)
+            member, welcome = self.coordinator.hello(hello, peer.serial)
         except (ConnectionClosed, TimeoutError):
             return None
         except StorageError as error:  # its path is not for strangers
@@ -174,7 +183,6 @@ class Service:
         if not peer.encrypted and self.admission is not None:
             with contextlib.suppress(OSError):  # as the coordinator says things
                 self.coordinator.report(Progress("unencrypted", {"client": member.name}))
-        member.certificate = peer.serial
         line = Line(connection)
         older = self.lines.get(member.token)
         self.lines[member.token] = line
@@ -210,7 +218,7 @@ class Service:
         ended = await admission.ended()
         for member in self.coordinator.members:
             if member.certificate in ended:
-                self.coordinator.members.forget(member)
+                await self.coordinator.shut_out(member)
                 if (line := self.lines.get(member.token)) is not None:
                     line.turned_out = refusal("revoked", ended[member.certificate])
                     spawn(refuse(line.connection, line.turned_out))
@@ -257,9 +265,11 @@ def refusal(code: str, error: SplitFLError) -> Refused:
 
 
 def refusal_code(error: ProtocolError | RefusedError) -> str:
-    """The wire's name for what is wrong with a first message."""
+    """The wire's name for what ends a connection."""
     if isinstance(error, RefusedError):
         return error.code
+    if isinstance(error, DamagedError):
+        return "damaged"
     return "version" if error.field == "versions" else "bad_message"
 
 

@@ -1,7 +1,7 @@
 """The trunk service's state folder: one folder a durable round, whole or not there; the last three are kept.
 
 federation.json             settings, model folder
-rounds/round-000004/        trunk.safetensors  optimizer.safetensors  merged.safetensors  state.json
+rounds/round-000004/        trunk, optimizer, merged, strategy (.safetensors), state.json
 uploads/                    clients' weights on their way in
 agreement.txt               the terms that clients accept, and their hash
 ledgers/                    what was countersigned of each client's ledger, and the key that signs
@@ -13,11 +13,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,17 +26,22 @@ from splitfl.errors import ConfigError, StorageError
 from splitfl.files import clear_unfinished, new_folder, numbered, storage_errors, write_file
 
 KEPT_ROUNDS = 3
+PARTS = ("trunk", "optimizer", "merged", "strategy")  # of a round, a safetensors file each
 
 
 @dataclass(frozen=True)
 class RoundState:
-    """What a durable round consists of. ``merged`` are the clients' merged weights, ``trunk`` the server's."""
+    """What a durable round consists of. ``merged`` are the clients' merged weights, ``trunk`` the server's.
+
+    ``strategy`` is what the strategy remembers, ``NAME/what`` -> tensor.
+    """
 
     round: int
     trunk: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     merged: Mapping[str, Tensor]
     facts: Mapping[str, object]
+    strategy: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Store:
@@ -108,7 +113,7 @@ class Store:
         """Make a round durable. Raises StorageError, and then the older rounds are still whole."""
         folder = self.folder_of(state.round)
         with new_folder(folder) as work:
-            for name in ("trunk", "optimizer", "merged"):
+            for name in PARTS:
                 write_tensors(getattr(state, name), work / f"{name}.safetensors")
             facts = {"round": state.round, **state.facts}
             (work / "state.json").write_text(json.dumps(facts, indent=2, sort_keys=True))
@@ -125,13 +130,25 @@ class Store:
         """Read a durable round back. Raises StorageError."""
         folder = self.folder_of(round_)
         try:
-            parts = {name: load_file(folder / f"{name}.safetensors") for name in ("trunk", "optimizer", "merged")}
+            parts = {name: load_file(folder / f"{name}.safetensors") for name in PARTS}
             facts = json.loads((folder / "state.json").read_text())
         except (OSError, ValueError, SafetensorError) as error:
             raise StorageError(
                 f"{folder} cannot be read", "Delete it: the round before it is still there, and --resume uses that."
             ) from error
-        return RoundState(round_, parts["trunk"], parts["optimizer"], parts["merged"], facts)
+        return RoundState(round=round_, facts=facts, **parts)
+
+    def tensor(self, round_: int, name: str) -> Tensor | None:
+        """One weight as a kept round left it, merged or the trunk's; None where it holds none. Raises StorageError."""
+        for part in ("merged", "trunk"):
+            path = self.folder_of(round_) / f"{part}.safetensors"
+            try:
+                with safe_open(path, framework="pt") as file:
+                    if name in file.keys():  # noqa: SIM118 - safe_open is no dict
+                        return cast(Tensor, file.get_tensor(name))
+            except (OSError, SafetensorError) as error:
+                raise StorageError(f"{path} cannot be read", "Restore it from a backup.") from error
+        return None
 
 
 def check_same(before: Federation, now: Federation) -> None:

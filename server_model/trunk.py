@@ -76,11 +76,14 @@ class Trunk:
         return part(outputs.detach(), shapes), graph
 
     def backward(self, graph: Graph, gradients: Sequence[Tensor | None], tokens: Sequence[int]) -> list[Tensor]:
-        """One backward for the joint batch; a client that was dropped brings None. Gradients at the inputs."""
+        """One backward for the joint batch; a client that was dropped brings None. Gradients at the inputs.
+
+        Each record's gradient is first clipped to ``trunk.gradient_clip_norm``, where that is set.
+        """
         joint = torch.zeros_like(graph.outputs)
         for view, gradient in zip(part(joint, graph.shapes), gradients, strict=True):
             if gradient is not None:
-                view.copy_(gradient)
+                view.copy_(self._bounded(gradient))
         graph.outputs.backward(joint)  # type: ignore[no-untyped-call]
         delivered = sum(count for count, gradient in zip(tokens, gradients, strict=True) if gradient is not None)
         for block in graph.blocks:
@@ -88,6 +91,15 @@ class Trunk:
             self.round_tokens[block] += delivered
         assert graph.inputs.grad is not None
         return part(graph.inputs.grad, graph.shapes)
+
+    def _bounded(self, gradient: Tensor) -> Tensor:
+        """Records' gradients (B, T, D) of their summed losses, each within the norm that the settings allow."""
+        limit = self.settings.trunk.gradient_clip_norm
+        if not limit:
+            return gradient
+        norms = torch.linalg.vector_norm(gradient, dim=(1, 2), keepdim=True, dtype=torch.float64)
+        bounded: Tensor = gradient * (limit / norms.clamp_min(limit))
+        return bounded
 
     def step(self, learning_rate: float) -> float:
         """Apply the step's gradients; returns their norm (not finite: nothing moved)."""

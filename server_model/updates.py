@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from splitfl.errors import CheckpointError, RefusedError, StorageError
-from splitfl.federation.strategies import Contribution, Strategy
+from splitfl.federation.merging import Merger
+from splitfl.federation.robust import Contribution, inner_products
+from splitfl.federation.strategies import State
 from splitfl.split.checkpoint import file_entries, hash_range
 from splitfl.split.shares import Shapes
 from splitfl.wire.messages import Update, Upload
@@ -26,13 +29,22 @@ from splitfl.wire.messages import Update, Upload
 HEADER_ALLOWANCE = 1 << 20  # bytes of safetensors header beside the tensors
 
 
+#: (name, shape) -> a shared tensor's value at some moment
+Weights = Callable[[str, torch.Size], Tensor]
+
+
 @dataclass(frozen=True)
 class ClientUpdate:
-    """A checked update: the file it lies in (None when nothing is shared) and its label tokens."""
+    """A checked update: the file it lies in (None when nothing is shared) and its label tokens.
+
+    ``start`` is for late ones alone: the weights that its client had trained from.
+    """
 
     client: str
     tokens: int
     path: Path | None
+    discount: float = 1.0
+    start: Weights | None = None
 
 
 class Inbox:
@@ -94,10 +106,10 @@ class Inbox:
         with self._writing:
             self.coming(client).unlink(missing_ok=True)
 
-    def clear(self) -> None:
-        """Forget all checked uploads."""
-        for path in self.folder.glob("*.safetensors"):
-            path.unlink(missing_ok=True)
+    def forget(self, update: ClientUpdate) -> None:
+        """Delete a checked upload."""
+        if update.path is not None:
+            update.path.unlink(missing_ok=True)
 
 
 def file_hash(path: Path) -> str:
@@ -133,25 +145,74 @@ def check_tensors(path: Path, expected: Shapes) -> None:
         )
 
 
+@dataclass(frozen=True)
+class OpenUpdate:
+    """A client's tensors, read one at a time."""
+
+    update: ClientUpdate
+    file: Any
+    previous: Weights
+
+    @property
+    def tokens(self) -> float:
+        """Its weight."""
+        return self.update.tokens * self.update.discount
+
+    def tensor(self, name: str) -> Tensor | None:
+        """fp32; None when this client does not hold it. Of a late update its change, on top of the newest weights."""
+        if name not in self.file.keys():  # noqa: SIM118 - safe_open is no dict
+            return None
+        copy: Tensor = self.file.get_tensor(name)
+        start = self.update.start
+        return copy if start is None else self.previous(name, copy.shape) + (copy - start(name, copy.shape))
+
+
 def merge_updates(
     updates: Sequence[ClientUpdate],
-    strategy: Strategy,
-    previous: Callable[[str, torch.Size], Tensor],
+    merger: Merger,
+    previous: Weights,
     own: Mapping[str, Contribution],
-) -> Iterator[tuple[str, Tensor]]:
+    states: Callable[[str], State],
+) -> Iterator[tuple[str, Tensor, State]]:
     """Merge tensor by tensor. ``own`` are the server's copies of blocks that clients hold as well.
 
-    Yields (name, merged fp32 tensor) for every name that anybody sent.
+    Yields (name, merged fp32 tensor, what the strategy remembers of it) for every name that anybody sent.
     """
     with ExitStack() as stack:
-        files = [
-            (update, stack.enter_context(safe_open(update.path, framework="pt")))
+        sent = [
+            OpenUpdate(update, stack.enter_context(safe_open(update.path, framework="pt")), previous)
             for update in updates
             if update.path is not None
         ]
-        names = {name: None for _, file in files for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
-        for name in sorted(names):
-            parts = [Contribution(f.get_tensor(name), u.tokens) for u, f in files if name in f.keys()]  # noqa: SIM118
+        shapes = {name: torch.Size(one.file.get_slice(name).get_shape()) for one in sent for name in one.file.keys()}  # noqa: SIM118
+        factors = screened(sent, merger, ((name, previous(name, shape)) for name, shape in shapes.items()))
+        for name, shape in sorted(shapes.items()):
+            start = previous(name, shape)
+            parts = list(contributions(sent, name, start, factors))
             if name in own:
                 parts.append(own[name])
-            yield name, strategy.merge(name, previous(name, parts[0].tensor.shape), parts)
+            yield name, *merger(start, parts, states(name))
+
+
+def screened(
+    sent: Sequence[OpenUpdate], merger: Merger, before: Iterable[tuple[str, Tensor]]
+) -> dict[Path | None, float | None]:
+    """What each client's update is multiplied by, None = left out: a first pass over all files, where it is needed."""
+    if not merger.screens:
+        return {}
+    trained = [update for update in sent if update.tokens]
+    pairs = ((start, [update.tensor(name) for update in trained]) for name, start in before)
+    screen = merger.screen(inner_products(pairs, len(trained)))
+    return {one.update.path: factor for one, factor in zip(trained, screen, strict=True)}
+
+
+def contributions(
+    sent: Sequence[OpenUpdate], name: str, start: Tensor, factors: Mapping[Path | None, float | None]
+) -> Iterator[Contribution]:
+    """The copies of one tensor that are merged, each as far from ``start`` as its client's factor leaves it."""
+    for update in sent:
+        copy, factor = update.tensor(name), factors.get(update.update.path, 1.0)
+        if copy is None or factor is None:
+            continue
+        near = copy if factor == 1.0 else (start.double() + factor * (copy.double() - start.double())).float()
+        yield Contribution(near, update.tokens)

@@ -1,4 +1,7 @@
-"""What the server remembers of each client's ledger: head and count, signed for the client and durable here first."""
+"""What the server remembers of each client's ledger: head and count, signed for the client and durable here first.
+
+Who proved a name with a certificate has a note of its own: a stranger on a plain socket cannot spoil it.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,25 @@ NOTHING = Mark(0, GENESIS.hex())
 
 
 class Witness:
-    """Marks of all clients in ``folder``, and the key that signs them. Raises StorageError."""
+    """Marks of all clients in ``folder``, and the key that signs them. Raises StorageError.
 
-    def __init__(self, folder: Path) -> None:
+    ``strict``: a ledger that went back is refused. Without privacy there is no budget to reset, so it is written down
+    as it is. ``known``: clients have been here before, so their key must be there.
+    """
+
+    def __init__(self, folder: Path, *, strict: bool = True, known: bool = False) -> None:
         self.folder = folder
+        self.strict = strict
         self._writing = threading.Lock()
-        self._key = self._open_key(folder / "signing.key")
+        self._key = self._open_key(folder / "signing.key", may_create=not (strict and known))
 
-    def _open_key(self, path: Path) -> Ed25519PrivateKey:
+    def _open_key(self, path: Path, *, may_create: bool) -> Ed25519PrivateKey:
         if not path.exists():
+            if not may_create:
+                raise StorageError(
+                    f"{path} is gone: with another key no private client would go on",
+                    "Put STATE/ledgers back from a backup; without one, begin a new federation in a new --state.",
+                )
             write_file(path, Ed25519PrivateKey.generate().private_bytes_raw())
         try:
             path.chmod(0o600)
@@ -38,9 +51,9 @@ class Witness:
         """The public key, in hex."""
         return self._key.public_key().public_bytes_raw().hex()
 
-    def last(self, client: str) -> Mark:
+    def last(self, client: str, *, proven: bool) -> Mark:
         """What was countersigned last for this client. Raises StorageError for a damaged note."""
-        path = self.folder / f"{client}.json"
+        path = self._note(client, proven)
         if not path.exists():
             return NOTHING
         try:
@@ -48,18 +61,21 @@ class Witness:
         except (OSError, ValueError, TypeError) as error:
             raise StorageError(f"{path} cannot be read", "Put it back from a copy of the state folder.") from error
 
-    def countersign(self, client: str, mark: Mark) -> str:
+    def _note(self, client: str, proven: bool) -> Path:
+        return self.folder / (f"{client}.json" if proven else f"{client}~plain.json")  # no name has a tilde
+
+    def countersign(self, client: str, mark: Mark, *, proven: bool) -> str:
         """Write down a ledger's state and sign it. Raises RefusedError for one that went back."""
         with self._writing:
-            last = self.last(client)
-            if mark.count < last.count or (mark.count == last.count and mark.head != last.head):
+            last = self.last(client, proven=proven)
+            went_back = mark.count < last.count or (mark.count == last.count and mark.head != last.head)
+            if self.strict and went_back:
                 raise RefusedError(
                     f"a ledger of {mark.count} rows, where {last.count} others were countersigned",
                     "Put back the newest copy of this client's state folder.",
                     code="ledger",
                 )
             if mark != last:
-                write_file(
-                    self.folder / f"{client}.json", json.dumps({"count": mark.count, "head": mark.head}).encode()
-                )
+                content = {"count": mark.count, "head": mark.head}
+                write_file(self._note(client, proven), json.dumps(content).encode())
         return sign(self._key, client, mark)

@@ -20,6 +20,7 @@ from splitfl.lab.audit.cli import audit
 from splitfl.lab.bench.cli import bench
 from splitfl.lab.cli import adapt, evaluate, init
 from splitfl.lab.demo.cli import demo
+from splitfl.lab.simulate.cli import simulate
 
 app = typer.Typer(
     name="splitfl",
@@ -39,6 +40,7 @@ app.command("eval")(evaluate)
 app.command()(adapt)
 app.command()(audit)
 app.command()(export)
+app.command()(simulate)
 app.command()(bench)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -27,6 +27,9 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+S = TypeVar("S", bound=Section)
+
+
 class Rounds(Section):
     """How the federation goes on."""
 
@@ -35,6 +38,15 @@ class Rounds(Section):
     client_fraction: float = Field(1.0, gt=0, le=1, description="share of the waiting clients that a round takes")
     min_clients: int = Field(1, ge=1, description="clients that a round needs to open, and the least that it takes")
     deadline_s: float = Field(0.0, ge=0, description="seconds until a round merges what it has; 0 = wait for all")
+    staleness: Literal["drop", "polynomial"] = Field(
+        "drop",
+        description="what becomes of an update that missed its round's deadline; drop: nothing; polynomial: the next "
+        "merge takes its change, weighted by label tokens times (1 + rounds late) ^ -staleness_exponent",
+    )
+    staleness_exponent: float = Field(
+        0.5, ge=0, le=100, description="polynomial: how fast late updates lose weight, no unit; 0 = not at all"
+    )
+    max_staleness: int = Field(2, ge=1, le=2, description="polynomial: rounds that an update may be late; beyond, drop")
 
 
 class Batch(Section):
@@ -111,10 +123,39 @@ class Optimizer(Section):
 class Merge(Section):
     """What is merged and how."""
 
-    strategy: Literal["fedavg"] = Field("fedavg", description="fedavg: mean weighted by label tokens")
+    strategy: str = Field(
+        "fedavg",
+        description="how a round's average becomes the next weights: fedavg, fedprox, scaffold, fedavgm, fedadagrad, "
+        "fedyogi or fedadam",
+    )
     share: Literal["top", "ends", "none"] = Field(
         "ends", description="client weights that are merged: the top's, both ends', or none (personal heads)"
     )
+    server_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="step size of the server; none = 1.0 (scaffold, fedavgm), 0.01 (fedadagrad, fedyogi, fedadam)",
+    )
+    server_momentum: float = Field(
+        0.9, ge=0, lt=1, description="fedavgm, fedyogi, fedadam: decay of the mean update over rounds, no unit"
+    )
+    server_beta2: float = Field(
+        0.99, ge=0, lt=1, description="fedyogi, fedadam: decay of the mean squared update over rounds, no unit"
+    )
+    server_epsilon: float = Field(
+        1e-3, gt=0, description="fedadagrad, fedyogi, fedadam: tau, added to the root of the mean squared update"
+    )
+    proximal_mu: float = Field(0.01, ge=0, description="fedprox: pull towards the round's start, per step size")
+    aggregate: Literal["mean", "median", "trimmed_mean", "krum"] = Field(
+        "mean",
+        description="a round's average: mean weighted by label tokens, or robust: coordinate median, trimmed mean, or "
+        "Krum's one update",
+    )
+    trim_fraction: float = Field(
+        0.1, gt=0, lt=0.5, description="trimmed_mean: share of the copies that is cut off at each end, rounded up"
+    )
+    byzantine: int = Field(1, ge=0, description="krum: clients that may lie; a round needs 2 x byzantine + 3")
+    clip_norm: float = Field(0.0, ge=0, description="L2 norm to which a client's whole update is clipped; 0 = off")
 
 
 class TrunkSettings(Section):
@@ -127,6 +168,12 @@ class TrunkSettings(Section):
     grace_s: float = Field(120.0, ge=0, description="seconds that a session outlives its connection")
     cache_gib: float = Field(8.0, ge=0, description="GiB of disk for released activations; the rest is sent each epoch")
     max_tokens_in_flight: int = Field(262_144, ge=1, description="tokens whose graphs the trunk holds at once")
+    gradient_clip_norm: float = Field(
+        0.0,
+        ge=0,
+        description="L2 norm, over a record's summed loss, to which the server clips its gradient into the trunk; "
+        "0 = off",
+    )
 
 
 class Wire(Section):
@@ -136,7 +183,7 @@ class Wire(Section):
 
 
 class Evaluation(Section):
-    """What a client measures on its own held-out rows; losses stay at home."""
+    """What a client measures on its own held-out rows; losses stay at home unless ``share_metrics``."""
 
     held_out_fraction: float = Field(0.1, ge=0, lt=1, description="share of the rows that is never trained on")
     seed: int = Field(
@@ -352,26 +399,32 @@ class Federation(Section):
 
 def load_federation(path: Path | None) -> Federation:
     """Read ``federation.toml``; None gives the defaults. Raises ConfigError that names the field."""
-    if path is None:
-        return Federation()
+    return Federation() if path is None else parse_federation(read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file, unchecked. Raises ConfigError."""
     try:
-        table = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", "Name an existing TOML file.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}", "Mend that line.") from error
-    return parse_federation(table, str(path))
 
 
 def parse_federation(table: object, where: str) -> Federation:
     """Check a table of settings. ``where`` names its source in errors. Raises ConfigError."""
+    return parse_section(Federation, table, where, "docs/federation.md")
+
+
+def parse_section(section: type[S], table: object, where: str, page: str) -> S:
+    """Check a table of settings; ``page`` is the documentation that lists its fields. Raises ConfigError."""
     try:
-        return Federation.model_validate(table)
+        return section.model_validate(table)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         text = first["msg"].removeprefix("Value error, ")
         raise ConfigError(
-            f"{where}: {field}: {text}" if field else f"{where}: {text}",
-            "docs/federation.md lists every field with its unit.",
+            f"{where}: {field}: {text}" if field else f"{where}: {text}", f"{page} lists every field with its unit."
         ) from error

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,9 @@ from splitfl.errors import INTERRUPTED_EXIT_CODE, ConfigError, SplitFLError
 def command(*, verbose: bool = False) -> Iterator[None]:
     """Run a command's body: a SplitFLError is printed with its remedy and ends the process with its exit code."""
     level = logging.DEBUG if verbose else logging.WARNING
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.Formatter.converter = time.gmtime
+    line = "%(asctime)s.%(msecs)03d+00:00 %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=level, stream=sys.stderr, format=line, datefmt="%Y-%m-%dT%H:%M:%S")
     for noisy in ("websockets", "asyncio", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:

@@ -20,6 +20,10 @@ def storage_errors(what: Path) -> Iterator[None]:
     """Turn an OSError into a StorageError that names ``what``."""
     try:
         yield
+    except PermissionError as error:
+        raise StorageError(
+            f"cannot write {what}: {error.strerror}", "Run this as the user that owns the folder, or change its owner."
+        ) from error
     except OSError as error:
         raise StorageError(
             f"cannot write {what}: {error.strerror or error}",
@@ -28,11 +32,15 @@ def storage_errors(what: Path) -> Iterator[None]:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path, option: str = "--state") -> Iterator[None]:
     """Keep other processes out of a state folder while the block runs; the claim dies with the process.
 
-    Raises ConfigError when another process has it, StorageError when it cannot be written.
+    ``option`` is the one that names the folder.
+
+    Raises ConfigError when another process has it or it is a file, StorageError when it cannot be written.
     """
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file", f"Name a folder with {option}.")
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("ab")
@@ -41,7 +49,7 @@ def claimed(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"{folder} is in use by another process", "Stop that one, or name another --state."
+                f"{folder} is in use by another process", f"Stop that one, or name another {option}."
             ) from None
         yield
 

@@ -29,8 +29,6 @@ class Connection(Protocol):
 
     def ping(self) -> Awaitable[Awaitable[float]]: ...
 
-    def close(self, code: int = ..., reason: str = ...) -> Awaitable[None]: ...
-
 
 async def send_frame(connection: Connection, parts: Parts) -> None:
     """Send one frame as one binary message."""
@@ -49,7 +47,7 @@ def fragments(parts: Parts) -> Iterator[bytes | memoryview]:
 
 
 async def watch(connection: Connection, silence_limit_s: float = SILENCE_LIMIT_S) -> None:
-    """Close the connection when nothing has moved for ``silence_limit_s`` seconds. Runs until it is cancelled."""
+    """Break the connection when nothing has moved for ``silence_limit_s`` seconds. Runs until it is cancelled."""
     loop = asyncio.get_running_loop()
     last_seen, last_state = loop.time(), (-1, -1)
     ping = asyncio.ensure_future(ping_once(connection))
@@ -59,7 +57,7 @@ async def watch(connection: Connection, silence_limit_s: float = SILENCE_LIMIT_S
         if state != last_state:
             last_seen, last_state = loop.time(), state
         elif loop.time() - last_seen > silence_limit_s:
-            await connection.close(1001, "no sign of life")
+            connection.transport.abort()  # a closing handshake would wait for who is dead
             return
         if ping.done():
             ping = asyncio.ensure_future(ping_once(connection))

@@ -7,7 +7,8 @@ from typing import Any
 
 from splitfl.codec.tensors import CodecName
 from splitfl.config import Federation, parse_federation
-from splitfl.privacy.gate import Gate, RecordRef
+from splitfl.privacy.charges import RecordRef
+from splitfl.privacy.gate import Gate
 from splitfl.privacy.ledger import Ledger
 from splitfl.privacy.noise import NoiseStream
 from splitfl.privacy.policy import Policy, Workload, policy_of
@@ -26,9 +27,10 @@ def private_settings(mode: str = "measured", **privacy: Any) -> Federation:
     return parse_federation(tables, "the test")
 
 
-def policy(mode: str, work: Workload = WORK, **privacy: Any) -> Policy:
+def policy(mode: str, work: Workload = WORK, *, bottom_trains: bool = False, **privacy: Any) -> Policy:
     """What those settings make of ``work``."""
-    return policy_of(Federation() if mode == "off" else private_settings(mode, **privacy), work)
+    settings = Federation() if mode == "off" else private_settings(mode, **privacy)
+    return policy_of(settings, work, bottom_trains=bottom_trains)
 
 
 def open_gate(
@@ -38,11 +40,12 @@ def open_gate(
     *,
     work: Workload = WORK,
     context: str = "",
+    bottom_trains: bool = False,
     **privacy: Any,
 ) -> Gate:
     """A gate on the ledger and vault in ``folder``; what is there already counts."""
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = policy(mode, work, **privacy)
+    chosen = policy(mode, work, bottom_trains=bottom_trains, **privacy)
     ledger, vault = Ledger(folder / "ledger.sqlite"), Vault(folder / "releases.sqlite", KEY)
     return Gate(chosen, codec, ledger, vault, NoiseStream(KEY), secret=KEY, context=context, audited=AUDITED)
 

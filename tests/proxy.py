@@ -1,4 +1,6 @@
-"""A TCP proxy that fails on purpose: it cuts connections, forgets to tell, or stops passing bytes on."""
+"""Proxies that fail on purpose: one of bytes, which cuts connections, forgets to tell, or stops passing anything on;
+and one of messages, which does something to one of them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ from concurrent.futures import Future
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+from websockets.asyncio.client import connect
+from websockets.asyncio.server import serve
+from websockets.exceptions import ConnectionClosed
+
+from splitfl.wire.frames import decode
+
 PIECE_BYTES = 4096
+DELAY_S = 0.5
 
 
 class Proxy:
@@ -101,3 +110,72 @@ def every(size: Callable[[], int], cuts: int) -> Iterator[int | None]:
     """Budgets: ``cuts`` connections that are cut, then sound ones."""
     for _ in range(cuts):
         yield size()
+
+
+class Meddler:
+    """Passes websocket messages on to the server at ``url``; does ``fault`` to the ``nth`` message of type ``kind``.
+
+    ``drop``: it is lost, and the connection with it, as on TCP. ``delay``: it comes late, and so does all behind it.
+    ``corrupt``: a bit of it is flipped. ``duplicate``: it comes twice. ``hits`` counts what was done.
+    """
+
+    def __init__(self, url: str, kind: type, fault: str, nth: int = 1) -> None:
+        self._target, self._kind, self._fault, self._left = url, kind, fault, nth
+        self.hits = self.connections = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._server = self._call(self._start())
+        self.url = f"ws://127.0.0.1:{next(iter(self._server.sockets)).getsockname()[1]}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._call(self._stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=5)
+
+    def _call(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=10)
+
+    async def _start(self) -> Any:
+        return await serve(self._serve, "127.0.0.1", 0, compression=None, max_size=None, ping_interval=None)
+
+    async def _stop(self) -> None:
+        self._server.close()
+        await self._server.wait_closed()
+
+    async def _serve(self, client: Any) -> None:
+        self.connections += 1
+        async with connect(
+            self._target, compression=None, max_size=None, ping_interval=None, proxy=None, close_timeout=0.2
+        ) as server:
+            pumps = [asyncio.create_task(self._pump(*ways)) for ways in ((client, server), (server, client))]
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            for pump in pumps:
+                pump.cancel()
+
+    async def _pump(self, source: Any, target: Any) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            async for data in source:
+                await self._pass_on(data, target)
+
+    async def _pass_on(self, data: bytes, target: Any) -> None:
+        self._left -= isinstance(decode(data), self._kind)
+        if self._left or self.hits:
+            await target.send(data)
+            return
+        self.hits += 1
+        match self._fault:
+            case "drop":
+                target.transport.abort()
+            case "delay":
+                await asyncio.sleep(DELAY_S)
+                await target.send(data)
+            case "corrupt":
+                place = len(data) // 2
+                await target.send(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
+            case "duplicate":
+                await target.send(data)
+                await target.send(data)

@@ -42,7 +42,7 @@ class RawClient:
 
     def __init__(self, url: str, name: str, tls: ssl.SSLContext | None = None, **hello: Any) -> None:
         secured: dict[str, Any] = {} if tls is None else {"ssl": tls, "server_hostname": SERVER_NAME}
-        self._connecting = connect(url, compression=None, max_size=None, proxy=None, **secured)
+        self._connecting = connect(url, compression=None, max_size=None, proxy=None, close_timeout=1.0, **secured)
         self.connection: ClientConnection = self._connecting.__enter__()
         self.name = name
         self.seq = 0

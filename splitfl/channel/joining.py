@@ -17,7 +17,8 @@ from splitfl.wire.messages import CLIENT_NAME
 
 SCHEME = "splitfl"
 FINGERPRINT = r"[0-9a-f]{64}"
-TOKEN = r"[A-Za-z0-9_-]{16,128}"
+TOKEN_BYTES = 32
+TOKEN = r"[A-Za-z0-9_-]{43}"  # that many bytes in base64
 
 
 @dataclass(frozen=True)

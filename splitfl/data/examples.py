@@ -43,6 +43,11 @@ class Example:
         fields = [self.text, self.prompt, self.response, self.messages]
         return json.dumps(fields, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
+    def as_row(self) -> dict[str, object]:
+        """The row as ``example_from_row`` takes it."""
+        given = {"text": self.text, "prompt": self.prompt, "response": self.response, "messages": list(self.messages)}
+        return {name: value for name, value in given.items() if value}
+
     def plain_text(self) -> str:
         """All that a person wrote in the row, a line a part: what a tokenizer is trained on."""
         parts = [self.text, self.prompt, self.response, *(message["content"] for message in self.messages)]

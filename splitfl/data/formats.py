@@ -39,27 +39,48 @@ _TOO_LONG = f"is longer than {MAX_ROW_BYTES >> 20} MiB"
 NOT_UTF8 = "is not UTF-8"
 SAVE_AS_UTF8 = "Save the file as UTF-8; for one out of Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
 
+_UTF_16 = (
+    "is UTF-16, which Excel calls Unicode text",
+    "Save the file as UTF-8, or: iconv -f UTF-16 -t UTF-8 OLD > NEW",
+)
+_ZIP = ("is a zip archive, as .xlsx and .docx files are", "Save the file as CSV UTF-8 with the program that wrote it")
+_FOREIGN = {b"\xff\xfe": _UTF_16, b"\xfe\xff": _UTF_16, b"PK\x03\x04": _ZIP}
+"""First bytes of what is none of our formats, whatever its name; what it is, and the remedy."""
+
 RawRow = dict[str, object]
 T = TypeVar("T")
 
 
 class Scanned(NamedTuple):
-    """One row met by ``scan``: its place, its name for a person (``line 7``), its values or what is wrong."""
+    """One row met by ``scan``: its place, its name for a person (``line 7``), its values or what is wrong.
+
+    ``lines`` is how many are lost with it where nobody can say where it ends: each may have been a row.
+    """
 
     place: tuple[int, int]
     name: str
     values: RawRow
     fault: str = ""
+    lines: int = 1
 
 
 class RowFile(ABC):
-    """One data file. Raises ``DataError`` when it cannot be opened or is empty."""
+    """One data file; its rows hold the columns of ``COLUMNS``, and ``extra`` where one is named.
 
-    def __init__(self, path: Path) -> None:
+    Raises ``DataError`` when it cannot be opened, is empty, or is of another kind than its name says.
+    """
+
+    def __init__(self, path: Path, extra: str = "") -> None:
         self.path = path
+        self.columns = (*COLUMNS, extra) if extra else COLUMNS
         self._stat = _stat(path)
-        if self.size <= len(_BOM) and self._reads_as_empty():
+        with self._open() as handle:
+            start = handle.read(len(_BOM) + 1)
+        if start in (b"", _BOM):
             raise DataError(f"{path} is empty", "Name a file with at least one row")
+        for mark, (what, remedy) in _FOREIGN.items():
+            if start.startswith(mark):
+                raise DataError(f"{path} {what}", remedy)
 
     @property
     def size(self) -> int:
@@ -78,10 +99,6 @@ class RowFile(ABC):
     @abstractmethod
     def read(self, first: int, second: int) -> RawRow:
         """Read the row at a place that ``scan`` gave."""
-
-    def _reads_as_empty(self) -> bool:
-        with self._open() as handle:
-            return handle.read() in (b"", _BOM)
 
     def _open(self) -> BinaryIO:
         now = _stat(self.path)
@@ -129,8 +146,8 @@ class CommaSeparated(RowFile):
     Raises ``DataError`` when the header names no usable column.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, extra: str = "") -> None:
+        super().__init__(path, extra)
         # The standard library's limit of 128 KiB a field is process-wide; long notes go over it.
         csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
         self._delimiter, self._header = self._find_header()
@@ -153,18 +170,19 @@ class CommaSeparated(RowFile):
         while True:
             lines.start_row()
             values: RawRow = {}
-            fault = ""
+            fault, lost = "", 1
             try:
                 fields = next(reader)
                 values = self._named(fields)
             except StopIteration:
                 return
             except csv.Error as error:
-                fields, fault = [""], lines.fault or f"is not valid CSV: {str(error).split(' - ')[0]}"
+                fault = lines.fault or f"is not valid CSV: {str(error).split(' - ')[0]}"
+                fields, lost = [""], lines.in_row
             except BadRowError as error:
                 fault = error.message
             if fields:  # a blank line is no row
-                yield Scanned(lines.place, f"line {lines.first_line}", values, lines.fault or fault)
+                yield Scanned(lines.place, f"line {lines.first_line}", values, lines.fault or fault, lost)
 
     def _find_header(self) -> tuple[str, list[str]]:
         header: list[str] = []
@@ -197,7 +215,7 @@ class CommaSeparated(RowFile):
         return {
             name: field
             for name, field in zip(self._header, fields, strict=False)
-            if field and name in COLUMNS and name != "messages"
+            if field and name in self.columns and name != "messages"
         }
 
 
@@ -208,8 +226,8 @@ class Parquet(RowFile):
     is too large to read at once.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, extra: str = "") -> None:
+        super().__init__(path, extra)
         self._columns = self._find_columns()
         self._group = lru_cache(maxsize=_CACHED_ROW_GROUPS)(self._read_group)
 
@@ -234,7 +252,7 @@ class Parquet(RowFile):
     def _find_columns(self) -> list[str]:
         with self._open() as handle, _parquet_file(self.path, handle) as file:
             names = list(file.schema_arrow.names)
-            columns = [name for name in COLUMNS if name in names]
+            columns = [name for name in self.columns if name in names]
             largest = max(_group_sizes(file.metadata, columns), default=0)
         if not is_usable(frozenset(columns)):
             raise DataError(
@@ -279,6 +297,10 @@ class _CsvLines:
     @property
     def place(self) -> tuple[int, int]:
         return self._start, self._end - self._start
+
+    @property
+    def in_row(self) -> int:
+        return self._line - self.first_line + 1
 
     def start_row(self) -> None:
         self.fault = ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,17 @@ from splitfl.errors import ConfigError, DataError
 
 IntArray = NDArray[np.int64]
 
+FIRST_ROWS = 100
 _FIX_OR_SKIP = "Correct the row, or pass --skip-bad to leave bad rows out and have them counted"
+_CLOSE_QUOTE = "Close the quote or take it out; one within a text is written twice, in a text that stands in quotes"
 
 
 class Corpus:
     """The usable rows of one or more files, by number, in file order. Made by ``open_corpus``.
 
-    ``paths`` are the files read, ``skipped`` the bad rows left out, and ``fingerprint`` a SHA-256 (hex) over
-    the files' names, sizes and times of change: it tells, without reading them, whether the data are still
-    the same.
+    ``paths`` are the files read, ``skipped`` the bad rows left out (lines, where quotes do not pair), and
+    ``fingerprint`` a SHA-256 (hex) over the files' names, sizes and times of change: it tells, without reading
+    them, whether the data are still the same.
     """
 
     def __init__(self, root: Path, files: Sequence[RowFile], *, skip_bad: bool) -> None:
@@ -53,10 +56,9 @@ class Corpus:
                 self._first.append(scanned.place[0])
                 self._second.append(scanned.place[1])
             elif skip_bad:
-                self.skipped += 1
+                self.skipped += scanned.lines
             else:
-                remedy = SAVE_AS_UTF8 if fault == NOT_UTF8 else _FIX_OR_SKIP
-                raise DataError(f"{file.path}, {scanned.name} {fault}", remedy)
+                raise bad_row(file.path, scanned, fault)
 
     def __len__(self) -> int:
         return len(self._file)
@@ -68,10 +70,8 @@ class Corpus:
     def __iter__(self) -> Iterator[Example]:
         """All rows in order, streamed: faster than one at a time by number."""
         for file in self._files:
-            for scanned in file.scan():
-                example, _ = _judge(scanned)
-                if example is not None:
-                    yield example
+            for _, example in _usable(file):
+                yield example
 
     def place(self, row: int) -> str:
         """Where a row stands, for an error message: the file, and the byte offset or row group and row."""
@@ -87,9 +87,26 @@ def open_corpus(path: Path, *, skip_bad: bool = False) -> Corpus:
     broken JSON or CSV, not UTF-8, without text, of the wrong type. With ``skip_bad`` bad rows are counted in
     ``Corpus.skipped`` instead; that no row is left still raises.
     """
-    if not path.exists():
-        raise DataError(f"{path} does not exist", "Name a file or folder that does")
-    return Corpus(path, [FORMATS[file.suffix.lower()](file) for file in _find_files(path)], skip_bad=skip_bad)
+    return Corpus(path, _open_files(path), skip_bad=skip_bad)
+
+
+def check_beginning(path: Path, *, skip_bad: bool = False) -> None:
+    """Raise the ``DataError`` of ``open_corpus`` for what shows without reading on: a file's kind, its header, and
+    its first ``FIRST_ROWS`` rows.
+    """
+    for file in _open_files(path):
+        for scanned in islice(file.scan(), FIRST_ROWS):
+            _, fault = _judge(scanned)
+            if fault and not skip_bad:
+                raise bad_row(file.path, scanned, fault)
+
+
+def read_groups(path: Path, column: str) -> list[str]:
+    """What ``column`` says of each usable row: by number, as ``open_corpus`` counts them.
+
+    Raises ``DataError`` as ``open_corpus`` does, and for a usable row that does not say it in a word or a number.
+    """
+    return [_group(file, scanned, column) for file in _open_files(path, column) for scanned, _ in _usable(file)]
 
 
 def split_corpus(corpus: Corpus, held_out_fraction: float, seed: int) -> tuple[IntArray, IntArray]:
@@ -119,6 +136,14 @@ def _split_key(example: Example, seed: int) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
+def bad_row(path: Path, scanned: Scanned, fault: str) -> DataError:
+    """What is wrong with a row. Skipping is not offered where it would cost more than that row."""
+    if scanned.lines > 1:
+        swallowed = f"a quote that is not closed swallows {scanned.lines} lines from here on"
+        return DataError(f"{path}, {scanned.name} {fault}; {swallowed}", _CLOSE_QUOTE)
+    return DataError(f"{path}, {scanned.name} {fault}", SAVE_AS_UTF8 if fault == NOT_UTF8 else _FIX_OR_SKIP)
+
+
 def _judge(scanned: Scanned) -> tuple[Example | None, str]:
     """The example, or None and what is wrong with the row."""
     if scanned.fault:
@@ -127,6 +152,28 @@ def _judge(scanned: Scanned) -> tuple[Example | None, str]:
         return example_from_row(scanned.values), ""
     except BadRowError as error:
         return None, error.message
+
+
+def _group(file: RowFile, scanned: Scanned, column: str) -> str:
+    value = scanned.values.get(column)
+    if not isinstance(value, str | int | float) or str(value) == "":
+        raise DataError(
+            f"{file.path}, {scanned.name} does not say its {column!r}", "Name a column that every row has a value in"
+        )
+    return str(value)
+
+
+def _usable(file: RowFile) -> Iterator[tuple[Scanned, Example]]:
+    for scanned in file.scan():
+        example, _ = _judge(scanned)
+        if example is not None:
+            yield scanned, example
+
+
+def _open_files(path: Path, extra: str = "") -> list[RowFile]:
+    if not path.exists():
+        raise DataError(f"there is no {path}", "Name a data file or folder that exists")
+    return [FORMATS[file.suffix.lower()](file, extra) for file in _find_files(path)]
 
 
 def _find_files(path: Path) -> list[Path]:

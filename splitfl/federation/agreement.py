@@ -1,7 +1,7 @@
 """What people agree to before anything computed from their data leaves: the terms, in words, and their hash.
 
 Both sides compute the hash from the settings and the model's manifest, so no server can show one text and mean
-another. Whatever changes what leaves, to whom, or for how long is part of it; how fast the optimizer steps is not.
+another. All settings are part of it but those that change nothing of what leaves, to whom, or for how long.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from splitfl.config import LEVELS, Federation, Privacy
 from splitfl.privacy.accounting import mean_bits, mu_for
+from splitfl.privacy.charges import MOST_LOSS
 
-#: sections of the settings that are agreed to
-AGREED = {"name", "rounds", "batch", "model", "merge", "wire", "evaluation", "release", "privacy", "agreement"}
+#: settings that are not agreed to: how fast weights move, and how the server runs its own part
+NOT_AGREED = {"seed", "optimizer", "trunk"}
 SHORT = 12  # hex digits that are enough to name an agreement by hand
 
 
@@ -28,7 +29,7 @@ class Terms:
     @property
     def sha256(self) -> str:
         """The hash that is accepted, 64 hex digits."""
-        agreed = {"settings": self.settings.model_dump(mode="json", include=AGREED), "manifest": self.manifest}
+        agreed = {"settings": self.settings.model_dump(mode="json", exclude=NOT_AGREED), "manifest": self.manifest}
         return hashlib.sha256(json.dumps(agreed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def named_by(self, given: str) -> bool:
@@ -46,10 +47,11 @@ class Terms:
             ("purpose", agreement.purpose or "not stated"),
             ("may export", ", ".join(agreement.exporters) or "nobody"),
             ("takes", f"{rounds.count} rounds of {rounds.local_steps} steps, {settings.batch.records} records each"),
-            ("stays here", f"your file, the labels, losses; of the model {keeps}, unless you plan otherwise"),
+            ("stays here", f"your file and the labels; of the model {keeps}, unless you plan otherwise"),
             ("privacy", privacy_line(settings)),
             ("gradients", gradients_line(settings)),
             ("weights", weights_line(settings)),
+            ("losses", losses_line(settings)),
             ("model", f"sha256 {self.manifest[:16]}..."),
             ("agreement", self.sha256),
         ]
@@ -86,7 +88,7 @@ def gradients_line(settings: Federation) -> str:
         return "sent as they are: labels can be recovered from them."
     if not settings.trains_trunk:
         return "not sent; the trunk stays as published."
-    noise = "as epsilon asks" if privacy.mode == "certified" else f"{privacy.gradient_noise_multiplier:g} clip norms"
+    noise = noise_of(privacy, privacy.gradient_noise_multiplier, "clip norms")
     return f"sent, each record's clipped to {privacy.gradient_clip_norm:g}; noise: {noise}."
 
 
@@ -94,6 +96,24 @@ def weights_line(settings: Federation) -> str:
     """Whether weights leave, in one line."""
     if settings.merge.share == "none":
         return "stay here."
-    private = settings.privacy.on and settings.privacy.dp_sgd
-    how = "after DP-SGD" if private else "without noise"
+    privacy, how = settings.privacy, "as they are: without noise"
+    if privacy.on and privacy.dp_sgd:
+        noise = noise_of(privacy, privacy.dp_noise_multiplier, "clip norms")
+        how = f"after DP-SGD: each record's gradient clipped to {privacy.dp_max_grad_norm:g}; noise: {noise}"
     return f"those of the {'top' if settings.merge.share == 'top' else 'ends'} are sent after every round, {how}."
+
+
+def losses_line(settings: Federation) -> str:
+    """Whether losses leave, in one line."""
+    if not settings.evaluation.share_metrics:
+        return "stay here."
+    privacy, how = settings.privacy, "as it is: without noise"
+    if privacy.on:
+        noise = noise_of(privacy, privacy.metric_noise_multiplier, f"of what one {privacy.unit} can change")
+        how = f"each record's clipped to {MOST_LOSS:g} nats; noise: {noise}"
+    return f"the mean over your held-out records is sent with every update, {how}."
+
+
+def noise_of(privacy: Privacy, multiplier: float, unit: str) -> str:
+    """How much noise a kind of release gets: a number, or what follows from the target."""
+    return "as epsilon asks" if privacy.mode == "certified" else f"{multiplier:g} {unit}"

@@ -3,7 +3,8 @@
 A round opens when at least ``min_clients`` wait and nobody who has been there before is still on its way; a
 newcomer that is still fetching its ends holds nobody up. A cohort is drawn from those who wait. The round is
 merged when every member that has not left has sent its update, or at
-the deadline. It knows names and numbers, no weights and no sockets.
+the deadline. An update that missed its deadline is dropped, or counts in the next merge at a discount.
+It knows names and numbers, no weights and no sockets.
 """
 
 from __future__ import annotations
@@ -36,11 +37,30 @@ class OpenRound:
 
 
 @dataclass(frozen=True)
+class LateUpdate:
+    """``client`` has sent its update of ``round`` after that round was merged; the next merge takes it if ``kept``."""
+
+    client: str
+    round: int
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Discounted:
+    """A late update in a merge: its weight is its label tokens times ``discount``."""
+
+    client: str
+    round: int  # that it was trained in
+    discount: float
+
+
+@dataclass(frozen=True)
 class MergeRound:
-    """Merge the updates of ``contributors``, make the result durable, then call ``merged``."""
+    """Merge the updates of ``contributors`` and the ``late`` ones, make the result durable, then call ``merged``."""
 
     round: int
     contributors: tuple[str, ...]
+    late: tuple[Discounted, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +70,7 @@ class Finish:
     round: int
 
 
-Action = OpenRound | MergeRound | Finish
+Action = OpenRound | LateUpdate | MergeRound | Finish
 
 
 @dataclass
@@ -64,6 +84,8 @@ class RoundMachine:
     waiting: set[str] = field(default_factory=set)
     cohort: set[str] = field(default_factory=set)
     updates: dict[str, int] = field(default_factory=dict)  # client -> label tokens
+    owed: dict[str, int] = field(default_factory=dict)  # client -> the round whose deadline it missed
+    late: dict[str, int] = field(default_factory=dict)  # client -> the round of its update that the next merge takes
     opened_at: float = 0.0
 
     def __post_init__(self) -> None:
@@ -74,6 +96,7 @@ class RoundMachine:
         """A client has gone for good (said goodbye, or its grace has run out); its update, if sent, still counts."""
         self.present.discard(client)
         self.waiting.discard(client)
+        self.owed.pop(client, None)
         if client not in self.updates:
             self.cohort.discard(client)
         return self._advance(now)
@@ -83,19 +106,36 @@ class RoundMachine:
         self.present.add(client)
         if client in self.cohort and client not in self.updates:
             self.cohort.discard(client)  # it came back without its state: it cannot finish this round
+        self.owed.pop(client, None)
         self.waiting.add(client)
         return self._advance(now)
 
     def update(self, client: str, round_: int, tokens: int, now: float) -> list[Action]:
-        """A member of the cohort has sent its weights. Raises RefusedError for anybody else, or another round."""
+        """A client has sent its weights after ``round_``.
+
+        Raises RefusedError for a round that this client is not in, and for a second update of one that it is in.
+        """
+        if self.owed.get(client) == round_:
+            return [self._late(client, self.owed.pop(client))]
         if self.phase is not Phase.TRAINING or round_ != self.round or client not in self.cohort:
             raise RefusedError(
                 f"an update for round {round_} from {client!r}, but round {self.round} is {self.phase.value}",
                 "Ask for the next round.",
                 code="wrong_round",
             )
+        if client in self.updates:
+            raise RefusedError("this client's update has come already", "Ask for the next round.", code="wrong_round")
         self.updates[client] = tokens
         return self._advance(now)
+
+    def _late(self, client: str, round_: int) -> LateUpdate:
+        rounds = self.settings.rounds
+        next_merge = self.round + (self.phase is Phase.MERGING)
+        fresh_enough = next_merge - round_ <= rounds.max_staleness and next_merge < rounds.count
+        kept = rounds.staleness == "polynomial" and fresh_enough
+        if kept:
+            self.late[client] = round_
+        return LateUpdate(client, round_, kept)
 
     def merged(self, now: float) -> list[Action]:
         """The round is merged and durable."""
@@ -115,6 +155,17 @@ class RoundMachine:
         """When ``tick`` should be called at the latest, or None."""
         limit = self.settings.rounds.deadline_s
         return self.opened_at + limit if limit and self.phase is Phase.TRAINING else None
+
+    def awaited(self) -> set[str]:
+        """Who owes the open round an update, or is still on its way to the next one."""
+        if self.phase is Phase.TRAINING:
+            return self.cohort - self.updates.keys()
+        return self.present - self.waiting if self.phase is Phase.GATHERING else set()
+
+    def missing(self) -> int:
+        """How many more clients a round needs to open."""
+        least = max(1, self.settings.rounds.min_clients)
+        return max(0, least - len(self.present)) if self.phase is Phase.GATHERING else 0
 
     def _advance(self, now: float) -> list[Action]:
         if self.phase is Phase.GATHERING:
@@ -140,9 +191,24 @@ class RoundMachine:
         late = deadline is not None and now >= deadline
         if self.cohort <= self.updates.keys() or (late and self.updates):
             self.phase = Phase.MERGING
-            self.present -= self.cohort - self.updates.keys()  # nobody waits for who was late, until it asks again
-            return [MergeRound(self.round, tuple(sorted(self.updates)))]
+            missed = self.cohort - self.updates.keys()
+            self.present -= missed  # nobody waits for who was late, until it asks again
+            self.owed |= dict.fromkeys(missed, self.round)
+            return [MergeRound(self.round, tuple(sorted(self.updates)), self._take_late())]
         return []
+
+    def _take_late(self) -> tuple[Discounted, ...]:
+        exponent = self.settings.rounds.staleness_exponent
+        taken, self.late = sorted(self.late.items()), {}
+        return tuple(Discounted(name, old, discount(self.round - old, exponent)) for name, old in taken)
+
+
+def discount(staleness: int, exponent: float) -> float:
+    """Weight of an update that is ``staleness`` rounds late, beside 1 for one in time: (1 + s)^-a.
+
+    The polynomial of FedAsync (Xie et al. 2019, section 5.2).
+    """
+    return float((1 + staleness) ** -exponent)
 
 
 def draw_cohort(settings: Federation, round_: int, waiting: set[str]) -> tuple[str, ...]:

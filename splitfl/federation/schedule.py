@@ -19,3 +19,8 @@ def learning_rate(settings: Federation, round_: int, step: int) -> float:
     progress = (position - optimizer.warmup_steps) / max(1, total - optimizer.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return optimizer.learning_rate * (optimizer.final_fraction + (1 - optimizer.final_fraction) * cosine)
+
+
+def round_step_sizes(settings: Federation, round_: int) -> float:
+    """Sum of the step sizes of a round's local steps."""
+    return sum(learning_rate(settings, round_, step) for step in range(settings.rounds.local_steps))

@@ -33,6 +33,7 @@ from splitfl.data.readers import open_corpus
 from splitfl.data.records import Record
 from splitfl.errors import ConfigError, NumericalError
 from splitfl.federation.schedule import learning_rate
+from splitfl.privacy.mechanism import clip_tokens
 from splitfl.split.checkpoint import CheckpointFolder, load_segment
 from splitfl.split.export import TrainedWeights, check_free, export_checkpoint
 from splitfl.split.loss import HeadLoss, head_loss
@@ -167,13 +168,6 @@ class NarrowModel:
         weights = {name: weight.detach().cpu() for name, weight in self.segments().items()}
         export_checkpoint(self.folder, TrainedWeights(weights), out, card=card)
         save_release(out, self.narrow)
-
-
-def clip_tokens(encoded: Tensor, clip_norm: float) -> Tensor:
-    """Scale each vector (..., r) down to ``clip_norm`` where it is longer."""
-    norm = torch.linalg.vector_norm(encoded, dim=-1, keepdim=True).clamp_min(1e-12)  # (..., 1)
-    clipped: Tensor = encoded * (clip_norm / norm).clamp_max(1.0)
-    return clipped
 
 
 def public_release(spec: NarrowSpec, generator: torch.Generator) -> Release:

@@ -121,22 +121,29 @@ def run_federation(
     texts = {name: Path(path) for name, path in data.items()}
     check_arguments(texts, settings, folder, cuts or {})
     check_family_splits(read_config(model))
-    place, log = choose_device(device), EventLog(report)
-    coordinator = Coordinator(model, settings, server_folder(folder), device=place, report=log.of_service)
+    place = choose_device(device)
+    events: list[FederationEvent] = []
+
+    def hear(event: FederationEvent) -> None:
+        events.append(event)
+        report(event)
+
+    reporter = Reporter(hear)
+    coordinator = Coordinator(model, settings, server_folder(folder), device=place, report=reporter.of_service)
     coordinator.rounds.machine.present.update(data)  # no round opens before all of them ask for one
     with TemporaryDirectory(dir=folder, prefix=".cache-") as cache, MemoryService(coordinator) as service:
         jobs: dict[str, Callable[[], dict[str, Any]]] = {}
         for name, path in texts.items():
             store = ClientStore(client_folder(folder, name))
-            participant = Participant(name, path, store, Path(cache) / name, place, log.of_client(name))
+            participant = Participant(name, path, store, Path(cache) / name, place, reporter.of_client(name))
             participant.plan = (cuts or {}).get(name)
             participant.accept = lambda _: True  # whoever runs this has written the terms
             participant.key_file = store.folder / "key"
             participant.simulated, participant.noise_seed = True, noise_seed
             jobs[name] = joined(service, participant, (cuts or {}).get(name))
-        log.stop = service.fail
+        reporter.stop = service.fail
         reports = run_together(service, jobs)
-    return FederationResult(folder, settings, reports, log.events)
+    return FederationResult(folder, settings, reports, events)
 
 
 def check_arguments(data: Mapping[str, Path], settings: Federation, folder: Path, cuts: Mapping[str, Cut]) -> None:
@@ -198,14 +205,13 @@ def run_together(service: MemoryService, jobs: Mapping[str, Callable[[], T]]) ->
     return {name: future.result() for name, future in futures.items()}
 
 
-class EventLog:
-    """Keeps all events, and passes them on one at a time whatever thread they come from.
+class Reporter:
+    """Passes all events on, one at a time whatever thread they come from.
 
     ``stop`` hears of a report that failed on an event of the service, where raising it would blame the service.
     """
 
     def __init__(self, report: Callable[[FederationEvent], None]) -> None:
-        self.events: list[FederationEvent] = []
         self.stop: Callable[[BaseException], None] = lambda _: None
         self._report = report
         self._lock = threading.Lock()
@@ -223,5 +229,4 @@ class EventLog:
 
     def _tell(self, event: FederationEvent) -> None:
         with self._lock:
-            self.events.append(event)
             self._report(event)

@@ -7,14 +7,13 @@ as a filter on a budget fixed beforehand: Smith and Thakurta 2022). epsilon(delt
 
 Neighbours differ in one record, replaced by another of the same public padded length. A mechanism that clips to
 norm C has sensitivity 2C there. Figures for add/remove neighbours (opacus' DP-SGD: C) must be converted first:
-``replace_one``. There is no amplification by subsampling here: the server sees who takes part in what.
+``replace_one``. There is no amplification by subsampling here: the server sees who takes part in what, and
+``sigma_for`` refuses to count on it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq
@@ -22,30 +21,18 @@ from scipy.special import log_ndtr, ndtr, ndtri
 
 from splitfl.errors import ConfigError
 
-#: parties that see the record ids of every batch, or may collude with one that does
-SEES_BATCHES = ("server", "embedded aggregator")
 LEAST_MU, MOST_MU = 1e-7, 1e5
 MOST_EPSILON = 1e9
 
 
-@dataclass(frozen=True)
-class GaussianRelease:
-    """One release: L2 ``sensitivity`` (replace-one) and ``sigma`` of its noise, in the same unit; 0 = no noise."""
+def mu_squared(sensitivity: float, sigma: float) -> float:
+    """What a release adds to mu^2: L2 ``sensitivity`` (replace-one) and ``sigma`` of its noise, in the same unit.
 
-    sensitivity: float
-    sigma: float
-
-    @property
-    def mu_squared(self) -> float:
-        """What it adds to mu^2; infinite without noise."""
-        if self.sensitivity == 0:
-            return 0.0
-        return (self.sensitivity / self.sigma) ** 2 if self.sigma > 0 else math.inf
-
-
-def compose(releases: Iterable[GaussianRelease]) -> float:
-    """mu of several releases together."""
-    return math.sqrt(sum(release.mu_squared for release in releases))
+    Infinite without noise, 0 for what depends on no record.
+    """
+    if sensitivity == 0:
+        return 0.0
+    return (sensitivity / sigma) ** 2 if sigma > 0 else math.inf
 
 
 def delta_of(mu: float, epsilon: float) -> float:
@@ -90,11 +77,22 @@ def mu_for(epsilon: float, delta: float) -> float:
     return root
 
 
-def sigma_for(epsilon: float, delta: float, sensitivity: float, releases: int) -> float:
-    """The noise that keeps ``releases`` releases of one record within (epsilon, delta). Raises ConfigError."""
+def sigma_for(
+    epsilon: float, delta: float, sensitivity: float, releases: float, *, sampling_rate: float = 1.0
+) -> float:
+    """The noise that keeps ``releases`` releases of one record within (epsilon, delta).
+
+    Raises ConfigError for numbers that no noise fits, and for a sampling rate below 1: the server sees the ids of each
+    batch, and batches are parts of a shuffled epoch rather than Poisson samples, so no amplification theorem applies.
+    """
     if not (0 < sensitivity < math.inf) or releases < 1:
         raise ConfigError(
             f"no noise fits {releases} releases of sensitivity {sensitivity}", "Set clip norms above 0 and finite."
+        )
+    if sampling_rate != 1:
+        raise ConfigError(
+            f"no amplification by subsampling at rate {sampling_rate:g}: the server sees the records of each batch",
+            "Leave it at 1.",
         )
     return sensitivity * math.sqrt(releases) / mu_for(epsilon, delta)
 
@@ -102,20 +100,6 @@ def sigma_for(epsilon: float, delta: float, sensitivity: float, releases: int) -
 def replace_one(add_remove_sensitivity: float) -> float:
     """Sensitivity between replace-one neighbours of a sum of clipped terms: one goes and another comes."""
     return 2 * add_remove_sensitivity
-
-
-def amplified(sampling_rate: float, *, against: str) -> float:
-    """The sampling rate that may be claimed against a party: 1, for all that we know of.
-
-    Raises ConfigError for a smaller one. The server sees the ids of each batch, and batches here are parts of a
-    shuffled epoch rather than Poisson samples, so no amplification theorem applies against anybody.
-    """
-    if not 0 < sampling_rate <= 1:
-        raise ConfigError(f"a sampling rate of {sampling_rate} is none", "It lies above 0 and is 1 at most.")
-    if sampling_rate < 1:
-        why = "sees which records are in each batch" if against in SEES_BATCHES else "gains from no Poisson sampling"
-        raise ConfigError(f"no amplification by subsampling against the {against}: it {why}", "Leave it at 1.")
-    return sampling_rate
 
 
 def mean_bits(mu: float) -> float:

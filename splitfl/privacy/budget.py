@@ -6,9 +6,12 @@ dry. "epsilon spent so far", read off and acted upon, would be no guarantee.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 
 from splitfl.errors import PrivacyError
+from splitfl.privacy.charges import RecordRef, step_rows
 from splitfl.privacy.ledger import EVERYTHING, Ledger, Row
 from splitfl.privacy.policy import Policy
 
@@ -22,25 +25,54 @@ class Budget:
         self.policy = policy
         self.ledger = ledger
 
-    def allows(self, key: bytes, cost: float, pending: Mapping[bytes, float]) -> bool:
-        """Whether the record ``key`` may spend ``cost`` more (mu^2), beside what is promised and not yet written."""
-        if cost == 0:
+    @property
+    def bound(self) -> float:
+        """mu^2 of the unit, a record or the whole client; infinite without a target."""
+        return self.policy.run_budget if self.policy.unit == "client" else self.policy.record_budget
+
+    def allows(self, rows: Iterable[Row]) -> bool:
+        """Whether all of these rows fit into what is left."""
+        added: defaultdict[bytes, float] = defaultdict(float)
+        for row in rows:
+            if row.mu_squared > 0:
+                added[row.charged_to] += row.mu_squared
+        if not added or math.isinf(self.bound):
             return True
         if self.policy.unit == "client":
-            return self.ledger.total + sum(pending.values()) + cost <= self.policy.run_budget * ROUNDING
-        return self.spent_on(key) + pending.get(key, 0.0) + cost <= self.policy.record_budget * ROUNDING
-
-    def spent_on(self, key: bytes) -> float:
-        """mu^2 of this record's own rows so far, and of those that no single record stands for."""
-        return self.ledger.spent.get(key, 0.0) + self.ledger.spent.get(EVERYTHING, 0.0)
+            return self.ledger.total + sum(added.values()) <= self.bound * ROUNDING
+        shared = added.pop(EVERYTHING, 0.0)
+        bearers = {EVERYTHING, *self.ledger.spent, *added} if shared else added.keys()
+        return all(self.ledger.spent_on(key) + added.get(key, 0.0) + shared <= self.bound * ROUNDING for key in bearers)
 
     def check(self, rows: Iterable[Row]) -> None:
         """Raise PrivacyError when these rows would break a bound: the last check, whatever was asked before."""
-        pending: dict[bytes, float] = {}
-        for row in rows:
-            if not self.allows(row.record, row.mu_squared, pending):
-                raise PrivacyError(
-                    "the privacy budget is spent: another release would break epsilon",
-                    "Nothing more leaves. More would need a new agreement; what is spent stays spent.",
-                )
-            pending[row.record] = pending.get(row.record, 0.0) + row.mu_squared
+        if not self.allows(rows):
+            raise PrivacyError(
+                "the privacy budget is spent: another release would break epsilon",
+                "Nothing more leaves. More would need a new agreement; what is spent stays spent.",
+            )
+
+
+class Reservation:
+    """Picks the records of one step: whom it says yes to, the whole step can be paid for.
+
+    ``is_paid``: whether a record's activation needs no row any more.
+    """
+
+    def __init__(self, budget: Budget, is_paid: Callable[[RecordRef], bool]) -> None:
+        self.budget = budget
+        self.is_paid = is_paid
+        self.records: list[RecordRef] = []
+        self.fresh: list[RecordRef] = []
+
+    def __call__(self, key: bytes, padded_length: int, trains: bool) -> bool:
+        """Whether this record may take part too, to train on or (``trains`` False) to measure with."""
+        if math.isinf(self.budget.bound):
+            return True
+        record = RecordRef(key, padded_length)
+        records = [*self.records, record]
+        fresh = self.fresh if self.is_paid(record) else [*self.fresh, record]
+        if not self.budget.allows(step_rows(self.budget.policy, records, fresh, trains=trains)):
+            return False
+        self.records, self.fresh = records, fresh
+        return True

@@ -5,31 +5,48 @@ changed or missing one shows; head and count are countersigned by the server, so
 (``splitfl.privacy.witness``). ``synchronous = FULL``: when ``append`` returns, the rows survive a power cut. It holds
 no text and no token: a record is a keyed hash.
 
-Columns: seq, record, kind, sensitivity, sigma, round, tainted, time, payload (SHA-256 of the bytes that leave),
-nbytes, chain. ``tainted`` marks releases that depend on weights trained on private records without DP.
+Columns: seq, record, kind, sensitivity, sigma, round, tainted, time, payload, nbytes, chain. ``payload`` is the SHA-256
+of the bytes that leave; empty for a step of DP-SGD, of which nothing leaves but weights, later. ``tainted`` marks
+releases that depend on weights trained on private records without DP.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import sqlite3
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from enum import Enum
 from pathlib import Path
 
 import msgpack
 
 from splitfl.errors import StorageError
 from splitfl.files import sync
+from splitfl.privacy.accounting import mu_squared
 
 GENESIS = bytes(32)  # the chain's value before the first row
 EVERYTHING = b""  # the record of a row that no single record stands for: a weight update
 AGREEMENT = "agreement"  # kind of the rows that say what was agreed to; they release nothing
 CLOCK_SLACK_S = 120.0  # how far the clock may go back: time servers correct by less
+
+
+class ReleaseKind(Enum):
+    """What can be computed from a record and leave."""
+
+    ACTIVATION = "activations"
+    HELD_OUT_ACTIVATION = "activations of held-out records"
+    GRADIENT = "gradients"
+    DP_SGD = "steps of DP-SGD"
+    WEIGHTS = "weights"
+    METRIC = "held-out losses"
+
+
+#: kinds that are computed from several records at once
+JOINT = {ReleaseKind.DP_SGD.value, ReleaseKind.METRIC.value}
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS rows (
@@ -60,9 +77,12 @@ class Row:
     @property
     def mu_squared(self) -> float:
         """What it adds to the mu^2 of whatever it depends on; infinite without noise."""
-        if self.sensitivity == 0:
-            return 0.0
-        return (self.sensitivity / self.sigma) ** 2 if self.sigma > 0 else math.inf
+        return mu_squared(self.sensitivity, self.sigma)
+
+    @property
+    def charged_to(self) -> bytes:
+        """Whose mu^2 that is: the record's; everybody's, where weights that learned from everybody went into it."""
+        return EVERYTHING if self.tainted else self.record
 
 
 class Ledger:
@@ -74,14 +94,14 @@ class Ledger:
         self.count = 0
         self.head = GENESIS
         self.latest = 0.0  # seconds since 1970 of the newest row
-        self.spent: defaultdict[bytes, float] = defaultdict(float)  # record -> mu^2 of its own rows
+        self.spent: defaultdict[bytes, float] = defaultdict(float)  # record -> mu^2 of the rows charged to it
         self.spent_by_kind: defaultdict[str, defaultdict[bytes, float]] = defaultdict(lambda: defaultdict(float))
         self.total = 0.0  # mu^2 of all rows
         self.tainted: set[str] = set()  # kinds with a release that depended on weights trained without DP
         self.releases: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self._payloads: set[bytes] = set()
-        self.has_record_steps = False  # DP-SGD was counted record by record: never enough for a whole client
+        self.joint_by_record = False  # something joint was counted record by record: not enough for a whole client
         self._agreement = b""  # the terms that were accepted last
         with ledger_errors(path):
             fresh = not path.exists()
@@ -149,13 +169,23 @@ class Ledger:
             return
         self.releases[row.kind] += 1
         self.bytes[row.kind] += row.nbytes
-        self._payloads.add(row.payload)
+        if row.payload:
+            self._payloads.add(row.payload)
         self.total += row.mu_squared
-        self.spent[row.record] += row.mu_squared
-        self.spent_by_kind[row.kind][row.record] += row.mu_squared
-        self.has_record_steps |= row.nbytes == 0 and row.record != EVERYTHING
+        self.spent[row.charged_to] += row.mu_squared
+        self.spent_by_kind[row.kind][row.charged_to] += row.mu_squared
+        self.joint_by_record |= row.kind in JOINT and row.record != EVERYTHING
         if row.tainted:
             self.tainted.add(row.kind)
+
+    def spent_on(self, record: bytes) -> float:
+        """mu^2 of a record: of its own rows, of those that no single record stands for, and of every tainted row.
+
+        State that was trained on a record without DP carries it into whatever is computed from that state, whichever
+        record the release belongs to; rows from before the record's first are counted too.
+        """
+        shared = self.spent.get(EVERYTHING, 0.0)
+        return shared if record == EVERYTHING else shared + self.spent.get(record, 0.0)
 
     def knows(self, payload: bytes) -> bool:
         """Whether these bytes (their SHA-256) are paid for: sending them, again too, is free."""
@@ -185,21 +215,6 @@ class Ledger:
 def link(head: bytes, row: Row, at: float) -> bytes:
     """The chain's value after a row."""
     return hashlib.sha256(head + msgpack.packb((*astuple(row), at))).digest()
-
-
-def mu_squared(rows: Sequence[Row], record: bytes) -> float:
-    """mu^2 of ``record``: its own rows, rows that no single record stands for, and every tainted row after its first.
-
-    State that was trained on a record without DP carries it into whatever is computed from that state later,
-    whichever record the release belongs to.
-    """
-    total, trained = 0.0, False
-    for row in rows:
-        own = row.record in (record, EVERYTHING)
-        if own or (row.tainted and trained):
-            total += row.mu_squared
-        trained = trained or row.record == record
-    return total
 
 
 @contextmanager

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from splitfl.errors import ConfigError
+from splitfl.privacy.accounting import replace_one
 from splitfl.privacy.noise import NormalSource
 
 Clip = Literal["record", "token"]
+LEAST_NORM = 1e-12  # below it a norm is taken for this: zero must not divide
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Mechanism:
     def sensitivity(self, padded_length: int) -> float:
         """Most that replacing one record of this padded length changes: 2C, or 2c sqrt(T)."""
         rows = padded_length if self.clip == "token" else 1
-        return 2 * self.clip_norm * math.sqrt(rows)
+        return replace_one(self.clip_norm) * math.sqrt(rows)
 
     def clipped(self, hidden: Tensor) -> Tensor:
         """Records (B, T, D) -> the same within their bounds, float64 on the CPU."""
@@ -54,11 +56,27 @@ class Mechanism:
         return bounded.float()
 
 
+def clip_factors(states: Tensor, clip_norm: float, clip: Clip) -> Tensor:
+    """What clipping multiplies (..., T, D) by: (..., 1, 1) for whole records, (..., T, 1) for tokens; 1 within bounds.
+
+    In the dtype of ``states``, and it can be differentiated. A ``clip_norm`` of infinity clips nothing.
+    """
+    dims = (-2, -1) if clip == "record" else (-1,)
+    norms = torch.linalg.vector_norm(states, dim=dims, keepdim=True)
+    factors: Tensor = (clip_norm / norms.clamp_min(LEAST_NORM)).clamp_max(1.0)
+    return factors
+
+
+def clip_tokens(states: Tensor, clip_norm: float) -> Tensor:
+    """Public vectors (..., D), each scaled down to ``clip_norm`` where it is longer: what models learn to be read
+    through. Private ones go through ``Mechanism``."""
+    clipped: Tensor = states * clip_factors(states, clip_norm, "token")
+    return clipped
+
+
 def clip_records(hidden: Tensor, clip_norm: float, clip: Clip) -> Tensor:
     """Scale records (B, T, D), or each of their rows, down to ``clip_norm``; float64, so that rounding stays below
     anything that the sensitivity could notice. Always a copy."""
     wide = hidden.detach().to(device="cpu", dtype=torch.float64)
-    dims = (1, 2) if clip == "record" else (2,)
-    norms = torch.linalg.vector_norm(wide, dim=dims, keepdim=True)
-    clipped: Tensor = wide * (clip_norm / norms.clamp_min(clip_norm))
+    clipped: Tensor = wide * clip_factors(wide, clip_norm, clip)
     return clipped

@@ -7,12 +7,17 @@ never from what the records say.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 from splitfl.config import LEVELS, Federation
 from splitfl.errors import ConfigError
-from splitfl.privacy.accounting import mu_for, replace_one
+from splitfl.privacy.accounting import mu_for, replace_one, sigma_for
 from splitfl.privacy.mechanism import Mechanism
+
+#: what may leave, as terms and floors name it
+KINDS = ("activations", "gradients", "weights", "losses")
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,13 @@ class DpSgd:
 
 @dataclass(frozen=True)
 class Policy:
-    """What may leave one client, and how. None for a mechanism: sent as it is (mode off), or not at all."""
+    """What may leave one client, and how. None for a mechanism: sent as it is (mode off), or not at all.
 
-    mode: str
-    unit: str
+    ``bottom_trains``: activations come from weights that train here, so each step's are new ones.
+    """
+
+    mode: Literal["off", "measured", "certified"]
+    unit: Literal["record", "client"]
     activations: Mechanism | None
     gradients: Mechanism | None
     dp_sgd: DpSgd | None
@@ -53,6 +61,8 @@ class Policy:
     run_budget: float  # mu^2 of the client as a whole
     delta: float
     epsilon: float | None = None  # the bound that the budgets keep; None = none was asked for
+    noise: Mapping[str, float] = field(default_factory=dict)  # multiplier by kind that leaves; 0 = as it is
+    bottom_trains: bool = False
 
     @property
     def private(self) -> bool:
@@ -84,11 +94,23 @@ def workload(settings: Federation, records: int, held_out: int) -> Workload:
     return Workload(records, held_out, steps * settings.batch.records, steps, length)
 
 
-def policy_of(settings: Federation, work: Workload) -> Policy:
+def policy_of(settings: Federation, work: Workload, *, bottom_trains: bool = False) -> Policy:
     """The policy of a client with that workload. Raises ConfigError for a target that no noise reaches."""
     privacy = settings.privacy
     if not privacy.on:
-        return Policy("off", privacy.unit, None, None, None, 0.0, math.inf, math.inf, privacy.delta)
+        return Policy(
+            mode="off",
+            unit=privacy.unit,
+            activations=None,
+            gradients=None,
+            dp_sgd=None,
+            metric_noise=0.0,
+            record_budget=math.inf,
+            run_budget=math.inf,
+            delta=privacy.delta,
+            noise=leaving(settings, NONE),
+            bottom_trains=bottom_trains,
+        )
     if privacy.clip_norm is None:
         raise ConfigError("privacy.clip_norm is not settled", "The server measures it at its start; or set it.")
     noise = certified_noise(settings, work) if privacy.mode == "certified" else measured_noise(settings)
@@ -108,6 +130,8 @@ def policy_of(settings: Federation, work: Workload) -> Policy:
         run_budget=budget if privacy.unit == "client" else math.inf,
         delta=privacy.delta,
         epsilon=privacy.epsilon,
+        noise=leaving(settings, noise),
+        bottom_trains=bottom_trains,
     )
 
 
@@ -121,6 +145,17 @@ class NoiseMultipliers:
     metrics: float  # in its sensitivity
 
 
+NONE = NoiseMultipliers(0.0, 0.0, 0.0, 0.0)
+
+
+def leaving(settings: Federation, noise: NoiseMultipliers) -> dict[str, float]:
+    """The noise of each of ``KINDS`` that leaves, in its own clip norms; that of weights is DP-SGD's."""
+    of_weights = noise.dp_sgd if settings.privacy.dp_sgd else 0.0
+    leaves = (True, settings.trains_trunk, settings.merge.share != "none", settings.evaluation.share_metrics)
+    each = (noise.activations, noise.gradients, of_weights, noise.metrics)
+    return {kind: of_it for kind, of_it, goes in zip(KINDS, each, leaves, strict=True) if goes}
+
+
 def measured_noise(settings: Federation) -> NoiseMultipliers:
     """Mode "measured": as the settings name it."""
     privacy = settings.privacy
@@ -132,20 +167,19 @@ def measured_noise(settings: Federation) -> NoiseMultipliers:
 
 def certified_noise(settings: Federation, work: Workload) -> NoiseMultipliers:
     """Mode "certified": noise that keeps every unit within (epsilon, delta), each kind with an equal part of mu^2."""
-    privacy = settings.privacy
-    assert privacy.epsilon is not None
+    privacy, batch = settings.privacy, settings.batch.records
     kinds = 1 + (privacy.gradients != "none") + privacy.dp_sgd + settings.evaluation.share_metrics
-    part = mu_for(privacy.epsilon, privacy.delta) ** 2 / kinds
-    whole_client = privacy.unit == "client"
-    rows = work.padded_length if privacy.clip == "token" else 1
-    once = work.records + work.held_out if whole_client else 1
-    again = work.draws if whole_client else work.participations
-    batch = settings.batch.records
-    joint = work.steps * batch**2 if whole_client else work.participations
-    # mu^2 = releases x (sensitivity / sigma)^2 = part, in units of the clip norm; sensitivity 2, or 2 sqrt(rows)
+
+    def sigma(sensitivity: float, releases: int) -> float:
+        assert privacy.epsilon is not None
+        return sigma_for(privacy.epsilon, privacy.delta, sensitivity, kinds * releases)
+
+    whole = privacy.unit == "client"
+    activation = Mechanism(privacy.clip, 1.0, 0.0).sensitivity(work.padded_length)
     return NoiseMultipliers(
-        activations=2 * math.sqrt(rows * once / part),
-        gradients=2 * math.sqrt(again / part),
-        dp_sgd=2 * math.sqrt(joint / part),
-        metrics=math.sqrt(settings.rounds.count / part),
+        activations=sigma(activation, work.records + work.held_out if whole else 1),
+        gradients=sigma(replace_one(1.0), work.draws if whole else work.participations),
+        # all records of a client may change at once, and its sums with all of them
+        dp_sgd=sigma(replace_one(batch if whole else 1.0), work.steps if whole else work.participations),
+        metrics=sigma(1.0, settings.rounds.count),
     )

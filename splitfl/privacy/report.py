@@ -9,15 +9,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from splitfl.privacy.accounting import epsilon_of, guess_bound, mean_bits, mu_for
-from splitfl.privacy.gate import ReleaseKind
-from splitfl.privacy.ledger import EVERYTHING, Ledger
+from splitfl.privacy.accounting import epsilon_of, group_mu, guess_bound, mean_bits, mu_for
+from splitfl.privacy.ledger import EVERYTHING, Ledger, ReleaseKind
 from splitfl.privacy.policy import Policy
 
 OFF = "No noise was added: the server can read the text, and labels can be recovered from gradients."
 NOT_AUDITED = "Not audited yet: `splitfl audit` attacks what left."
 NEIGHBOURS = "one record replaced by another of the same public padded length"
 GRADIENTS = ReleaseKind.GRADIENT.value
+SEVERAL = 10  # records of somebody for whom an epsilon is said
 ACTIVATIONS = (ReleaseKind.ACTIVATION.value, ReleaseKind.HELD_OUT_ACTIVATION.value)
 
 
@@ -29,7 +29,7 @@ def privacy_report(
     mu = math.inf if whole is None else kept_mu(policy, ledger)
     report: dict[str, Any] = {
         "mode": policy.mode,
-        "statement": statement(policy, whole, alone, mu, audit, simulated=simulated),
+        "statement": statement(policy, ledger, whole, alone, mu, audit, simulated=simulated),
         "unit": policy.unit,
         "neighbours": NEIGHBOURS,
         "delta": policy.delta,
@@ -47,7 +47,7 @@ def privacy_report(
         "ledger": {"rows": ledger.count, "head": ledger.head.hex()},
     }
     if policy.private:
-        report["several_records"] = several_records(ledger)
+        report["several_records"] = several_records(policy, ledger, None if whole is None else mu)
     return report
 
 
@@ -92,6 +92,7 @@ def most_spent(policy: Policy, ledger: Ledger, kinds: tuple[str, ...] | None = N
 
 def statement(
     policy: Policy,
+    ledger: Ledger,
     whole: float | None,
     alone: float | None,
     mu: float,
@@ -109,6 +110,8 @@ def statement(
             f"epsilon = {whole:.3g} at delta = {policy.delta:g} for each {policy.unit} ({NEIGHBOURS}), against whoever "
             f"sees all that left. It tells {mean_bits(mu):.2g} bits on average, at most."
         )
+    if not ledger.releases:
+        return "No guarantee. Nothing has left yet."
     figures = f"Activations alone: epsilon = {shown(alone)}; whole transcript: {shown(whole)}."
     return f"No guarantee. {audited(audit)} {figures}"
 
@@ -124,7 +127,7 @@ def audited(audit: Mapping[str, Any] | None) -> str:
 
 
 def shown(epsilon: float | None) -> str:
-    return "none" if epsilon is None else f"{epsilon:.4g}"
+    return "none (no bound)" if epsilon is None else f"{epsilon:.4g}"
 
 
 def stayed(policy: Policy, ledger: Ledger) -> list[str]:
@@ -142,10 +145,18 @@ def told(policy: Policy) -> list[str]:
     return ["this client's name", records, "the number of rows in its ledger", "when it works"]
 
 
-def several_records(ledger: Ledger) -> str:
-    """What a person reckons with who is behind k of the records."""
-    direct = "activations" if ledger.tainted else "activations and gradients"
-    return f"somebody with k records: sqrt(k) mu for {direct}, up to k mu for anything else"
+def several_records(policy: Policy, ledger: Ledger, mu: float | None) -> str:
+    """What a person reckons with who is behind several of the records; ``mu`` is a record's, None = no bound."""
+    if policy.unit == "client":
+        return "all records of this client together are the unit"
+    if mu is None:
+        return "somebody with k records: sqrt(k) mu for activations, no bound for the rest"
+    direct = set(+ledger.releases) <= {*ACTIVATIONS, GRADIENTS}
+    several = epsilon_of(group_mu(mu, SEVERAL, direct=direct), policy.delta)
+    return (
+        "somebody with k records: sqrt(k) mu for activations and gradients, up to k mu for anything else; "
+        f"with {SEVERAL}: epsilon = {shown(several)} at most"
+    )
 
 
 def parties(policy: Policy, ledger: Ledger, whole: float | None) -> list[dict[str, str]]:

@@ -7,12 +7,12 @@ learns a number and a hash. What it cannot show: a ledger deleted by somebody wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from splitfl.errors import PrivacyError, ProtocolError
+from splitfl.privacy.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,6 @@ class Mark:
     def signed_bytes(self, client: str) -> bytes:
         """What is signed for this client."""
         return b"splitfl ledger\0" + f"{client}\0{self.count}\0{self.head}".encode()
-
-
-class Chain(Protocol):
-    """The part of a ledger that is compared."""
-
-    count: int
-
-    def has_prefix(self, count: int, head: bytes) -> bool: ...
 
 
 def sign(key: Ed25519PrivateKey, client: str, mark: Mark) -> str:
@@ -49,7 +41,7 @@ def check_signature(signer: str, client: str, mark: Mark, signature: str) -> Non
         raise ProtocolError("the server's countersignature is not one", "Do not trust this server.") from None
 
 
-def check_not_older(ledger: Chain, mark: Mark) -> None:
+def check_not_older(ledger: Ledger, mark: Mark) -> None:
     """Raise PrivacyError when the ledger lacks rows that the server has countersigned."""
     if not ledger.has_prefix(mark.count, bytes.fromhex(mark.head)):
         raise PrivacyError(

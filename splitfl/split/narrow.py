@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from splitfl.cut import Cut
 from splitfl.errors import CheckpointError, ConfigError
 from splitfl.files import sha256_of, write_file
+from splitfl.privacy.mechanism import clip_tokens
 
 WEIGHTS_FILE, SPEC_FILE = "release.safetensors", "release.json"
 COUNTS = ("n_bottom", "n_top", "hidden", "rank")
@@ -131,8 +132,7 @@ class NarrowRelease(nn.Module):
         directions = whitening(own.float(), spec.rank)  # (r, D)
         reach = (own.float() @ directions.T).norm(dim=-1).quantile(0.05).clamp_min(1e-6)
         self.encoder.linear.weight.copy_(directions * (2 * spec.clip_norm / reach))
-        codes = self.encoder(own.float())
-        codes = codes * (spec.clip_norm / codes.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0)
+        codes = clip_tokens(self.encoder(own.float()), spec.clip_norm)
         noised = codes + spec.sigma * torch.randn(codes.shape, generator=generator)
         weight, bias = ridge(noised, wanted.float())
         self.decoder.linear.weight.copy_(weight)
@@ -164,16 +164,6 @@ def save_release(folder: Path, release: NarrowRelease) -> None:
     description = {"format": 1, **asdict(release.spec), "sha256": sha256_of(data)}
     write_file(folder / WEIGHTS_FILE, data)
     write_file(folder / SPEC_FILE, (json.dumps(description, indent=2) + "\n").encode())
-
-
-def has_release(folder: Path) -> bool:
-    """Whether the checkpoint in ``folder`` comes with a narrow release."""
-    return (folder / SPEC_FILE).is_file()
-
-
-def release_hash(folder: Path) -> str:
-    """The weights' SHA-256 as the publisher wrote it: what an agreement names. Raises CheckpointError."""
-    return str(read_description(folder)["sha256"])
 
 
 def load_release(folder: Path) -> NarrowRelease:

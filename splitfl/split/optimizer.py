@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+GradientTerm = Callable[[str, Tensor], Tensor | None]  # name and value of a weight -> what its gradient gains
+
 
 @dataclass(frozen=True)
 class OptimizerSpec:
@@ -34,11 +36,13 @@ class PartOptimizer:
         self.spec = spec
         self._optimizer = build(list(self.named.values()), spec) if self.named else None
 
-    def step(self, learning_rate: float, tokens_of: Callable[[str], int]) -> float:
+    def step(
+        self, learning_rate: float, tokens_of: Callable[[str], int], correction: GradientTerm | None = None
+    ) -> float:
         """Apply the accumulated gradients and clear them; returns their norm before clipping.
 
-        ``tokens_of`` gives the label tokens that crossed the block of a weight. When the norm is not finite,
-        nothing moves and the norm says so.
+        ``tokens_of`` gives the label tokens that crossed the block of a weight, ``correction`` what is added to its
+        gradient once that is divided and clipped. When the norm is not finite, nothing moves and the norm says so.
         """
         if self._optimizer is None:
             return 0.0
@@ -46,7 +50,9 @@ class PartOptimizer:
         for name, parameter in self.named.items():
             if counts[name] == 0:
                 parameter.grad = None
-        norm = self._fold(set(counts.values()) - {0}, counts)
+        norm = self._fold(set(counts.values()) - {0}, counts, fused=self.spec.name == "adamw" and correction is None)
+        if correction is not None:
+            self._add(correction)
         if math.isfinite(norm):
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -54,13 +60,14 @@ class PartOptimizer:
         self.clear()
         return norm
 
-    def _fold(self, divisors: set[int], counts: Mapping[str, int]) -> float:
+    def _fold(self, divisors: set[int], counts: Mapping[str, int], *, fused: bool) -> float:
         """Divide by tokens and clip; returns the norm before clipping.
 
-        When every block saw the same tokens, fused AdamW does both as it reads the gradients: a pass over memory less.
+        When every block saw the same tokens, ``fused`` AdamW does both as it reads the gradients: a pass over memory
+        less.
         """
         assert self._optimizer is not None
-        if self.spec.name == "adamw" and len(divisors) == 1:
+        if fused and len(divisors) == 1:
             (tokens,) = divisors
             norm = self._norm() / tokens
             place = next(iter(self.named.values())).device
@@ -77,6 +84,11 @@ class PartOptimizer:
                 parameter.grad.mul_(factor)
         self._optimizer.grad_scale = self._optimizer.found_inf = None  # type: ignore[attr-defined]
         return norm
+
+    def _add(self, correction: GradientTerm) -> None:
+        for name, parameter in self.named.items():
+            if parameter.grad is not None and (term := correction(name, parameter.detach())) is not None:
+                parameter.grad.add_(term)
 
     def _norm(self) -> float:
         return float(nn.utils.get_total_norm([p.grad for p in self.named.values() if p.grad is not None]))

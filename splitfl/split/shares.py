@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig
 
 from splitfl.config import Federation
 from splitfl.cut import Cut
+from splitfl.errors import ConfigError
 from splitfl.split.checkpoint import is_tied
-from splitfl.split.modes import training_policy
+from splitfl.split.modes import bottom_trains, training_policy
 from splitfl.split.segment import Piece, Segment
 from splitfl.split.training import set_up_training, stays_tied
 
@@ -50,6 +51,20 @@ def choose_shared(settings: Federation, bottom: Shapes, top: Shapes) -> Shapes:
     if share == "none":
         return {}
     return dict(top) if share == "top" else {**bottom, **top}
+
+
+def check_handover(settings: Federation, before: Cut, now: Cut) -> None:
+    """Raise ConfigError for a change of cut in which blocks that are personal would change hands.
+
+    A block that is merged is the same for all who hold it. Tops of different depth are merged or refused as such.
+    """
+    moves = before.n_bottom != now.n_bottom and any(bottom_trains(settings, cut) for cut in (before, now))
+    if moves and settings.merge.share != "ends":
+        raise ConfigError(
+            f"{before} was this client's cut: with merge.share = {settings.merge.share!r} its bottom is personal, and "
+            "no block of it can be given back or taken on",
+            f"Join with --plan {before.n_bottom},{now.n_top}, or name a new --state.",
+        )
 
 
 def ends_names(config: PreTrainedConfig, cut: Cut) -> list[str]:

@@ -1,4 +1,4 @@
-"""Bytes <-> message: ``u32 header length | msgpack header | tensor bytes``.
+"""Bytes <-> message: ``u32 header length | msgpack header | tensor bytes | u32 checksum``.
 
 The header is a msgpack map: the message's type ``t``, its plain fields, and ``x``, a list of
 ``[field, dtype, shape]`` for the tensors, whose bytes follow in that order. The first tensor and each further
@@ -19,9 +19,11 @@ import msgpack
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from splitfl.errors import ProtocolError
+from splitfl.wire.checksum import checksum
 from splitfl.wire.messages import ELEMENT_BYTES, MESSAGE_TYPES, TYPE_NAMES, Message, TensorBytes, expected_bytes
 
 ALIGNMENT = 64  # bytes
+CHECKSUM_BYTES = 4
 MAX_HEADER_BYTES = 256 << 10
 MAX_FRAME_BYTES = 1 << 30
 MAX_ARRAY_ITEMS = 4096  # msgpack allocates what an array claims, and nested ones add up
@@ -29,6 +31,10 @@ MAX_DIMENSIONS = 8
 MAX_TENSORS = 4
 
 Parts = list[bytes | memoryview]
+
+
+class DamagedError(ProtocolError):
+    """Bytes that changed on the way: whoever sent them has them still, and sends them again on a new connection."""
 
 
 def encode(message: Message) -> Parts:
@@ -54,7 +60,7 @@ def encode(message: Message) -> Parts:
         padding = -position % ALIGNMENT
         parts += [bytes(padding), view]
         position += padding + len(view)
-    return parts
+    return [*parts, struct.pack("<I", checksum(parts))]
 
 
 def frame_bytes(parts: Parts) -> int:
@@ -63,10 +69,11 @@ def frame_bytes(parts: Parts) -> int:
 
 
 def decode(data: bytes | memoryview, *, max_bytes: int = MAX_FRAME_BYTES) -> Message:
-    """One whole frame -> its message. Raises ProtocolError that names the offending field."""
+    """One whole frame -> its message. Raises DamagedError, or ProtocolError that names the offending field."""
     view = memoryview(data).cast("B")
     if len(view) > max_bytes:
         raise ProtocolError(f"a frame of {len(view)} bytes is over the limit of {max_bytes}", field="frame")
+    view = undamaged(view)
     fields, position = read_header(view)
     name = fields.pop("t", None)
     cls = MESSAGE_TYPES.get(name) if isinstance(name, str) else None
@@ -83,6 +90,14 @@ def decode(data: bytes | memoryview, *, max_bytes: int = MAX_FRAME_BYTES) -> Mes
         first = error.errors(include_url=False, include_input=False)[0]
         field = str(first["loc"][0])[:64] if first["loc"] else ""
         raise ProtocolError(f"{name}: field {field!r} is wrong: {first['msg']}", field=field) from error
+
+
+def undamaged(view: memoryview) -> memoryview:
+    """A frame without its checksum. Raises DamagedError when the two do not fit."""
+    body, end = view[:-CHECKSUM_BYTES], view[-CHECKSUM_BYTES:]
+    if len(end) < CHECKSUM_BYTES or struct.unpack("<I", end) != (checksum([body]),):
+        raise DamagedError(f"a frame of {len(view)} bytes was damaged on the way", "Send it again.", field="frame")
+    return body
 
 
 @cache

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, InstanceOf
 
-PROTOCOL_VERSIONS = (1,)
+PROTOCOL_VERSIONS = (2,)
 
 #: bytes an element takes, by the wire's dtype name
 ELEMENT_BYTES = {"u8": 1, "f32": 4, "bf16": 2, "f16": 2}
@@ -38,6 +38,7 @@ ErrorCode = Literal[
     "version",  # no protocol version in common
     "name_taken",  # another live client has this name
     "bad_message",  # bytes that break the protocol
+    "damaged",  # bytes that changed on the way: connect again
     "bad_tensor",  # NaN, infinity or a shape that does not fit
     "bad_cut",  # the federation does not allow this cut
     "not_found",  # no blob with this hash
@@ -277,7 +278,8 @@ class Update:
     """This client's weights after a round, as the uploaded blob ``sha256`` ("" when it shares none).
 
     ``tokens`` label tokens weigh it in the merge. ``held_out_loss``, if it is shared, is what the client measured at
-    the round's start, in nats a token. Answered by RoundDurable, once the merge is on disk.
+    the round's start, in nats a token. Answered by RoundDurable, once the merge is on disk, or at once when the
+    round was merged without it.
     """
 
     seq: Count

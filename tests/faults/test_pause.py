@@ -27,8 +27,9 @@ CPU = torch.device("cpu")
 STEPS = 3
 
 
-def settings(**evaluation: Any) -> Federation:
+def settings(tables: dict[str, Any] | None = None, **evaluation: Any) -> Federation:
     table = {
+        **(tables or {}),
         "rounds": {"count": 2, "local_steps": STEPS},
         "batch": {"records": 4, "max_length": 32},
         "wire": {"codec": "fp32"},
@@ -38,8 +39,10 @@ def settings(**evaluation: Any) -> Federation:
 
 
 @contextmanager
-def service(model: Path, state: Path, *, resume: bool = False) -> Iterator[MemoryService]:
-    coordinator = Coordinator(model, settings(), state, device=CPU, resume=resume)
+def service(
+    model: Path, state: Path, tables: dict[str, Any] | None = None, *, resume: bool = False
+) -> Iterator[MemoryService]:
+    coordinator = Coordinator(model, settings(tables), state, device=CPU, resume=resume)
     with MemoryService(coordinator) as running:
         yield running
 
@@ -68,22 +71,42 @@ def whole(tmp_path_factory: pytest.TempPathFactory, small_model: Path, wards: di
 def test_client_stopped_after_a_step_goes_on_at_the_next_one(
     tmp_path: Path, small_model: Path, wards: dict[str, Path], whole: Path, stop_after: tuple[int, int]
 ) -> None:
+    with service(small_model, tmp_path / "server") as running:
+        steps = stop_and_go_on(running, tmp_path, wards["a"], stop_after)
+    assert steps == [(round_, step) for round_ in range(2) for step in range(STEPS)]
+    assert_same(final_weights(tmp_path / "server"), final_weights(whole))
+
+
+@pytest.mark.parametrize("strategy", [{"strategy": "fedprox", "proximal_mu": 1.0}, {"strategy": "scaffold"}])
+def test_client_stopped_in_the_middle_of_a_round_keeps_what_its_strategy_adds(
+    tmp_path: Path, small_model: Path, wards: dict[str, Path], strategy: dict[str, Any]
+) -> None:
+    tables = {"merge": strategy, "optimizer": {"name": "sgd", "learning_rate": 0.3}}
+    with service(small_model, tmp_path / "whole", tables) as running:
+        take_part(running, participant(tmp_path / "undisturbed", wards["a"]))
+    with service(small_model, tmp_path / "server", tables) as running:
+        stop_and_go_on(running, tmp_path, wards["a"], (1, 0))
+    assert_same(final_weights(tmp_path / "server"), final_weights(tmp_path / "whole"))
+
+
+def stop_and_go_on(
+    running: MemoryService, folder: Path, data: Path, stop_after: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """Ctrl-C after that (round, step), then the same client again; returns the steps of both."""
     steps: list[tuple[int, int]] = []
 
     def note(event: Event) -> None:
         if event.event == "step":
             steps.append((event.facts["round"], event.facts["step"]))
 
-    with service(small_model, tmp_path / "server") as running:
-        first = participant(tmp_path, wards["a"], note)
-        first.stop = lambda: bool(steps) and steps[-1] == stop_after
-        with pytest.raises(PausedError):
-            take_part(running, first)
-        before = first.store.session()
-        take_part(running, participant(tmp_path, wards["a"], note))
-        assert first.store.session() == before  # the session lived on
-    assert steps == [(round_, step) for round_ in range(2) for step in range(STEPS)]
-    assert_same(final_weights(tmp_path / "server"), final_weights(whole))
+    first = participant(folder, data, note)
+    first.stop = lambda: bool(steps) and steps[-1] == stop_after
+    with pytest.raises(PausedError):
+        take_part(running, first)
+    before = first.store.session()
+    take_part(running, participant(folder, data, note))
+    assert first.store.session() == before  # the session lived on
+    return steps
 
 
 def test_client_whose_server_restarts_while_it_fetches_starts_over(

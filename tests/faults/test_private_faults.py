@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from processes import Place, Settings, with_settings
 
+from splitfl.errors import PrivacyError, StorageError
 from splitfl.privacy.ledger import Ledger
 
 SETTINGS: Settings = {
@@ -55,6 +56,46 @@ def test_restarted_server_that_lost_its_cache_gets_the_same_bytes_again(place: P
     assert server.command.wait() == 0
     spent_once(place.folder / "client-a")
     assert client.named("server_restarted")
+
+
+def test_server_with_another_key_stops_clients_that_wait_for_it(place: Place, wards: dict[str, Path]) -> None:
+    """A restart is when the books may have gone back, or be another's: what was agreed to before is asked again."""
+    server = place.serve(with_settings(SETTINGS, rounds={"local_steps": 40}))
+    client = place.join(server.url, "a", wards["a"])
+    client.wait_for("step", step=1)
+    server.command.kill()
+    shutil.rmtree(place.folder / "server" / "ledgers")
+    server.again()
+    assert client.wait() == PrivacyError.exit_code, client.story()
+    assert "another key" in client.error
+
+
+def test_private_federation_does_not_go_on_with_a_new_key(place: Place, wards: dict[str, Path]) -> None:
+    server = place.serve(SETTINGS)
+    client = place.join(server.url, "a", wards["a"])
+    client.wait_for("step", round=1, step=1)
+    server.command.kill()
+    shutil.rmtree(place.folder / "server" / "ledgers")
+    again = server.again(wait=False)
+    assert again.command.wait() == StorageError.exit_code
+    assert "ledgers" in again.command.error
+    client.kill()
+
+
+def test_books_that_cannot_be_written_hold_private_clients_up_and_end_none(
+    place: Place, wards: dict[str, Path]
+) -> None:
+    server = place.serve(with_settings(SETTINGS, rounds={"local_steps": 20}))
+    client = place.join(server.url, "a", wards["a"])
+    client.wait_for("step", step=2)
+    books, away = place.folder / "server" / "ledgers", place.folder / "away"
+    books.rename(away)
+    books.touch()  # a file where the folder was: nothing can be written into it
+    server.command.wait_for("storage_error")
+    books.unlink()
+    away.rename(books)
+    assert client.wait() == 0, client.story()
+    assert server.command.wait() == 0
 
 
 def test_damaged_cache_entry_is_sent_again(place: Place, wards: dict[str, Path]) -> None:

@@ -36,6 +36,8 @@ def test_nothing_leaves_before_the_terms_are_accepted(here: Place, wards: dict[s
     assert not client.named("step")
     wrong = here.join(server.url, "a", wards["a"], "--accept", "0" * 64)
     assert wrong.wait() == REFUSED
+    assert f"is not the hash of these terms ({agreement[:12]}...)" in wrong.error
+    assert not wrong.named("step")
     accepted = here.join(server.url, "a", wards["a"], "--accept", agreement[:12])
     assert accepted.wait() == 0
     assert accepted.report["privacy"]["mode"] == "measured"
@@ -66,9 +68,12 @@ def test_a_change_of_the_terms_stops_the_client_until_they_are_accepted_again(
 
 def test_client_with_a_floor_takes_part_in_nothing_weaker(here: Place, wards: dict[str, Path]) -> None:
     server = here.serve(SETTINGS)
-    client = here.join(server.url, "a", wards["a"], "--privacy", "certified")
+    client = here.join(server.url, "a", wards["a"], "--privacy", "certified:8")
     assert client.wait() == REFUSED
     assert '"measured"' in client.error
+    plain_weights = here.join(server.url, "a", wards["a"], "--privacy", "measured:0.3")
+    assert plain_weights.wait() == REFUSED
+    assert "the noise of its weights is 0" in plain_weights.error
     assert here.join(server.url, "a", wards["a"], "--privacy", "measured").wait() == 0
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
+from splitfl.data.readers import FIRST_ROWS
 from splitfl.errors import (
     CheckpointError,
     ConfigError,
@@ -26,10 +27,10 @@ from splitfl.errors import (
     ProtocolError,
     RefusedError,
     SplitFLError,
-    StorageError,
 )
 from splitfl.split.checkpoint import read_config
-from splitfl.wire.frames import encode
+from splitfl.wire.checksum import checksum
+from splitfl.wire.frames import CHECKSUM_BYTES, encode
 from splitfl.wire.messages import (
     Failed,
     Forward,
@@ -76,46 +77,46 @@ def assert_open(server: Server) -> None:
 # data
 
 
-def broken_data(folder: Path) -> dict[str, Path]:
-    """Files that nobody can train on, by what is wrong with them."""
-    rows = {
-        "empty": "",
-        "broken line": '{"text": "one"}\n{"text": "two"}\n{"text": "three\n',
-        "no text": '{"text": "one"}\n{"note": "two"}\n',
-        "no rows left": '{"note": "one"}\n{"text": ""}\nnot json\n',
-        "unknown format": "anything",
-    }
-    files = {}
-    for name, text in rows.items():
-        files[name] = folder / f"{name.replace(' ', '-')}.{'pdf' if name == 'unknown format' else 'jsonl'}"
-        files[name].write_text(text)
-    return files
+BROKEN = {
+    "empty.jsonl": ("", ["empty.jsonl is empty", "at least one row"]),
+    "broken.jsonl": ('{"text": "one"}\n{"text": "two"}\n{"text": "three\n', ["broken.jsonl, line 3", "--skip-bad"]),
+    "textless.csv": ("id,note\n1,cough\n", ["textless.csv has no text column", "text"]),
+    "notes.docx": ("anything", ["notes.docx is not of a known format", ".jsonl"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_join_refuses_data_that_is_broken_at_its_beginning_before_it_connects(place: Place, name: str) -> None:
+    text, parts = BROKEN[name]
+    data = place.folder / name
+    data.write_text(text)
+    command = place.join("ws://127.0.0.1:9", "ward", data)
+    assert_ends(command, DataError, *parts)
+    assert "waiting" not in command.stderr
+    assert not (place.folder / "client-ward").exists()
 
 
 @pytest.mark.parametrize(
-    ("wrong", "flags", "parts"),
+    ("rows", "flags", "parts"),
     [
-        ("empty", [], ["empty.jsonl is empty", "at least one row"]),
-        ("broken line", [], ["broken-line.jsonl, line 3", "--skip-bad"]),
-        ("no text", [], ["no-text.jsonl, line 2", "--skip-bad"]),
-        ("no rows left", ["--skip-bad"], ["no-rows-left.jsonl", "3 bad rows were skipped", "at least one row"]),
-        ("unknown format", [], ["unknown-format.pdf", ".jsonl"]),
+        ('{"text": "one"}\n' * FIRST_ROWS + "not json\n", [], ["data.jsonl, line 101", "--skip-bad"]),
+        ('{"note": "one"}\nnot json\n', ["--skip-bad"], ["data.jsonl", "2 bad rows were skipped", "at least one row"]),
     ],
 )
 def test_join_refuses_data_that_it_cannot_train_on(
-    place: Place, hall: Server, wrong: str, flags: list[str], parts: list[str]
+    place: Place, hall: Server, rows: str, flags: list[str], parts: list[str]
 ) -> None:
-    data = broken_data(place.folder)[wrong]
-    before = data.read_bytes()
+    data = place.folder / "data.jsonl"
+    data.write_text(rows)
     assert_ends(place.join(hall.url, "ward", data, *flags), DataError, *parts)
     hall.command.wait_for("left", client="ward")  # it said so: its name is free again at once
-    assert data.read_bytes() == before
+    assert data.read_text() == rows
 
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_join_refuses_a_missing_data_file_before_it_connects(place: Place, fresh: bool) -> None:
     command = place.join("ws://127.0.0.1:9", "ward", place.folder / "nowhere.jsonl", fresh=fresh)
-    assert_ends(command, DataError, "nowhere.jsonl", "--data")
+    assert_ends(command, DataError, "there is no", "nowhere.jsonl", "Name a data file")
     assert not (place.folder / "client-ward").exists()
 
 
@@ -127,6 +128,20 @@ def test_join_with_skip_bad_counts_the_rows_it_left_out(place: Place, wards: dic
     assert client.wait_for("data")["skipped_rows"] == 2
     assert [client.wait(), server.command.wait()] == [0, 0]
     assert client.report["data"]["skipped_rows"] == 2
+
+
+def test_join_with_too_few_records_ends_before_anything_leaves_or_a_round_opens(
+    place: Place, wards: dict[str, Path]
+) -> None:
+    data = place.folder / "short.jsonl"
+    data.write_text("".join(wards["a"].read_text().splitlines(keepends=True)[:3]))
+    server = place.serve(with_settings(SETTINGS, privacy={"mode": "measured"}))
+    client = place.join(server.url, "ward", data)
+    assert_ends(client, DataError, "too few records to train on: 2", "takes 4 different ones", "more rows")
+    server.command.wait_for("left", client="ward")
+    assert client.named("data")
+    assert not client.named("privacy")
+    assert not server.command.named("round_open")
 
 
 def test_join_refuses_data_that_changed_under_a_paused_client(place: Place, wards: dict[str, Path]) -> None:
@@ -283,7 +298,7 @@ def test_join_refuses_the_state_folder_of_another_client(place: Place, hall: Ser
 def test_join_refuses_a_state_folder_that_is_a_file(place: Place, wards: dict[str, Path]) -> None:
     (place.folder / "client-ward").write_text("not a folder")
     client = place.join("ws://127.0.0.1:9", "ward", wards["a"])
-    assert_ends(client, StorageError, "client-ward", "Free some space or mend the folder")
+    assert_ends(client, ConfigError, "client-ward is a file", "Name a folder with --state")
 
 
 # addresses
@@ -308,9 +323,9 @@ def test_join_refuses_what_is_no_address(place: Place, wards: dict[str, Path], a
 def test_join_gives_up_on_an_unreachable_server_when_its_patience_ends(place: Place, wards: dict[str, Path]) -> None:
     url = f"ws://127.0.0.1:{free_port()}"
     client = place.join(url, "ward", wards["a"], "--patience", 1)
-    assert_ends(client, LinkError, f"the server at {url} has been away", "join again")
+    assert_ends(client, LinkError, f"the server at {url} was not reached in", "Connection refused", "host and port")
     assert client.stderr.count(f"waiting for the server at {url}") >= 2
-    assert "next try in" in client.stderr
+    assert "next try in 0.5 s" in client.stderr
 
 
 def test_join_waits_for_a_server_that_comes_late(place: Place, wards: dict[str, Path]) -> None:
@@ -380,7 +395,7 @@ def test_join_ends_when_the_server_speaks_another_protocol_version(
 
 
 def test_join_ends_when_the_server_sends_what_is_no_frame(place: Place, wards: dict[str, Path]) -> None:
-    with fake_server(lambda _: b"\xff" * 40) as url:
+    with fake_server(lambda _: sealed(b"\xff" * 40)) as url:
         assert_ends(place.join(url, "ward", wards["a"]), ProtocolError, "header")
 
 
@@ -442,7 +457,7 @@ def test_server_refuses_a_frame_over_the_limit_and_keeps_the_session(hall: Serve
 def test_server_refuses_a_tensor_whose_shape_lies_and_keeps_the_session(hall: Server, shape: tuple[int, ...]) -> None:
     honest = b"".join(encode(Forward(0, 0, 0, 0, 0, True, 9, (), TensorBytes("f32", (4, 32, 64), bytes(32768)))))
     header_end = 4 + int.from_bytes(honest[:4], "little")
-    lie = with_shape(honest[4:header_end], shape) + honest[-32768:]
+    lie = sealed(with_shape(honest[4:header_end], shape) + honest[-32768 - CHECKSUM_BYTES : -CHECKSUM_BYTES])
     with RawClient(hall.url, "liar") as client:
         token = client.greeting.session
         client.connection.send(lie)
@@ -454,6 +469,11 @@ def test_server_refuses_a_tensor_whose_shape_lies_and_keeps_the_session(hall: Se
         assert client.greeting.resumed
 
 
+def sealed(body: bytes) -> bytes:
+    """With the checksum that an honest sender would add."""
+    return body + checksum([body]).to_bytes(4, "little")
+
+
 def with_shape(header: bytes, shape: tuple[int, ...]) -> bytes:
     """The frame's head with another shape in it, padded as the protocol wants."""
     import msgpack
@@ -463,6 +483,20 @@ def with_shape(header: bytes, shape: tuple[int, ...]) -> bytes:
     packed = msgpack.packb(fields)
     head = len(packed).to_bytes(4, "little") + packed
     return head + bytes(-len(head) % 64)
+
+
+@pytest.mark.parametrize("place", [0, 40, -100, -1])  # length, header, tensor, checksum
+def test_server_refuses_a_damaged_frame_and_keeps_the_session(hall: Server, place: int) -> None:
+    data = bytearray(b"".join(encode(Forward(0, 0, 0, 0, 0, True, 9, (), TensorBytes("f32", (1, 1, 64), bytes(256))))))
+    data[place] ^= 4
+    with RawClient(hall.url, "noisy") as client:
+        token = client.greeting.session
+        client.connection.send(bytes(data))
+        refusal = client.hear()
+    assert isinstance(refusal, Refused)
+    assert refusal.code == "damaged"
+    with RawClient(hall.url, "noisy", resume=token) as client:
+        assert client.greeting.resumed
 
 
 def test_server_refuses_text_messages_and_keeps_the_session(hall: Server) -> None:
@@ -576,6 +610,10 @@ def test_server_refuses_bad_uploads_and_then_takes_the_right_one(place: Place, s
         assert oversize.code == "over_limit"
         gap = client.ask(Upload(0, 0, "ab" * 32, len(right) + 9, len(right) + 99, TensorBytes("u8", (1,), b"x")))
         assert isinstance(gap, Failed)
+        client.upload(right)
+        greedy = client.update(0, right, tokens=10**9)  # more than a round has
+        assert isinstance(greedy, Failed)
+        assert greedy.code == "over_limit"
         assert not list((place.folder / "server").glob("rounds/*"))
         client.upload(right)
         merged = client.update(0, right)
@@ -589,8 +627,8 @@ def test_server_refuses_an_upload_before_any_round(hall: Server, small_model: Pa
     with RawClient(hall.url, "early") as client:
         client.upload(weights)
         answer = client.update(0, weights)
-        assert isinstance(answer, RoundDurable)
-        assert not answer.merged
+        assert isinstance(answer, Failed)
+        assert answer.code == "wrong_round"
 
 
 def in_settings(server: Server) -> Any:

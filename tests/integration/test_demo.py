@@ -22,7 +22,7 @@ from splitfl.lab.demo.results import ENDS_ONLY, TOP_ONLY, DemoResult, alone
 from splitfl.lab.demo.scale import CLIENTS, DemoFolder, DemoScale
 from splitfl.lab.demo.stages import Demo
 from splitfl.lab.demo.views import Screen
-from splitfl.split.narrow import release_hash
+from splitfl.split.narrow import read_description
 
 TINY = DemoScale(
     notes=60,
@@ -93,7 +93,7 @@ def test_curves_begin_with_the_base_model_or_the_published_one(finished: tuple[D
 def test_federated_model_is_exported_with_its_release(finished: tuple[DemoResult, Path, str]) -> None:
     _, folder, _ = finished
     places = DemoFolder(folder)
-    assert release_hash(places.exported) == release_hash(places.published)
+    assert read_description(places.exported) == read_description(places.published)
 
 
 def test_demo_leaves_a_report_a_picture_and_a_recipe(finished: tuple[DemoResult, Path, str]) -> None:

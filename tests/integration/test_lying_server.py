@@ -10,14 +10,13 @@ import pytest
 import torch
 from gates import agree
 
-from client_model.floor import Floor
 from client_model.guard import Guard
 from client_model.participant import Participant
 from client_model.records import ClientData, open_tokenizer
 from client_model.store import ClientStore
 from server_model.coordinator import Coordinator
 from splitfl.config import Federation, parse_federation
-from splitfl.errors import ConfigError, PrivacyError, ProtocolError, RefusedError
+from splitfl.errors import PrivacyError, ProtocolError, RefusedError
 from splitfl.federation.agreement import Terms
 from splitfl.lab.memory import URL, MemoryLink, MemoryService
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Forward, Hello
@@ -81,38 +80,9 @@ def test_terms_that_were_accepted_long_ago_are_asked_for_again(tmp_path: Path) -
     guard = Guard(ClientStore(tmp_path), None)
     old, new = (Terms(settings({"mode": "measured", "noise_multiplier": n}), "ab" * 32) for n in (0.2, 0.5))
     for terms in (old, new):
-        guard.check_terms(terms, agree, Floor())
-    with pytest.raises(PrivacyError, match="not accepted"):
-        guard.check_terms(old, lambda _: False, Floor())
-
-
-@pytest.mark.parametrize(
-    ("floor", "offered", "refused"),
-    [
-        ("measured", {"mode": "off"}, True),
-        ("measured", {"mode": "measured", "noise_multiplier": 1e-12}, True),
-        ("measured", {"mode": "measured", "level": "light"}, False),
-        ("measured:0.5", {"mode": "measured", "noise_multiplier": 0.4}, True),
-        ("measured:0.5", {"mode": "measured", "noise_multiplier": 0.5}, False),
-        ("certified", {"mode": "measured"}, True),
-        ("certified:8", {"mode": "certified", "epsilon": 9.0, "dp_sgd": True}, True),
-        ("certified:8", {"mode": "certified", "epsilon": 8.0, "dp_sgd": True}, False),
-        ("off", {"mode": "off"}, False),
-    ],
-)
-def test_floor_is_the_clients_own(floor: str, offered: dict[str, Any], refused: bool) -> None:
-    check = Floor.parse(floor).check
-    if refused:
-        with pytest.raises(PrivacyError, match="floor"):
-            check(settings(offered))
-    else:
-        check(settings(offered))
-
-
-@pytest.mark.parametrize("text", ["secret", "measured:", "measured:-1", "certified:nan", ""])
-def test_floor_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="privacy floor"):
-        Floor.parse(text)
+        guard.check_terms(terms, agree)
+    with pytest.raises(PrivacyError, match=r"have changed \(privacy\)"):
+        guard.check_terms(old, lambda _: False)
 
 
 def test_records_keep_their_budget_whatever_tokenizer_and_length(small_model: Path, wards: dict[str, Path]) -> None:

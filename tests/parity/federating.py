@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from gates import agree
+from serving import ServiceThread
 
+from client_model.cli import first_words, open_journal, say_goodbye
 from client_model.events import Event
 from client_model.link import Link
-from client_model.participant import Participant
+from client_model.participant import Participant, PausedError
 from client_model.store import ClientStore
 from server_model.coordinator import Coordinator
-from server_model.service import Service
 from splitfl.config import Federation, parse_federation
 from splitfl.cut import Cut
-from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello
 
 CPU = torch.device("cpu")
 
@@ -50,9 +49,16 @@ def exact_settings(**tables: Any) -> Federation:
 
 
 def federate(
-    model: Path, data: Mapping[str, Path], settings: Federation, folder: Path, cuts: Mapping[str, Cut] | None = None
+    model: Path,
+    data: Mapping[str, Path],
+    settings: Federation,
+    folder: Path,
+    cuts: Mapping[str, Cut | Sequence[Cut]] | None = None,
 ) -> Outcome:
-    """Run a whole federation over loopback and return what it left."""
+    """Run a whole federation over loopback and return what it left.
+
+    A client with several cuts joins anew with the next one after each round, and keeps the last one.
+    """
     server = ServiceThread(model, settings, folder / "server")
     try:
         outcome = Outcome(server.coordinator, folder / "server")
@@ -67,44 +73,39 @@ def federate(
         server.stop()
 
 
-def take_part(name: str, data: Path, url: str, folder: Path, outcome: Outcome, cut: Cut | None) -> dict[str, Any]:
-    """One client from Hello to its report."""
+def take_part(
+    name: str, data: Path, url: str, folder: Path, outcome: Outcome, cuts: Cut | Sequence[Cut] | None
+) -> dict[str, Any]:
+    """One client from its first Hello to its report."""
+    starts: Sequence[Cut | None] = cuts if isinstance(cuts, Sequence) else [cuts]
+    for cut in starts[:-1]:
+        with suppress(PausedError):
+            join(name, data, url, folder, outcome, cut, one_round=True)
+    return join(name, data, url, folder, outcome, starts[-1], one_round=False)
+
+
+def join(
+    name: str, data: Path, url: str, folder: Path, outcome: Outcome, cut: Cut | None, *, one_round: bool
+) -> dict[str, Any]:
+    """One start of a client, as ``splitfl join`` makes it. Raises PausedError after ``one_round``."""
     losses = outcome.step_losses.setdefault(name, [])
+    merged: list[int] = []
 
     def report(event: Event) -> None:
         if event.event == "step":
             losses.append(event.facts["loss"])
+        if event.event == "round_durable":
+            merged.append(event.facts["round"])
 
-    bottom, top = (cut.n_bottom, cut.n_top) if cut else (-1, -1)
-    link = Link(url, Hello(PROTOCOL_VERSIONS, name, n_bottom=bottom, n_top=top), say=lambda _: None)
-    participant = Participant(name, data, ClientStore(folder), folder / "cache", CPU, report, accept=agree, plan=cut)
+    store = ClientStore(folder)
+    journal = open_journal(store, None, cut)
+    link = Link(url, first_words(name, store, cut, journal.head), journal=journal, say=lambda _: None)
+    participant = Participant(name, data, store, folder / "cache", CPU, report, accept=agree, plan=cut)
+    participant.stop = lambda: one_round and bool(merged)
     try:
         return participant.run(link, link.open(), url)
+    except PausedError:
+        say_goodbye(link, "interrupted")
+        raise
     finally:
         link.close()
-
-
-class ServiceThread:
-    """The trunk service on a free loopback port, on an event loop of its own."""
-
-    def __init__(self, model: Path, settings: Federation, state: Path) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self.coordinator: Coordinator = self._call(self._make(model, settings, state))
-        self.service = Service(self.coordinator)
-        self.url = f"ws://127.0.0.1:{self._call(self.service.start('127.0.0.1', 0))}"
-
-    async def _make(self, model: Path, settings: Federation, state: Path) -> Coordinator:
-        return Coordinator(model, settings, state, device=CPU)
-
-    def _call(self, work: Any) -> Any:
-        future: Future[Any] = asyncio.run_coroutine_threadsafe(work, self._loop)
-        return future.result(timeout=60)
-
-    def stop(self) -> None:
-        """Close everything."""
-        self._call(self.service.stop())
-        self.coordinator.close()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=10)

@@ -51,7 +51,7 @@ def test_first_loss_is_that_of_the_publishers_model(published: Path, notes: dict
     data = ClientData.open(notes["oncology"], settings(), open_tokenizer(published))
     with torch.no_grad():
         clip = load_release(published).spec.clip_norm
-        from splitfl.lab.adapt import clip_tokens
+        from splitfl.privacy.mechanism import clip_tokens
 
         losses = [whole.loss(batch, lambda encoded: clip_tokens(encoded, clip)) for batch in data.evaluation()]
     expected = sum(loss.total for loss in losses) / sum(loss.tokens for loss in losses)

@@ -10,10 +10,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import typer.main
 
 from splitfl.cli import app
-from splitfl.config import Federation, load_federation
+from splitfl.config import Federation, Merge, load_federation
+from splitfl.federation.merging import Merger, choose_strategy
+from splitfl.federation.robust import Contribution
+from splitfl.federation.strategies import STRATEGIES, FedAvg, RoundFacts
 from splitfl.privacy.report import OFF
 from splitfl.split.families import FAMILIES, small_config
 
@@ -147,3 +151,21 @@ def test_readme_shows_the_two_commands_before_anything_else() -> None:
     first = README.read_text().split("## ")[1]
     assert "make demo" in first
     assert "make test" in first
+
+
+def test_strategy_of_the_documentation_is_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's one block of Python makes a strategy that settings may name and a merge uses, without another file."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "strategies.md").read_text(), re.DOTALL)
+    monkeypatch.setitem(STRATEGIES, "halfway", FedAvg)  # so that what the page adds goes again
+    page: dict[str, Any] = {}
+    exec(code, page)
+    merger = Merger(choose_strategy(page["settings"]), RoundFacts())
+    merged, kept = merger(torch.tensor([1.0]), [Contribution(torch.tensor([3.0]), 7)], {})
+    assert merged.item() == 2.0
+    assert kept["last_step"].item() == 1.0
+
+
+def test_strategies_page_names_every_strategy_and_parameter() -> None:
+    page = (ROOT / "docs" / "strategies.md").read_text()
+    fields = [name for name in Merge.model_fields if name != "share"]
+    assert [name for name in (*STRATEGIES, *fields) if f"`{name}" not in page] == []

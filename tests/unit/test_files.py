@@ -122,9 +122,11 @@ def test_claimed_folder_is_refused_to_other_processes_until_it_is_let_go(tmp_pat
     assert in_another_process(try_to_claim, folder) == "claimed"
 
 
-def test_claim_of_what_is_no_folder_is_a_storage_error(tmp_path: Path) -> None:
+def test_claim_of_what_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="file"), claimed(tmp_path / "file"):
+    with pytest.raises(ConfigError, match=r"is a file\. Name a folder with --state"), claimed(tmp_path / "file"):
+        pass
+    with pytest.raises(StorageError, match="file/below"), claimed(tmp_path / "file/below"):
         pass
 
 

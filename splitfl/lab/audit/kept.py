@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from client_model.candidate import parse_federation_json
+from client_model.guard import policy_for
 from client_model.keys import open_key
 from client_model.records import ClientData, open_tokenizer
 from client_model.store import ClientStore
@@ -20,10 +21,9 @@ from splitfl.cut import Cut
 from splitfl.errors import ConfigError
 from splitfl.lab.audit.mechanism import Mechanism
 from splitfl.lab.audit.observed import HeadUpdate, Observed
-from splitfl.privacy.gate import ReleaseKind
 from splitfl.privacy.keepsakes import RETURNED, Keepsake, read_head, read_keepsakes
+from splitfl.privacy.ledger import ReleaseKind
 from splitfl.privacy.mechanism import Mechanism as Released
-from splitfl.privacy.policy import policy_of, workload
 from splitfl.privacy.vault import Vault
 from splitfl.split.checkpoint import CheckpointFolder, embedding_name
 from splitfl.split.narrow import load_release
@@ -74,8 +74,7 @@ def load_observed(state: Path, data: Path, model: Path, key_file: Path | None = 
 
 def mechanisms(settings: Federation, records: ClientData, model: Path) -> tuple[Mechanism, Mechanism | None]:
     """How activations and gradients were released; behind a narrow release gradients are left out of the attack."""
-    held_out = len(records.held_out) if records.held_out is not None else 0
-    policy = policy_of(settings, workload(settings, len(records.train), min(held_out, settings.evaluation.records)))
+    policy = policy_for(settings, records)
     assert policy.activations is not None
     encoder = None if settings.release.rank is None else load_release(model).encoder.linear.weight.detach()
     gradients = None if encoder is not None or policy.gradients is None else known(policy.gradients, settings)

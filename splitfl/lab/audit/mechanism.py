@@ -6,12 +6,12 @@ Attacks run public text through it, and compare what they observed with what a g
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from splitfl.codec.tensors import CODECS, CodecName
+from splitfl.privacy.mechanism import Clip, clip_factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,7 @@ class Mechanism:
     the noise's standard deviation in each coordinate, in units of the activations. ``encoder`` (R, D) comes first.
     """
 
-    clip: Literal["record", "token"]
+    clip: Clip
     clip_norm: float
     sigma: float = 0.0
     codec: CodecName = "fp32"
@@ -34,10 +34,7 @@ class Mechanism:
 
     def scale(self, encoded: Tensor) -> Tensor:
         """The factors that clip ``encoded`` (B, T, R): (B, 1, 1) for records, (B, T, 1) for tokens."""
-        dims = (-2, -1) if self.clip == "record" else (-1,)
-        norm = torch.linalg.vector_norm(encoded, dim=dims, keepdim=True)
-        factor: Tensor = self.clip_norm / norm.clamp_min(1e-12)
-        return factor.clamp_max(1.0)
+        return clip_factors(encoded, self.clip_norm, self.clip)
 
     def clean(self, hidden: Tensor) -> Tensor:
         """What would be released of (B, T, D) without noise: (B, T, R)."""

@@ -28,6 +28,9 @@ def bench(
     cut: Annotated[str, typer.Option(help="BOTTOM,TOP: blocks that the client keeps (privacy).")] = "1,2",
     seeds: Annotated[int, typer.Option(help="How often everything is repeated (privacy).")] = 3,
     jobs: Annotated[int, typer.Option(help="Rows that are measured at once, sharing the cores (privacy).")] = 1,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder that keeps what is finished, to go on there (privacy).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
 ) -> None:
@@ -35,7 +38,7 @@ def bench(
     with command(verbose=verbose):
         if name not in NAMES:
             raise ConfigError(f"there is no benchmark {name!r}", f"Choose one of {', '.join(NAMES)}.")
-        result = run_named(name, steps, model, Cut.parse(cut), seeds, jobs)
+        result = run_named(name, steps, model, Cut.parse(cut), seeds, jobs, work)
         value = result.as_json()
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
@@ -51,7 +54,9 @@ def bench(
             print(f"{'holds' if bar.holds else 'FAILS'}: {bar.name} {bar.value:.3f} {sign} {bar.bar:g}")
 
 
-def run_named(name: str, steps: int | None, model: Path | None, cut: Cut, seeds: int, jobs: int) -> Result:
+def run_named(
+    name: str, steps: int | None, model: Path | None, cut: Cut, seeds: int, jobs: int, work: Path | None
+) -> Result:
     """Run one benchmark."""
     from splitfl.lab.bench import memory, overhead, privacy, startup
     from splitfl.lab.bench.contenders import Effort
@@ -62,11 +67,8 @@ def run_named(name: str, steps: int | None, model: Path | None, cut: Cut, seeds:
         case "startup":
             return startup.run(say=note)
         case "privacy":
-            scope, effort = (
-                privacy.Scope(cut, seeds=seeds, jobs=jobs),
-                Effort(public_steps=steps or Effort.public_steps),
-            )
-            return privacy.run(model=model, scope=scope, effort=effort, say=note)
+            scope, effort = privacy.Scope(cut, seeds=seeds), Effort(public_steps=steps or Effort.public_steps)
+            return privacy.run(model=model, scope=scope, effort=effort, work=work, jobs=jobs, say=note)
         case _:
             return overhead.run(steps=steps or 20, say=note)
 

@@ -29,7 +29,6 @@ from splitfl.lab.adapt import (
     Adaptation,
     NarrowModel,
     Release,
-    clip_tokens,
     drawn,
     learn_ends,
     learn_release,
@@ -40,6 +39,7 @@ from splitfl.lab.adapt import (
 )
 from splitfl.lab.bench.texts import Texts
 from splitfl.lab.whole import WholeModel
+from splitfl.privacy.mechanism import clip_tokens
 from splitfl.split.checkpoint import CheckpointFolder
 from splitfl.split.export import TOKENIZER_FILES
 from splitfl.split.loss import HeadLoss

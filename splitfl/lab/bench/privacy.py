@@ -15,6 +15,8 @@ generators, for nothing here is a secret. A recovery is a lower bound and no gua
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -30,6 +32,8 @@ from client_model.records import open_tokenizer
 from splitfl.config import LEVELS
 from splitfl.cut import Cut
 from splitfl.data.records import Record
+from splitfl.errors import ConfigError
+from splitfl.files import write_file
 from splitfl.lab.adapt import NarrowModel
 from splitfl.lab.audit.mechanism import Mechanism
 from splitfl.lab.audit.model import PublicModel
@@ -61,13 +65,12 @@ Say = Callable[[str], None]
 class Scope:
     """What is measured: cut, rank, noise levels of either mechanism, seeds, and how hard the attacks try.
 
-    The plain levels are those that a federation can name. ``jobs`` cells are measured at once, on a share of the cores
-    each.
+    The plain levels are those that a federation can name.
     """
 
     cut: Cut = field(default_factory=lambda: Cut(1, 2))
     rank: int = 16
-    narrow_levels: tuple[float, ...] = (0.2, 0.35, 0.5)
+    narrow_levels: tuple[float, ...] = (0.35, 0.5)
     plain_levels: tuple[float, ...] = tuple(LEVELS.values())
     seeds: int = 3
     audited: int = 12  # private records whose releases are attacked, for each seed
@@ -75,7 +78,6 @@ class Scope:
     audit_seconds: float = 120.0
     base: tuple[int, int, int] = (8, 256, 2048)  # blocks, width and vocabulary of a base made here
     base_steps: int = 3000
-    jobs: int = 1
 
 
 @dataclass
@@ -92,27 +94,52 @@ def silent(_: str) -> None:
     """Nobody listens."""
 
 
-def run(*, model: Path | None, scope: Scope, effort: Effort, say: Say = silent) -> Result:
+def run(
+    *, model: Path | None, scope: Scope, effort: Effort, work: Path | None = None, jobs: int = 1, say: Say = silent
+) -> Result:
     """Measure everything on the checkpoint ``model``, or on one that is made and trained here first.
 
-    ``say`` must be picklable when ``scope.jobs`` is above 1.
+    ``work`` is a folder that keeps what was adapted and measured, so that an interrupted run goes on; without one all
+    is forgotten. ``jobs`` rows are measured at once, on a share of the cores each; then ``say`` must be picklable.
+    Raises ConfigError for a folder that holds another run.
     """
-    result = Result("privacy", {"model": str(model or "made here"), **asdict(scope), **asdict(effort)})
-    with tempfile.TemporaryDirectory() as work:
-        base = model or made_base(Path(work) / "base", scope, effort, say)
+    config = {"model": str(model or "made here"), **asdict(scope), **asdict(effort), "delta": DELTA}
+    result = Result("privacy", config)
+    with contextlib.nullcontext(work) if work is not None else tempfile.TemporaryDirectory() as kept:
+        folder = Path(kept)
+        claim(folder, config)
+        base = model or made_base(folder / "base", scope, effort, say)
         count = effort.public_steps * effort.records
         texts = python_texts(open_tokenizer(base), length=effort.length, public_records=count)
-        sizes = {name: len(getattr(texts, name)) for name in ("public", "train", "held_out")}
-        result.config |= {"records": sizes, "delta": DELTA}
-        bench = Frontier(base, Path(work), texts, scope, effort, say)
-        in_parallel([bench.publish_base, bench.publish_ends, bench.publish_stage], scope.jobs)
-        result.rows += in_parallel(bench.cells(), scope.jobs)
+        result.config |= {"records": {name: len(getattr(texts, name)) for name in ("public", "train", "held_out")}}
+        bench = Frontier(base, folder, texts, scope, effort, say)
+        in_parallel([bench.publish_base, bench.publish_ends, bench.publish_stage], jobs)
+        result.rows += in_parallel(bench.cells(), jobs)
     result.bars += bars(result.rows)
     return result
 
 
+def claim(folder: Path, config: dict[str, Any]) -> None:
+    """Make ``folder`` this run's. Raises ConfigError when it is another's."""
+    path, text = folder / "config.json", json.dumps(config, indent=2, sort_keys=True, default=str)
+    if path.exists() and path.read_text() != text:
+        raise ConfigError(f"{folder} holds another run", "Name a new --work, or repeat that run's options.")
+    write_file(path, text.encode())
+
+
+def once(folder: Path, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row as it was measured, now or earlier."""
+    path = folder / "rows" / f"{name}.json"
+    if not path.exists():
+        write_file(path, json.dumps(measure()).encode())
+    row: dict[str, Any] = json.loads(path.read_text())
+    return row
+
+
 def made_base(folder: Path, scope: Scope, effort: Effort, say: Say) -> Path:
-    """A small llama, trained on docstrings until its depth matters."""
+    """A small llama, trained on docstrings until its depth matters; one that is there already is taken as it is."""
+    if (folder / "model.safetensors").exists():
+        return folder
     blocks, width, vocab = scope.base
     raw = folder.with_name("raw")
     corpus = (text for text, _ in zip(docstrings(1), range(60), strict=False))
@@ -138,26 +165,33 @@ class Frontier:
 
     def publish_base(self) -> None:
         """The whole base after the public steps: what baselines and plain noise start from."""
-        train_publicly(self.base, self.adapted, self.texts, self.effort, 0)
+        if not (self.adapted / "model.safetensors").exists():
+            train_publicly(self.base, self.adapted, self.texts, self.effort, 0)
 
     def publish_ends(self) -> None:
         """The ends alone after the public steps."""
-        write_ends(self.base, self.work / "ends", self.scope.cut)
+        if (self.ends / "model.safetensors").exists():
+            return
+        if not (self.work / "ends").exists():
+            write_ends(self.base, self.work / "ends", self.scope.cut)
         train_publicly(self.work / "ends", self.ends, self.texts, self.effort, 0)
 
     def publish_stage(self) -> None:
         """What all narrow releases start from."""
-        learn_ends_alone(self.base, self.texts, self.effort, self.scope.cut, self.scope.rank, self.stage)
+        if not self.stage.exists():
+            learn_ends_alone(self.base, self.texts, self.effort, self.scope.cut, self.scope.rank, self.stage)
 
     def cells(self) -> list[Callable[[], dict[str, Any]]]:
         """Everything that can be measured on its own, each a row: baselines first."""
         scope = self.scope
         baselines = ("no fine-tuning", "ends-only", "top-only", "noise-free split")
-        return [
-            *(partial(self.baseline, name) for name in baselines),
-            *(partial(self.measure, "plain Gaussian", level) for level in scope.plain_levels),
-            *(partial(self.measure, f"narrow, rank {scope.rank}", level) for level in scope.narrow_levels),
+        narrow = f"narrow, rank {scope.rank}"
+        rows: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+            *((name, partial(self.baseline, name)) for name in baselines),
+            *((f"{narrow}, {level}", partial(self.measure, narrow, level)) for level in scope.narrow_levels),
+            *((f"plain, {level}", partial(self.measure, "plain Gaussian", level)) for level in scope.plain_levels),
         ]
+        return [partial(once, self.work, name, measure) for name, measure in rows]
 
     def baseline(self, name: str) -> dict[str, Any]:
         """What releases nothing, or everything."""

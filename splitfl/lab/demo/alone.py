@@ -16,10 +16,11 @@ from client_model.ends import trainable
 from client_model.records import ClientData
 from splitfl.config import Federation
 from splitfl.data.packing import Batch
+from splitfl.federation.robust import Contribution, token_mean
 from splitfl.federation.schedule import learning_rate
-from splitfl.federation.strategies import Contribution, FedAvg
-from splitfl.lab.adapt import NarrowModel, Release, clip_tokens, constantly, public_release
+from splitfl.lab.adapt import NarrowModel, Release, constantly, public_release
 from splitfl.lab.whole import local_steps
+from splitfl.privacy.mechanism import clip_tokens
 from splitfl.split.loss import HeadLoss
 from splitfl.split.modes import optimizer_spec
 from splitfl.split.narrow import NarrowSpec, load_release
@@ -67,9 +68,9 @@ def train_together(trainers: Sequence[TopTrainer]) -> None:
 @torch.no_grad()
 def merge_tops(tops: Sequence[dict[str, torch.nn.Parameter]], tokens: Sequence[int]) -> None:
     """Overwrite each weight of all tops with its average over them."""
-    for name, first in tops[0].items():
+    for name in tops[0]:
         parts = [Contribution(top[name].cpu(), seen) for top, seen in zip(tops, tokens, strict=True)]
-        merged = FedAvg().merge(name, first.cpu(), parts)
+        merged = token_mean(parts)
         for top in tops:
             top[name].copy_(merged)
 

@@ -53,6 +53,11 @@ def test_baselines_release_nothing_and_leave_the_federation_as_it_is(model: Path
     assert 0 < found["ends_only"] != found["federated"]
     # one client, no gradient: top-only is the federation without its merge of one, so the same
     assert found["top_only"] == pytest.approx(found["federated"], rel=1e-5)
+    told = [event.facts for event in beside_it.events if event.event == "baseline_step"]
+    assert [(facts["which"], facts["step"], facts["steps"]) for facts in told] == [
+        (which, step, 6) for which in ("ends-only", "top-only") for step in range(1, 7)
+    ]
+    assert told[-1]["bytes_received"] > told[5]["bytes_received"] == told[0]["bytes_received"]  # only top-only fetches
     left = [result.reports["a"]["privacy"]["left"] for result in (without, beside_it)]
     assert left[0] == left[1]
     one, other = without.weights(), beside_it.weights()

@@ -19,7 +19,7 @@ from client_model.cli import (
     check_address,
     check_name,
     check_same_client,
-    default_state,
+    cuts_of_pause,
     describe,
     first_words,
     open_journal,
@@ -31,6 +31,7 @@ from client_model.events import Event
 from client_model.journal import Head
 from client_model.participant import Participant
 from client_model.store import ClientStore, SessionRecord, Snapshot
+from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError, LinkError
 from splitfl.privacy.report import OFF, privacy_report
@@ -87,12 +88,6 @@ def test_name_that_is_a_path_or_odd_is_refused(name: str) -> None:
         check_name(name)
 
 
-def test_state_of_two_clients_or_two_servers_lies_apart() -> None:
-    places = {default_state(f"ws://127.0.0.1:{port}", name) for port in (1, 2) for name in ("a", "b")}
-    assert len(places) == 4
-    assert all(place.is_absolute() and ":" not in place.name for place in places)
-
-
 def test_plan_is_a_cut_or_left_to_the_federation() -> None:
     assert parse_plan("auto") is None
     assert parse_plan("1,2") == Cut(1, 2)
@@ -122,15 +117,16 @@ def test_client_without_a_journal_names_its_session_and_that_its_state_is_lost(s
 
 
 def test_client_with_a_journal_goes_on_with_its_session(store: ClientStore, tmp_path: Path) -> None:
-    open_journal(store, tmp_path / "key", None).begin(Head("pause", True, "token", 17, plan="None"))
+    store.save_federation(Federation().model_dump_json(), (2, 1))
+    open_journal(store, tmp_path / "key", None).begin(Head("pause", True, "token", 17, cut="2,1"))
     store.save_session(SessionRecord("ward", "ws://x", "newer"))
-    journal = open_journal(store, tmp_path / "key", None)
+    journal = open_journal(store, tmp_path / "key", Cut(2, 1))
     hello = first_words("ward", store, None, journal.head)
     assert (hello.resume, hello.fresh, journal.next_seq) == ("token", False, 17)
 
 
 def test_journal_of_another_plan_is_dropped(store: ClientStore, tmp_path: Path) -> None:
-    open_journal(store, tmp_path / "key", None).begin(Head("", False, "token", 0, plan="None"))
+    open_journal(store, tmp_path / "key", None).begin(Head("", False, "token", 0, cut="2,1"))
     assert open_journal(store, tmp_path / "key", Cut(1, 1)).head is None
     assert not store.journal.exists()
 
@@ -142,6 +138,18 @@ def test_damaged_journal_costs_the_round_and_is_said(
     store.journal.write_bytes(damage)
     assert open_journal(store, tmp_path / "key", None).head is None
     assert "journal is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("plan", "cuts"), [(Cut(2, 1), None), (Cut(1, 3), (Cut(2, 1), Cut(1, 3))), (None, (Cut(2, 1), Cut(1, 1)))]
+)
+def test_paused_round_keeps_its_cut_when_another_is_asked_for(
+    store: ClientStore, plan: Cut | None, cuts: tuple[Cut, Cut] | None
+) -> None:
+    store.save_federation(Federation().model_dump_json(), (2, 1))
+    assert cuts_of_pause(store, plan) is None  # nothing is paused: the next round takes any cut
+    store.save_pause(snapshot(3))
+    assert cuts_of_pause(store, plan) == cuts
 
 
 def test_state_of_another_client_is_refused(store: ClientStore) -> None:
@@ -225,11 +233,21 @@ EVENTS = [
     ("privacy", {"mode": "off", "statement": OFF}, f"privacy: off. {OFF}"),
     ("waiting", {"for_": "the next round"}, "waiting for the next round"),
     ("step", STEP, "round 1 step 5: loss 1.500, 1234 tokens/s, 2.0 MB sent, 0.1 MB received"),
+    (
+        "baseline_step",
+        {"which": "top-only", "step": 300, "steps": 1200, "bytes_sent": 1, "bytes_received": 41_000_000},
+        "top-only, step 300 of 1200, 41.0 MB received",
+    ),
     ("evaluation", {"round": 1, "loss": 2.0, "perplexity": 7.4}, "held-out loss 2.000, perplexity 7.4, after 1 rounds"),
     ("step_missed", {"round": 0, "step": 4, "reason": "NaN"}, "round 1 step 5 left out: NaN"),
     ("evaluation_failed", {"round": 1, "reason": "NaN"}, "held-out loss after 1 rounds could not be measured: NaN"),
     ("server_restarted", {"durable_round": 1}, "the server restarted; going on after round 2"),
     ("resumed", {"round": 1, "step": 3}, "going on with round 2 at step 4"),
+    (
+        "cut_changed",
+        {"before": "1,1", "now": "2,1", "released_anew": True},
+        "this client's cut was 1,1 and is 2,1 from now on; activations leave anew, and are charged anew",
+    ),
 ]
 
 
@@ -262,28 +280,51 @@ def test_events_are_text_on_stderr_for_a_person(capsys: pytest.CaptureFixture[st
     assert printed.err == "waiting for the next round\n"
 
 
+def closing_report(folder: Path, **facts: Any) -> dict[str, Any]:
+    gate = open_gate(folder)
+    gate.release_weights(0, {"head": torch.ones(2)})
+    return {
+        "client": "ward",
+        "federation": "wards",
+        "rounds": 3,
+        "rounds_taken": 2,
+        "starts": 4,
+        "uncounted_starts": 1,
+        "seconds": 1.0,
+        "share": "ends",
+        "held_out_losses": [],
+        "personal": None,
+        "baselines": None,
+        "bytes": {"bytes_sent": 1, "bytes_received": 2},
+        "privacy": privacy_report(gate.policy, gate.ledger),
+        "weights": "merged.safetensors",
+    } | facts
+
+
+@pytest.mark.parametrize(
+    ("facts", "line"),
+    [
+        ({"personal": 2.125}, "your own weights before the last merge: 2.125; merged: 2.000 (nats per token)"),
+        ({"personal": None}, ""),
+        ({"personal": 2.125, "rounds": 4}, ""),  # the merged ones of the end were not measured
+        ({"share": "none"}, "heads are personal: this client's ends were merged with nobody's"),
+    ],
+)
+def test_report_puts_personal_weights_beside_merged_ones(
+    tmp_path: Path, facts: dict[str, Any], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = [{"round": 0, "loss": 3.0}, {"round": 3, "loss": 2.0}]
+    print_report(closing_report(tmp_path, held_out_losses=losses, **facts))
+    out = capsys.readouterr().out
+    assert line in out
+    assert bool(line) == ("your own" in out or "personal" in out)
+
+
 @pytest.mark.parametrize("losses", [[], [{"round": 0, "loss": 3.0}, {"round": 2, "loss": 2.0}]])
 def test_report_says_what_left_and_what_stayed(
     tmp_path: Path, losses: list[dict[str, float]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gate = open_gate(tmp_path)
-    gate.release_weights(0, {"head": torch.ones(2)})
-    print_report(
-        {
-            "client": "ward",
-            "federation": "wards",
-            "rounds": 3,
-            "rounds_taken": 2,
-            "starts": 4,
-            "uncounted_starts": 1,
-            "seconds": 1.0,
-            "held_out_losses": losses,
-            "baselines": None,
-            "bytes": {"bytes_sent": 1, "bytes_received": 2},
-            "privacy": privacy_report(gate.policy, gate.ledger),
-            "weights": "merged.safetensors",
-        }
-    )
+    print_report(closing_report(tmp_path, held_out_losses=losses))
     out = capsys.readouterr().out
     assert "ward in wards: part in 2 of 3 rounds" in out
     assert "counted over 4 starts" in out

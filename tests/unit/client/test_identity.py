@@ -19,7 +19,7 @@ from splitfl.errors import ConfigError, LinkError, ProtocolError, SplitFLError, 
 from splitfl.wire.messages import AskAuthority, Enrol, Enrolled, Farewell, Message
 from splitfl.wire.messages import Authority as Shown
 
-TOKEN = "tHe-secret_token-0123456789"
+TOKEN = "tHe-secret_token-0123456789-tHe-secret_toke"
 
 
 class Server:

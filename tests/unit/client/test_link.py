@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,7 +34,7 @@ Behaviour = Callable[[ServerConnection, int], None]
 
 
 def welcome(*, resumed: bool, round_: int = -1) -> Welcome:
-    return Welcome(1, "token", resumed, "incarnation", round_, 1, 1, "{}", "ab" * 32)
+    return Welcome(PROTOCOL_VERSIONS[0], "token", resumed, "incarnation", round_, 1, 1, "{}", "ab" * 32)
 
 
 def send(connection: ServerConnection, message: Any) -> None:
@@ -223,7 +225,8 @@ def test_request_after_the_link_gave_up_is_told_why() -> None:
         hear(connection)
         send(connection, welcome(resumed=False))
         connection.recv(timeout=WAIT_S)
-        connection.send(b"\xff" * 40)  # no frame
+        body = b"\xff" * 40  # no header
+        connection.send(body + zlib.crc32(body).to_bytes(4, "little"))
 
     with served(behave) as url, linked(url) as link:
         link.open()
@@ -234,10 +237,27 @@ def test_request_after_the_link_gave_up_is_told_why() -> None:
 
 def test_unreachable_server_is_waited_for_and_then_given_up() -> None:
     said: list[str] = []
-    with linked("ws://127.0.0.1:9", said, patience_s=0.1) as link, pytest.raises(LinkError, match="has been away for"):
+    with linked("ws://127.0.0.1:9", said, patience_s=0.1) as link, pytest.raises(LinkError, match="was not reached in"):
         link.open()
-    assert said
+    assert "(Connection refused); next try in 0.5 s" in said[0]
     assert all("waiting for the server at ws://127.0.0.1:9" in line and "next try in" in line for line in said)
+
+
+@pytest.mark.parametrize("session", ["", "token"])
+def test_name_that_does_not_resolve_is_waited_for_only_if_it_once_did(
+    session: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    said: list[str] = []
+    link = Link("ws://typo:7000", Hello(PROTOCOL_VERSIONS, "ward", session), patience_s=0.1, say=said.append)
+    expected = r"has been away for .*\(its name does not resolve\)" if session else "no machine is known by the name in"
+    with pytest.raises(LinkError, match=expected):
+        link.open()
+    link.close()
+    assert bool(said) == bool(session)
 
 
 def test_link_that_was_never_opened_can_be_closed() -> None:

@@ -12,6 +12,7 @@ import pytest
 from client_model.records import ClientData
 from splitfl.config import parse_federation
 from splitfl.data.packing import Batch
+from splitfl.errors import DataError
 from tests.unit.data.conftest import make_tokenizer
 
 ROWS = [f"the cough of patient {number:03d}" for number in range(300)]
@@ -59,3 +60,16 @@ def test_measured_records_are_spread_over_the_file(path: Path, bpe: Any) -> None
 def test_seed_of_the_training_leaves_the_held_out_rows_alone(path: Path, bpe: Any) -> None:
     assert measured(opened(path, bpe, seed=1)) == measured(opened(path, bpe, seed=2))
     assert measured(opened(path, bpe, draw=1)) != measured(opened(path, bpe, draw=2))
+
+
+@pytest.mark.parametrize("mode", ["off", "measured"])
+def test_too_few_records_for_a_step_are_refused_where_none_may_come_twice(tmp_path: Path, bpe: Any, mode: str) -> None:
+    file = tmp_path / "short.csv"
+    file.write_text("text\n" + "\n".join(ROWS[:3]))
+    tables = {"batch": {"records": 4}, "evaluation": {"held_out_fraction": 0.0}, "privacy": {"mode": mode}}
+    data = ClientData.open(file, parse_federation(tables, "the test"), bpe)
+    if mode == "off":
+        data.check_fills_a_step()
+        return
+    with pytest.raises(DataError, match=r"too few records to train on: 3, .* takes 4 different ones"):
+        data.check_fills_a_step()

@@ -75,3 +75,10 @@ def test_content_differs_between_kinds_that_hold_the_same_words() -> None:
 )
 def test_example_gives_its_text_as_it_was_written(example: Example, text: str) -> None:
     assert example.plain_text() == text
+
+
+@pytest.mark.parametrize(
+    "example", [Example(text="T"), Example(prompt="P", response="R"), Example(messages=tuple(TURNS))]
+)
+def test_example_written_as_a_row_is_read_as_the_same_example(example: Example) -> None:
+    assert example_from_row(example.as_row()) == example

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from splitfl.data import formats
 from splitfl.data.examples import Example
-from splitfl.data.readers import Corpus, open_corpus, split_corpus
+from splitfl.data.readers import FIRST_ROWS, Corpus, check_beginning, open_corpus, read_groups, split_corpus
 from splitfl.errors import ConfigError, DataError
 
 TURNS = [{"role": "user", "content": "Ask"}, {"role": "assistant", "content": "Answer"}]
@@ -142,7 +142,7 @@ BAD_ROWS: dict[str, tuple[str, str | bytes, str]] = {
     "json without text": ("a.jsonl", '{"note": "SECRET"}', "line 1 has neither text"),
     "json with blank text": ("a.jsonl", '{"text": "  "}', "line 1 has an empty text"),
     "json of the wrong type": ("a.jsonl", '{"text": 7}', "line 1 has a text of type int"),
-    "csv with an open quote": ("a.csv", 'text\nok\n"SECRET\nmore', "a.csv, line 3 is not valid CSV: unexpected end"),
+    "csv with an open quote": ("a.csv", 'text\nok\n"SECRET', "a.csv, line 3 is not valid CSV: unexpected end"),
     "csv with a stray quote": ("a.csv", 'text\n"SECRET" it\n', "line 2 is not valid CSV"),
     "csv with a bare carriage return": ("a.csv", "text\nSEC\rRET\n", "line 2 is not valid CSV"),
     "csv with too many fields": (
@@ -180,6 +180,26 @@ def test_bad_row_is_counted_when_skipping(tmp_path: Path, case: str) -> None:
     assert "a good row" in texts(corpus)
 
 
+ROWS_AFTER_A_STRAY_QUOTE = {
+    "never closed": ('text\none\n"SECRET\nthree\nfour\n', "line 3 is not valid CSV: unexpected end", 3, []),
+    "closed by the next": ('text\none\n"SECRET\nthree\n"four"\nfive\n', "line 3 is not valid CSV", 3, ["five"]),
+}
+
+
+@pytest.mark.parametrize("case", ROWS_AFTER_A_STRAY_QUOTE)
+def test_stray_quote_names_all_that_it_swallows_and_skipping_counts_it(tmp_path: Path, case: str) -> None:
+    content, says, lines, after = ROWS_AFTER_A_STRAY_QUOTE[case]
+    path = write(tmp_path / "a.csv", content)
+    with pytest.raises(DataError) as caught:
+        open_corpus(path)
+    assert f"a.csv, {says}" in caught.value.message
+    assert f"swallows {lines} lines from here on" in caught.value.message
+    assert "--skip-bad" not in caught.value.remedy  # it would leave out good rows as well
+    assert "SECRET" not in str(caught.value)
+    corpus = open_corpus(path, skip_bad=True)
+    assert (texts(corpus), corpus.skipped) == (["one", *after], lines)
+
+
 def test_rows_around_bad_ones_keep_their_places_when_skipping(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", '{"text": "one"}\n{broken\n\n{"text": "twö"}\n{"text": ""}\n{"text": "three"}')
     write(tmp_path / "b.csv", 'text\n"four\n4"\n"stray" quote\nfive\n')
@@ -189,7 +209,7 @@ def test_rows_around_bad_ones_keep_their_places_when_skipping(tmp_path: Path) ->
 
 
 UNUSABLE: dict[str, tuple[str, str | bytes | None, str]] = {
-    "missing": ("a.jsonl", None, "does not exist"),
+    "missing": ("a.jsonl", None, "there is no"),
     "empty jsonl": ("a.jsonl", "", "is empty"),
     "empty csv": ("a.csv", "", "is empty"),
     "empty txt": ("a.txt", b"\xef\xbb\xbf", "is empty"),
@@ -202,6 +222,9 @@ UNUSABLE: dict[str, tuple[str, str | bytes | None, str]] = {
     "csv with a prompt alone": ("a.csv", "prompt\nSECRET\n", "has no text column, only prompt"),
     "csv with messages alone": ("a.csv", "messages\nSECRET\n", "has no text column, only messages"),
     "csv without a header": ("a.csv", "SECRET of a patient,SECRET 7\n", "only 2 that look like data, not like names"),
+    "csv out of excel": ("a.csv", "text\nSECRET\n".encode("utf-16"), "is UTF-16"),
+    "text in big-endian utf-16": ("a.txt", b"\xfe\xff" + "SECRET".encode("utf-16-be"), "is UTF-16"),
+    "workbook named csv": ("a.csv", b"PK\x03\x04SECRET\x00\xff", "is a zip archive"),
     "csv header not utf-8": ("a.csv", b"text,\xe9\n", "is not UTF-8 in its first line"),
     "parquet that is none": ("a.parquet", "SECRET" * 10, "is not a Parquet file"),
     "parquet without a text column": ("a.parquet", _parquet(note=["SECRET"]), "has no text column, only note"),
@@ -223,6 +246,32 @@ def test_unusable_file_is_refused_even_when_skipping(tmp_path: Path, case: str) 
     assert says in caught.value.message
     assert caught.value.remedy
     assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", UNUSABLE.keys() - {"blank lines", "header alone", "bad rows alone"})
+def test_unusable_file_shows_at_its_beginning(tmp_path: Path, case: str) -> None:
+    name, content, says = UNUSABLE[case]
+    if content is not None:
+        write(tmp_path / name, content)
+    with pytest.raises(DataError, match=says):
+        check_beginning(tmp_path / name, skip_bad=True)
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_row_shows_at_the_beginning_unless_it_is_skipped(tmp_path: Path, case: str) -> None:
+    name, content, says = BAD_ROWS[case]
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError) as caught:
+        check_beginning(path)
+    assert says in caught.value.message
+    check_beginning(path, skip_bad=True)
+
+
+def test_beginning_is_all_that_is_looked_at(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text\n" + "a row\n" * FIRST_ROWS + '"SECRET\n')
+    check_beginning(path)
+    with pytest.raises(DataError):
+        open_corpus(path)
 
 
 def test_folder_without_data_files_is_refused(tmp_path: Path) -> None:
@@ -365,3 +414,30 @@ def test_split_keeps_equal_rows_together_and_no_side_empty(rows: list[str], frac
 def test_split_refuses_a_fraction_outside_its_range(tmp_path: Path, fraction: float) -> None:
     with pytest.raises(ConfigError):
         split_corpus(_corpus(tmp_path, ["a"]), fraction, 0)
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+def test_groups_of_every_format_are_those_of_the_rows_by_number(tmp_path: Path) -> None:
+    rows = [{"text": "one", "ward": "north"}, {"text": "two", "ward": "south"}, {"text": "three", "ward": "north"}]
+    write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows))
+    write(tmp_path / "b.csv", "Text,ward\n" + "\n".join(f"{row['text']},{row['ward']}" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    for name in ("a.jsonl", "b.csv", "c.parquet"):
+        assert read_groups(tmp_path / name, "ward") == ["north", "south", "north"]
+    assert len(read_groups(tmp_path, "ward")) == len(open_corpus(tmp_path)) == 9
+
+
+def test_groups_pass_over_bad_rows_as_the_corpus_does(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "", "ward": 1}\n{"text": "fine", "ward": 2}\n')
+    assert read_groups(path, "ward") == ["2"]
+    assert len(open_corpus(path, skip_bad=True)) == 1
+
+
+@pytest.mark.parametrize("row", ['{"text": "SECRET"}', '{"text": "SECRET", "ward": ["SECRET"]}'])
+def test_row_without_its_group_is_refused_with_its_place_and_not_its_text(tmp_path: Path, row: str) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "fine", "ward": "north"}\n' + row)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2 does not say its 'ward'") as refused:
+        read_groups(path, "ward")
+    assert "SECRET" not in str(refused.value)

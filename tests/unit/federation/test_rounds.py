@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from splitfl.config import Federation, parse_federation
 from splitfl.errors import RefusedError
-from splitfl.federation.rounds import Action, Finish, MergeRound, OpenRound, Phase, RoundMachine, draw_cohort
+from splitfl.federation.rounds import (
+    Action,
+    Discounted,
+    Finish,
+    LateUpdate,
+    MergeRound,
+    OpenRound,
+    Phase,
+    RoundMachine,
+    discount,
+    draw_cohort,
+)
 
 CLIENTS = ("a", "b", "c", "d")
 
@@ -134,8 +145,7 @@ def test_deadline_merges_what_is_there() -> None:
     machine.update("a", 0, 5, 3.0)
     assert machine.tick(9.9) == []
     assert machine.tick(10.0) == [MergeRound(0, ("a",))]
-    with pytest.raises(RefusedError):
-        machine.update("b", 0, 5, 10.1)
+    assert machine.update("b", 0, 5, 10.1) == [LateUpdate("b", 0, kept=False)]
 
 
 def test_client_that_was_late_holds_up_no_later_round() -> None:
@@ -159,6 +169,97 @@ def test_round_without_a_deadline_waits_for_ever() -> None:
     machine.update("a", 0, 5, 0.0)
     assert machine.deadline() is None
     assert machine.tick(1e9) == []
+
+
+# late updates
+
+
+def missed(round_: int = 0, **rounds: Any) -> RoundMachine:
+    """``a`` has sent its update of ``round_``, ``b`` has missed the deadline, and the round is being merged."""
+    machine = RoundMachine(federation(deadline_s=10.0, staleness="polynomial", count=9, **rounds), round_)
+    machine.present = {"a", "b"}
+    machine.wait("a", 0.0)
+    machine.wait("b", 0.0)
+    machine.update("a", round_, 5, 3.0)
+    assert machine.tick(10.0) == [MergeRound(round_, ("a",))]
+    return machine
+
+
+def next_round(machine: RoundMachine) -> list[Action]:
+    """``a`` alone trains one more round; what its update causes."""
+    machine.wait("a", 11.0)
+    return machine.update("a", machine.round, 5, 12.0)
+
+
+@pytest.mark.parametrize("when", ["merging", "gathering", "training"])
+def test_late_update_counts_in_the_next_merge_at_a_discount(when: str) -> None:
+    machine = missed()
+    if when != "merging":
+        machine.merged(10.5)
+    if when == "training":
+        machine.wait("a", 11.0)
+    assert machine.update("b", 0, 7, 11.5) == [LateUpdate("b", 0, kept=True)]
+    if when == "merging":
+        machine.merged(12.0)
+    machine.wait("a", 12.0)
+    assert machine.update("a", 1, 5, 13.0) == [MergeRound(1, ("a",), (Discounted("b", 0, 2**-0.5),))]
+    machine.merged(14.0)
+    assert next_round(machine) == [MergeRound(2, ("a",))]  # once, and not again
+
+
+def test_late_update_beyond_max_staleness_is_dropped() -> None:
+    for limit in (1, 2):
+        machine = missed(max_staleness=limit)
+        machine.merged(10.5)
+        next_round(machine)
+        assert machine.update("b", 0, 7, 12.5) == [LateUpdate("b", 0, kept=limit == 2)]
+
+
+def test_late_update_of_the_last_round_is_dropped() -> None:
+    assert missed(8).update("b", 8, 7, 10.5) == [LateUpdate("b", 8, kept=False)]
+
+
+def test_late_client_may_be_in_the_next_cohort_too() -> None:
+    machine = missed()
+    machine.update("b", 0, 7, 10.2)
+    machine.wait("b", 10.3)
+    machine.merged(10.5)
+    machine.wait("a", 11.0)
+    machine.update("a", 1, 5, 12.0)
+    assert machine.update("b", 1, 5, 13.0) == [MergeRound(1, ("a", "b"), (Discounted("b", 0, 2**-0.5),))]
+
+
+@pytest.mark.parametrize("after", ["update", "wait", "leave"])
+def test_late_update_is_taken_once_and_from_who_still_owes_it(after: str) -> None:
+    machine = missed()
+    machine.update("b", 0, 7, 10.2) if after == "update" else getattr(machine, after)("b", 10.2)
+    with pytest.raises(RefusedError) as error:
+        machine.update("b", 0, 7, 10.3)
+    assert error.value.code == "wrong_round"
+
+
+def test_late_update_of_a_client_that_left_still_counts() -> None:
+    machine = missed()
+    machine.update("b", 0, 7, 10.2)
+    machine.leave("b", 10.3)
+    machine.merged(10.5)
+    assert next_round(machine) == [MergeRound(1, ("a",), (Discounted("b", 0, 2**-0.5),))]
+
+
+@given(st.integers(0, 10), st.floats(0, 5), st.floats(0, 5))
+def test_discount_falls_with_staleness_and_with_its_exponent(staleness: int, one: float, other: float) -> None:
+    assert discount(0, one) == discount(staleness, 0) == 1
+    assert discount(staleness + 1, one) <= discount(staleness, one) <= 1
+    assert discount(staleness, max(one, other)) <= discount(staleness, min(one, other))
+    assert discount(3, 0.5) == 0.5
+
+
+def test_replayed_update_changes_nothing() -> None:
+    machine, _ = gathered("ab")
+    machine.update("a", 0, 5, 0.0)
+    with pytest.raises(RefusedError, match="has come already"):
+        machine.update("a", 0, 500, 0.0)
+    assert machine.updates == {"a": 5}
 
 
 # the end
@@ -211,6 +312,7 @@ class Watcher:
     machine: RoundMachine
     cohorts: dict[int, set[str]] = field(default_factory=dict)  # of the round as it was opened last
     merged: list[int] = field(default_factory=list)
+    late: dict[str, int] = field(default_factory=dict)  # kept, and in no merge yet
     finished: bool = False
 
     def see(self, actions: list[Action]) -> None:
@@ -223,7 +325,14 @@ class Watcher:
                     there = self.machine.waiting | set(cohort)
                     assert len(there) >= self.machine.settings.rounds.min_clients
                     self.cohorts[round_] = set(cohort)
-                case MergeRound(round=round_, contributors=contributors):
+                case LateUpdate(client=client, round=round_, kept=kept):
+                    assert client in self.cohorts[round_]
+                    assert client not in self.late
+                    self.late |= {client: round_} if kept else {}
+                case MergeRound(round=round_, contributors=contributors, late=late):
+                    assert {part.client: part.round for part in late} == self.late
+                    assert all(part.discount == discount(round_ - part.round, 0.5) < 1 for part in late)
+                    self.late = {}
                     assert round_ not in self.merged
                     assert set(contributors) <= self.cohorts[round_]
                     assert contributors
@@ -240,13 +349,14 @@ EVENTS = st.lists(
     max_size=60,
 )
 MACHINES = st.builds(
-    lambda seed, least, fraction, deadline: RoundMachine(
-        federation(seed, min_clients=least, client_fraction=fraction, deadline_s=deadline)
+    lambda seed, least, fraction, deadline, staleness: RoundMachine(
+        federation(seed, min_clients=least, client_fraction=fraction, deadline_s=deadline, staleness=staleness)
     ),
     st.integers(0, 9),
     st.integers(1, 3),
     st.sampled_from([0.3, 0.5, 1.0]),
     st.sampled_from([0.0, 5.0]),
+    st.sampled_from(["drop", "polynomial"]),
 )
 
 
@@ -260,7 +370,8 @@ def happen(watcher: Watcher, event: str, client: str, round_: int, now: float) -
         try:
             watcher.see(machine.update(client, round_, 3, now))
         except RefusedError:
-            assert machine.phase is not Phase.TRAINING or round_ != machine.round or client not in machine.cohort
+            owes = client in machine.cohort and client not in machine.updates
+            assert machine.phase is not Phase.TRAINING or round_ != machine.round or not owes
     elif event == "tick":
         watcher.see(machine.tick(now))
     else:

@@ -1,74 +1,233 @@
-"""FedAvg over one tensor: the mean by label tokens, and nothing else."""
+"""The seven rules against slow numpy ones written from the papers, over several rounds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from splitfl.federation.strategies import STRATEGIES, Contribution, FedAvg
+from splitfl.config import Merge, parse_federation
+from splitfl.errors import ConfigError
+from splitfl.federation.merging import Merger, choose_strategy
+from splitfl.federation.robust import Contribution
+from splitfl.federation.strategies import STRATEGIES, RoundFacts
 
-
-def parts(*pairs: tuple[list[float], int]) -> list[Contribution]:
-    return [Contribution(torch.tensor(values), tokens) for values, tokens in pairs]
-
-
-PREVIOUS = torch.tensor([9.0, 9.0])
-
-
-def test_mean_is_weighted_by_label_tokens() -> None:
-    merged = FedAvg().merge("w", PREVIOUS, parts(([1.0, 0.0], 30), ([5.0, 4.0], 10)))
-    assert merged.tolist() == [2.0, 1.0]
-    assert merged.dtype == torch.float32
+Array = NDArray[np.float64]
+Rounds = list[list[tuple[Array, int]]]  # each client's (update y_i - x, tokens), round by round
+STEP_SIZES = 0.3
 
 
-def test_copy_that_no_token_trained_does_not_count() -> None:
-    merged = FedAvg().merge("w", PREVIOUS, parts(([1.0, 2.0], 10), ([100.0, 100.0], 0)))
-    assert merged.tolist() == [1.0, 2.0]
+# the oracle: element by element, names and order as in the papers
 
 
-@pytest.mark.parametrize("contributions", [[], parts(([1.0, 2.0], 0), ([3.0, 4.0], 0))])
-def test_tensor_stays_as_it_was_when_no_token_trained_any_copy(contributions: list[Contribution]) -> None:
-    assert torch.equal(FedAvg().merge("w", PREVIOUS, contributions), PREVIOUS)
+def mean_update(updates: list[tuple[Array, int]]) -> Array:
+    total = sum(tokens for _, tokens in updates)
+    return np.array([sum(update[n] * tokens for update, tokens in updates) / total for n in range(len(updates[0][0]))])
 
 
-def test_copy_of_one_client_comes_back_to_the_bit() -> None:
-    tensor = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(FedAvg().merge("w", tensor, [Contribution(tensor, 12345)]), tensor)
+def plain(x: Array, rounds: Rounds, merge: Merge) -> Array:  # noqa: ARG001
+    for updates in rounds:
+        x = x + mean_update(updates)
+    return x
 
 
-def test_copies_that_agree_come_back_to_the_bit() -> None:
-    tensor = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    merged = FedAvg().merge("w", tensor, [Contribution(tensor, tokens) for tokens in (7, 11, 13)])
-    assert torch.equal(merged, tensor)
+def with_momentum(x: Array, rounds: Rounds, merge: Merge) -> Array:
+    v = [0.0] * len(x)
+    for updates in rounds:
+        delta = mean_update(updates)
+        v = [merge.server_momentum * v[n] + delta[n] for n in range(len(x))]
+        x = np.array([x[n] + rate(merge, 1.0) * v[n] for n in range(len(x))])
+    return x
 
 
-def test_sum_does_not_lose_small_clients() -> None:
-    merged = FedAvg().merge("w", PREVIOUS, parts(([1e8, 1.0], 1), ([1.0, 1.0], 1), ([-1e8, 1.0], 1)))
-    assert merged[0] == pytest.approx(1 / 3)  # in fp32 the 1 would vanish beside 1e8
+def adaptive(name: str) -> Callable[[Array, Rounds, Merge], Array]:
+    def run(x: Array, rounds: Rounds, merge: Merge) -> Array:
+        tau, beta1, beta2 = merge.server_epsilon, merge.server_momentum, merge.server_beta2
+        if name == "fedadagrad":
+            beta1 = 0.0
+        m, v = [0.0] * len(x), [tau * tau] * len(x)
+        for updates in rounds:
+            delta = mean_update(updates)
+            for n in range(len(x)):
+                m[n] = beta1 * m[n] + (1 - beta1) * delta[n]
+                if name == "fedadagrad":
+                    v[n] += delta[n] ** 2
+                elif name == "fedyogi":
+                    v[n] -= (1 - beta2) * delta[n] ** 2 * np.sign(v[n] - delta[n] ** 2)
+                else:
+                    v[n] = beta2 * v[n] + (1 - beta2) * delta[n] ** 2
+            x = np.array([x[n] + rate(merge, 0.01) * m[n] / (v[n] ** 0.5 + tau) for n in range(len(x))])
+        return x
+
+    return run
 
 
-def test_merge_leaves_what_it_is_given_alone() -> None:
-    copies = parts(([1.0, 2.0], 1), ([3.0, 4.0], 1))
-    FedAvg().merge("w", PREVIOUS, copies)
-    assert copies[0].tensor.tolist() == [1.0, 2.0]
-    assert PREVIOUS.tolist() == [9.0, 9.0]
+def scaffold(x: Array, rounds: Rounds, merge: Merge) -> Array:
+    """With all clients in every round, of equal weight: c is the mean of the variates that the clients keep."""
+    own = [np.zeros(len(x)) for _ in rounds[0]]
+    c = np.zeros(len(x))
+    for updates in rounds:
+        fresh = [c_i - c - update / STEP_SIZES for c_i, (update, _) in zip(own, updates, strict=True)]
+        c = c + sum((new - old for new, old in zip(fresh, own, strict=True)), np.zeros(len(x))) / len(own)
+        own = fresh
+        x = x + rate(merge, 1.0) * sum((update for update, _ in updates), np.zeros(len(x))) / len(updates)
+    return np.concatenate([x, c])
 
 
-@given(st.lists(st.tuples(st.floats(-1e6, 1e6, width=32), st.integers(0, 10**9)), min_size=1, max_size=8))
-def test_mean_lies_between_the_copies_that_count(pairs: list[tuple[float, int]]) -> None:
-    counting = [value for value, tokens in pairs if tokens]
-    merged = float(FedAvg().merge("w", torch.tensor([0.5]), parts(*(([value], tokens) for value, tokens in pairs))))
-    if not counting:
-        assert merged == 0.5
-    else:
-        slack = 1e-6 * max(1.0, *(abs(value) for value in counting))
-        assert min(counting) - slack <= merged <= max(counting) + slack
+def rate(merge: Merge, otherwise: float) -> float:
+    return otherwise if merge.server_learning_rate is None else merge.server_learning_rate
 
 
-def test_every_strategy_of_the_settings_exists() -> None:
-    from splitfl.config import Merge
+ORACLES: dict[str, Callable[[Array, Rounds, Merge], Array]] = {
+    "fedavg": plain,
+    "fedprox": plain,
+    "fedavgm": with_momentum,
+    **{name: adaptive(name) for name in ("fedadagrad", "fedyogi", "fedadam")},
+}
 
-    names = Merge.model_fields["strategy"].annotation
-    assert set(STRATEGIES) == set(names.__args__)  # type: ignore[union-attr]
+
+def merged_over(name: str, x: Array, rounds: Rounds, merge: Merge) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    weights, state = torch.tensor(x, dtype=torch.float32), {}
+    for number, updates in enumerate(rounds):
+        clients = len(updates)
+        facts = RoundFacts(STEP_SIZES, clients, clients if number else 0, clients)
+        parts = [Contribution((weights.double() + torch.tensor(u)).float(), tokens) for u, tokens in updates]
+        weights, state = Merger(STRATEGIES[name](merge), facts)(weights, parts, state)
+    return weights, dict(state)
+
+
+numbers = st.floats(-1.0, 1.0, width=32)
+vectors = st.lists(numbers, min_size=3, max_size=3).map(np.array)
+
+
+def round_lists(tokens: st.SearchStrategy[int]) -> st.SearchStrategy[Rounds]:
+    clients = st.lists(st.tuples(vectors, tokens), min_size=2, max_size=2)
+    return st.lists(clients, min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("name", ORACLES)
+@examples(deadline=None, max_examples=40)
+@given(x=vectors, rounds=round_lists(st.integers(1, 1000)), eta=st.sampled_from([None, 0.5]))
+def test_strategy_is_the_papers(name: str, x: Array, rounds: Rounds, eta: float | None) -> None:
+    merge = Merge(strategy=name, server_learning_rate=eta, server_momentum=0.8, server_beta2=0.9, server_epsilon=0.1)
+    merged, state = merged_over(name, x, rounds, merge)
+    np.testing.assert_allclose(merged.numpy(), ORACLES[name](x, rounds, merge), rtol=1e-4, atol=1e-4)
+    assert tuple(state) == STRATEGIES[name].state_names
+
+
+@examples(deadline=None, max_examples=40)
+@given(x=vectors, rounds=round_lists(st.just(7)), eta=st.sampled_from([None, 0.5]))
+def test_scaffolds_variate_is_the_mean_of_those_that_clients_keep(x: Array, rounds: Rounds, eta: float | None) -> None:
+    merge = Merge(strategy="scaffold", server_learning_rate=eta)
+    merged, state = merged_over("scaffold", x, rounds, merge)
+    found = torch.cat([merged, state["control"]]).numpy()
+    np.testing.assert_allclose(found, scaffold(x, rounds, merge), rtol=1e-3, atol=1e-3)
+
+
+def test_scaffolds_variate_counts_clients_that_stay_away_and_those_that_are_new() -> None:
+    rule, zero = STRATEGIES["scaffold"](Merge()), torch.zeros(1, dtype=torch.float64)
+    first, state = rule.merge(zero, zero - 2.0, {}, RoundFacts(1.0, contributed=2, before=0, clients=2))
+    assert state["control"].item() == 2.0  # both moved by 2
+    _, state = rule.merge(first, first - 5.0, state, RoundFacts(1.0, contributed=1, before=2, clients=3))
+    # the third, new one: c_3 = 0 - 2 + 5, and the sum of the first two stays 4
+    assert state["control"].item() == pytest.approx((4.0 + 3.0) / 3)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_rule_changes_nothing_in_place(name: str) -> None:
+    rule, x = STRATEGIES[name](Merge()), torch.ones(2, dtype=torch.float64)
+    _, state = rule.merge(x, x + 0.5, {}, RoundFacts())
+    before = {key: value.clone() for key, value in state.items()}
+    rule.merge(x, x + 0.5, state, RoundFacts())
+    assert x.tolist() == [1.0, 1.0]
+    assert all(torch.equal(state[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_tensor_that_no_token_trained_stays_and_is_remembered_as_it_was(name: str) -> None:
+    x, state = torch.tensor([9.0]), {key: torch.ones(1) for key in STRATEGIES[name].state_names}
+    merger = Merger(STRATEGIES[name](Merge()), RoundFacts())
+    for parts in ([], [Contribution(torch.zeros(1), 0)]):
+        merged, kept = merger(x, parts, state)
+        assert torch.equal(merged, x)
+        assert kept == state
+
+
+# what is refused
+
+
+def chosen(**tables: Any) -> object:
+    return choose_strategy(parse_federation(tables, "the test"))
+
+
+def test_unknown_strategy_is_answered_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"'fedsgd' does not exist") as error:
+        chosen(merge={"strategy": "fedsgd"})
+    assert all(name in error.value.remedy for name in STRATEGIES)
+
+
+def test_settings_name_every_strategy() -> None:
+    description = Merge.model_fields["strategy"].description or ""
+    assert all(name in description for name in STRATEGIES)
+
+
+@pytest.mark.parametrize(
+    ("merge", "field"),
+    [
+        ({"server_momentum": 0.5}, "server_momentum"),
+        ({"strategy": "fedavgm", "server_beta2": 0.5}, "server_beta2"),
+        ({"strategy": "fedadagrad", "server_momentum": 0.5}, "server_momentum"),
+        ({"strategy": "fedadam", "proximal_mu": 1.0}, "proximal_mu"),
+        ({"strategy": "fedprox", "server_learning_rate": 1.0}, "server_learning_rate"),
+        ({"trim_fraction": 0.2}, "trim_fraction"),
+        ({"aggregate": "median", "byzantine": 2}, "byzantine"),
+    ],
+)
+def test_parameter_that_would_be_left_unread_is_refused(merge: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError, match=f"merge.{field} is set, but"):
+        chosen(merge=merge)
+
+
+SGD = {"name": "sgd"}
+LATE = {"staleness": "polynomial"}
+CUTS = {"max_top": 2}
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({"merge": {"strategy": "scaffold"}}, ("scaffold", "adamw")),
+        ({"merge": {"strategy": "scaffold", "aggregate": "median"}, "optimizer": SGD}, ("scaffold", "robust")),
+        ({"merge": {"strategy": "scaffold", "clip_norm": 1.0}, "optimizer": SGD}, ("scaffold", "robust")),
+        ({"merge": {"strategy": "scaffold"}, "optimizer": SGD, "model": CUTS}, ("scaffold", "cuts")),
+        (
+            {"merge": {"strategy": "scaffold"}, "optimizer": SGD, "rounds": {"staleness": "polynomial"}},
+            ("scaffold", "late"),
+        ),
+        ({"merge": {"aggregate": "krum"}, "rounds": {"min_clients": 4}}, ("krum", "needs 5 updates")),
+        ({"merge": {"aggregate": "krum"}, "rounds": {"min_clients": 5}, "model": CUTS}, ("krum", "cuts")),
+        ({"merge": {"share": "none", "strategy": "fedadam"}}, ("none", "fedadam")),
+        ({"merge": {"share": "none", "aggregate": "median"}}, ("none", "median")),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name(tables: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as error:
+        chosen(**tables)
+    assert all(word in error.value.message for word in words)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("aggregate", ["mean", "median", "trimmed_mean", "krum"])
+def test_all_other_combinations_are_taken(name: str, aggregate: str) -> None:
+    if name == "scaffold" and aggregate != "mean":
+        return
+    merge = {"strategy": name, "aggregate": aggregate}
+    strategy = chosen(merge=merge, optimizer=SGD, rounds={"min_clients": 5})
+    assert type(strategy) is STRATEGIES[name]

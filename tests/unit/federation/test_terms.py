@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from splitfl.config import Federation, parse_federation
-from splitfl.federation.agreement import Terms
+from splitfl.federation.agreement import NOT_AGREED, Terms
+from splitfl.privacy.policy import KINDS
 
 MODEL = "ab" * 32
 OWNER = {"owner": "Ward A", "contact": "a@example.org", "purpose": "letters", "exporters": ["operator", "ward-b"]}
@@ -17,31 +18,38 @@ def terms(manifest: str = MODEL, **tables: Any) -> Terms:
     return Terms(parse_federation({"agreement": OWNER, **tables}, "the test"), manifest)
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"privacy": {"mode": "measured"}},
-        {"privacy": {"mode": "measured", "noise_multiplier": 0.31}},
-        {"rounds": {"count": 4}},
-        {"batch": {"records": 9}},
-        {"merge": {"share": "none"}},
-        {"model": {"n_bottom": 2}},
-        {"agreement": {**OWNER, "exporters": ["operator"]}},
-        {"wire": {"codec": "fp32"}},
-        {"name": "another"},
-    ],
-)
-def test_whatever_changes_what_leaves_changes_the_hash(changed: dict[str, Any]) -> None:
-    assert terms(**changed).sha256 != terms().sha256
+#: a change in each section of the settings, and whether it is agreed to
+CHANGES: dict[str, tuple[Any, bool]] = {
+    "name": ("another", True),
+    "seed": (3, False),
+    "rounds": ({"count": 4}, True),
+    "batch": ({"records": 9}, True),
+    "model": ({"n_bottom": 2}, True),
+    "optimizer": ({"learning_rate": 1e-3}, False),
+    "merge": ({"share": "none"}, True),
+    "trunk": ({"grace_s": 1.0}, False),
+    "wire": ({"codec": "fp32"}, True),
+    "evaluation": ({"share_metrics": True}, True),
+    "release": ({"rank": 4}, True),
+    "privacy": ({"mode": "measured", "noise_multiplier": 0.31}, True),
+    "agreement": ({**OWNER, "exporters": ["operator"]}, True),
+}
+
+
+def test_every_section_of_the_settings_is_decided_on() -> None:
+    assert set(CHANGES) == set(Federation.model_fields)
+    assert {section for section, (_, agreed) in CHANGES.items() if not agreed} == NOT_AGREED
+
+
+@pytest.mark.parametrize("section", CHANGES)
+def test_whatever_changes_what_leaves_changes_the_hash_and_nothing_else_does(section: str) -> None:
+    changed, agreed = CHANGES[section]
+    private: dict[str, Any] = {"privacy": {"mode": "measured"}}  # a narrow release needs it
+    assert (terms(**private | {section: changed}).sha256 != terms(**private).sha256) == agreed
 
 
 def test_another_model_or_tokenizer_changes_the_hash() -> None:
     assert terms("cd" * 32).sha256 != terms().sha256
-
-
-@pytest.mark.parametrize("changed", [{"optimizer": {"learning_rate": 1e-3}}, {"trunk": {"grace_s": 1.0}}, {"seed": 3}])
-def test_what_changes_nothing_that_leaves_keeps_the_hash(changed: dict[str, Any]) -> None:
-    assert terms(**changed).sha256 == terms().sha256
 
 
 def test_both_sides_compute_the_same_hash_from_what_crosses_the_wire() -> None:
@@ -77,6 +85,57 @@ def test_terms_say_who_what_and_what_privacy_means() -> None:
     assert "epsilon = 2, delta = 1e-05, for each record" in certified
     assert "allows 0.045 bits a record on average" in certified
     assert "weights     stay here" in certified
+
+
+NOISED = {"mode": "measured", "gradients": "noised", "dp_sgd": True, "clip_norm": 2.0}
+SHARED = {"evaluation": {"share_metrics": True}}
+
+
+def line(name: str, privacy: dict[str, Any], **tables: Any) -> str:
+    (found,) = [said for said in terms(privacy=privacy, **tables).lines() if said.startswith(f"{name} ")]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("privacy", "noise_multiplier"),
+        ("gradients", "gradient_noise_multiplier"),
+        ("weights", "dp_noise_multiplier"),
+        ("losses", "metric_noise_multiplier"),
+    ],
+)
+def test_terms_say_of_everything_that_can_leave_whether_it_does_and_with_which_noise(name: str, setting: str) -> None:
+    """A line for each of ``KINDS``; the first is the mode's own."""
+    assert name in (*KINDS, "privacy")
+    assert "0.37" in line(name, NOISED | {setting: 0.37}, **SHARED)
+    if name != "privacy":
+        assert "noise: as epsilon asks" in line(name, NOISED | {"mode": "certified", "epsilon": 8.0}, **SHARED)
+        assert "sent" in line(name, {"mode": "off"}, **SHARED)
+        assert "without noise" in line(name, {"mode": "off"}, **SHARED) or name == "gradients"
+
+
+def test_terms_name_every_kind_that_can_leave() -> None:
+    names = {said.split(" ")[0] for said in terms(privacy=NOISED, **SHARED).lines()}
+    assert {"privacy", *KINDS[1:]} <= names
+
+
+@pytest.mark.parametrize(
+    ("name", "tables"),
+    [("gradients", {"privacy": {"mode": "measured"}}), ("weights", {"merge": {"share": "none"}}), ("losses", {})],
+)
+def test_terms_say_what_stays(name: str, tables: dict[str, Any]) -> None:
+    (found,) = [said for said in terms(**tables).lines() if said.startswith(f"{name} ")]
+    assert "stay here" in found or "not sent" in found
+
+
+def test_terms_do_not_promise_that_losses_stay_where_they_are_shared() -> None:
+    (stays,) = [said for said in terms(**SHARED).lines() if said.startswith("stays here")]
+    assert "loss" not in stays
+
+
+def test_weights_that_leave_without_dp_are_said_to() -> None:
+    assert "without noise" in line("weights", {"mode": "measured"})
 
 
 def test_terms_cannot_draw_on_a_terminal() -> None:

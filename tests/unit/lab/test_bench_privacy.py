@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from client_model.records import open_tokenizer
 from splitfl.cut import Cut
+from splitfl.errors import ConfigError
 from splitfl.lab.adapt import NarrowModel, adapt, narrow_model, public_release
 from splitfl.lab.bench.contenders import (
     Effort,
@@ -26,7 +27,7 @@ from splitfl.lab.bench.contenders import (
 )
 from splitfl.lab.bench.harness import Result
 from splitfl.lab.bench.plots import draw_frontier
-from splitfl.lab.bench.privacy import Scope, bars, run
+from splitfl.lab.bench.privacy import Scope, bars, claim, once, run
 from splitfl.lab.bench.texts import RUN, Texts, docstrings, python_texts, runs
 
 QUICK = Effort(public_steps=4, private_steps=6, records=4, length=32, rates=(3e-3,), compute="fp32")
@@ -166,20 +167,34 @@ def test_picture_is_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_benchmark_measures_every_contender(small_model: Path) -> None:
+def test_benchmark_measures_every_contender(small_model: Path, tmp_path: Path) -> None:
     """On a model that knows nothing: that it runs, and that plain noise this small hides nothing."""
     levels = {"narrow_levels": (0.5,), "plain_levels": (0.01,)}
-    scope = Scope(Cut(1, 1), rank=8, seeds=1, audited=8, audit_public=300, audit_seconds=15, jobs=2, **levels)
-    result = run(model=small_model, scope=scope, effort=replace(QUICK, public_steps=80))
+    scope = Scope(Cut(1, 1), rank=8, seeds=1, audited=8, audit_public=300, audit_seconds=15, **levels)
+    result = run(model=small_model, scope=scope, effort=replace(QUICK, public_steps=80), work=tmp_path, jobs=2)
     assert [row["mechanism"] for row in result.rows] == [
         "no fine-tuning",
         "ends-only",
         "top-only",
         "noise-free split",
-        "plain Gaussian",
         "narrow, rank 8",
+        "plain Gaussian",
     ]
-    plain, narrow = result.rows[-2:]
+    narrow, plain = result.rows[-2:]
     assert plain["recovery"]["median"] > 0.9 > narrow["recovery"]["median"]
     assert (plain["bytes_per_token"], narrow["bytes_per_token"]) == (128, 16)
     assert len(result.as_json()["bars"]) == 6
+
+
+def test_run_that_was_interrupted_goes_on_and_another_does_not_mix_in(tmp_path: Path) -> None:
+    claim(tmp_path, {"seeds": 1})
+    asked: list[str] = []
+
+    def measure() -> dict[str, float]:
+        asked.append("ends-only")
+        return {"loss": 2.5}
+
+    assert [once(tmp_path, "ends-only", measure) for _ in range(2)] == 2 * [{"loss": 2.5}]
+    assert asked == ["ends-only"]
+    with pytest.raises(ConfigError, match="another run"):
+        claim(tmp_path, {"seeds": 3})

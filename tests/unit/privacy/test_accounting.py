@@ -12,19 +12,18 @@ from opacus.accountants.utils import get_noise_multiplier
 
 from splitfl.errors import ConfigError
 from splitfl.privacy.accounting import (
-    GaussianRelease,
-    amplified,
-    compose,
     delta_of,
     epsilon_of,
     group_mu,
     guess_bound,
     mean_bits,
     mu_for,
+    mu_squared,
     replace_one,
     sigma_for,
 )
 from splitfl.privacy.mechanism import Mechanism
+from splitfl.privacy.policy import DpSgd
 
 DELTA = 1e-5
 
@@ -33,24 +32,23 @@ DELTA = 1e-5
     ("ratio", "releases", "epsilon"), [(1, 2, 6.573), (1, 10, 17.857), (2, 2, 2.943), (5, 10, 2.594), (10, 100, 4.377)]
 )
 def test_pinned_epsilons_of_equal_releases(ratio: float, releases: int, epsilon: float) -> None:
-    mu = compose([GaussianRelease(1.0, ratio)] * releases)
+    mu = math.sqrt(releases * mu_squared(1.0, ratio))
     assert epsilon_of(mu, DELTA) == pytest.approx(epsilon, abs=5e-4)
 
 
 def test_replace_one_and_not_add_remove_and_not_summed_epsilons() -> None:
-    releases = [GaussianRelease(replace_one(1.0), 4.0), *[GaussianRelease(replace_one(0.5), 5.0)] * 3]
-    mu = compose(releases)
+    releases = [(replace_one(1.0), 4.0), *[(replace_one(0.5), 5.0)] * 3]
+    mu = math.sqrt(sum(mu_squared(*release) for release in releases))
     assert mu**2 == pytest.approx(0.37)
     assert epsilon_of(mu, DELTA) == pytest.approx(2.4829, abs=1e-4)
-    halved = compose([GaussianRelease(r.sensitivity / 2, r.sigma) for r in releases])
-    assert epsilon_of(halved, DELTA) == pytest.approx(1.1490, abs=1e-4)
-    summed = sum(epsilon_of(compose([release]), DELTA) for release in releases)
+    assert epsilon_of(mu / 2, DELTA) == pytest.approx(1.1490, abs=1e-4)
+    summed = sum(epsilon_of(math.sqrt(mu_squared(*release)), DELTA) for release in releases)
     assert summed == pytest.approx(4.1697, abs=1e-4)
 
 
 def test_clipping_tokens_is_counted_over_the_whole_record() -> None:
     mechanism = Mechanism("token", 1.0, 0.36)
-    mu = compose([GaussianRelease(mechanism.sensitivity(64), mechanism.sigma)])
+    mu = math.sqrt(mu_squared(mechanism.sensitivity(64), mechanism.sigma))
     assert mu**2 == pytest.approx(1975.31, abs=5e-3)
     assert epsilon_of(mu, DELTA) == pytest.approx(1176.25, abs=5e-3)
     assert epsilon_of(mu / 8, DELTA) == pytest.approx(38.3861, abs=1e-4)
@@ -64,11 +62,11 @@ def test_a_second_draw_is_charged_and_sending_again_is_not() -> None:
 
 
 def test_dp_sgd_of_opacus_is_doubled_before_it_is_added() -> None:
-    participations = [GaussianRelease(replace_one(1.0), 4.0)] * 20
-    mu = compose([GaussianRelease(replace_one(1.0), 1.0), *participations])
+    once, dp_sgd = mu_squared(replace_one(1.0), 1.0), DpSgd(1.0, 4.0)
+    mu = math.sqrt(once + 20 * mu_squared(dp_sgd.sensitivity, dp_sgd.sigma))
     assert mu**2 == pytest.approx(9)
     assert epsilon_of(mu, DELTA) == pytest.approx(16.6755, abs=1e-4)
-    mixed = compose([GaussianRelease(replace_one(1.0), 1.0), *[GaussianRelease(1.0, 4.0)] * 20])
+    mixed = math.sqrt(once + 20 * mu_squared(1.0, 4.0))
     assert epsilon_of(mixed, DELTA) == pytest.approx(11.8353, abs=1e-4)
 
 
@@ -84,7 +82,7 @@ def test_calibration_inverts_the_accountant(epsilon: float, delta: float) -> Non
 
 @pytest.mark.parametrize(("ratio", "releases"), [(1, 2), (2, 2), (5, 10), (10, 100)])
 def test_opacus_accountants_agree(ratio: float, releases: int) -> None:
-    ours = epsilon_of(compose([GaussianRelease(1.0, ratio)] * releases), DELTA)
+    ours = epsilon_of(math.sqrt(releases * mu_squared(1.0, ratio)), DELTA)
     prv, rdp = PRVAccountant(), RDPAccountant()
     for accountant in (prv, rdp):
         for _ in range(releases):
@@ -101,18 +99,16 @@ def test_calibration_agrees_with_opacus_where_that_converges() -> None:
 
 
 def test_no_noise_has_no_epsilon() -> None:
-    assert math.isinf(compose([GaussianRelease(1.0, 0.0)]))
+    assert math.isinf(mu_squared(1.0, 0.0))
+    assert mu_squared(0.0, 0.0) == 0.0  # depends on no record
     assert math.isinf(epsilon_of(math.inf, DELTA))
     assert delta_of(math.inf, 3.0) == 1.0
 
 
-def test_amplification_is_refused_against_everybody() -> None:
-    assert amplified(1.0, against="server") == 1.0
-    for party in ("server", "embedded aggregator"):
-        with pytest.raises(ConfigError, match="sees which records"):
-            amplified(0.01, against=party)
-    with pytest.raises(ConfigError, match="Poisson"):
-        amplified(0.01, against="peers")
+@pytest.mark.parametrize("rate", [0.01, 0.0, 2.0, math.nan])
+def test_amplification_by_subsampling_is_refused(rate: float) -> None:
+    with pytest.raises(ConfigError, match="no amplification"):
+        sigma_for(8.0, DELTA, 2.0, 1, sampling_rate=rate)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, -1.0, math.nan, math.inf, 1e12])

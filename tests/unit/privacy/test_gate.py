@@ -14,8 +14,10 @@ from torch import Tensor
 from splitfl.codec.tensors import CodecName, decode_tensor
 from splitfl.errors import NumericalError, PrivacyError, StorageError
 from splitfl.privacy.accounting import epsilon_of
-from splitfl.privacy.gate import Gate, ReleaseKind, digest
+from splitfl.privacy.gate import Gate
 from splitfl.privacy.keepsakes import read_keepsakes
+from splitfl.privacy.ledger import ReleaseKind
+from splitfl.privacy.once import digest
 from splitfl.privacy.policy import Workload
 from splitfl.privacy.report import OFF, privacy_report
 
@@ -32,7 +34,7 @@ def left(gate: Gate) -> dict[str, int]:
 
 
 def once(gate: Gate, *numbers: int, seed: int = 0) -> list[str]:
-    return gate.release_once(ReleaseKind.ACTIVATION, 0, [ref(n) for n in numbers], lambda: hidden(seed))
+    return gate.once.release(ReleaseKind.ACTIVATION, 0, [ref(n) for n in numbers], lambda: hidden(seed))
 
 
 # mode off
@@ -71,9 +73,9 @@ def test_activation_that_is_not_finite_does_not_leave_and_is_not_counted(tmp_pat
             gate.release(ReleaseKind.GRADIENT, 0, tensor, [])
     else:
         with pytest.raises(NumericalError):
-            gate.release_once(ReleaseKind.ACTIVATION, 0, [ref(1), ref(2)], lambda: tensor)
+            gate.once.release(ReleaseKind.ACTIVATION, 0, [ref(1), ref(2)], lambda: tensor)
     assert left(gate) == {}
-    assert gate.vault.names() == []
+    assert gate.once.vault.names() == []
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -116,19 +118,21 @@ def test_activation_is_clipped_noised_and_in_ledger_and_vault_before_anybody_has
     assert [row.record for row in rows] == [ref(1).key, ref(2).key]
     assert all((row.sensitivity, row.sigma) == (2 * math.sqrt(8), 0.5) for row in rows)
     for name, row, clean in zip(names, rows, hidden(), strict=True):
-        payload = gate.payload(name)
+        payload = gate.once.payload(name)
         assert digest(payload) == row.payload
         noise = decode_tensor(payload, CPU, what="it") - clean / clean.norm(dim=-1, keepdim=True).clamp_min(1)
         assert 0.2 < float(noise.std()) < 0.9
-    assert len(gate.vault.names(b"activation/")) == 2
+    assert len(gate.once.vault.names(b"activation/")) == 2
 
 
 def test_same_record_again_is_free_and_the_same_bytes_even_after_a_restart(tmp_path: Path) -> None:
     gate = open_gate(tmp_path, "measured")
-    first = [bytes(gate.payload(name).data) for name in once(gate, 1, 2)]
-    again = [bytes(gate.payload(name).data) for name in once(gate, 1, 2, seed=9)]  # whatever the bottom says by now
+    first = [bytes(gate.once.payload(name).data) for name in once(gate, 1, 2)]
+    again = [
+        bytes(gate.once.payload(name).data) for name in once(gate, 1, 2, seed=9)
+    ]  # whatever the bottom says by now
     restarted = open_gate(tmp_path, "measured")
-    later = [bytes(restarted.payload(name).data) for name in once(restarted, 1, 2, seed=9)]
+    later = [bytes(restarted.once.payload(name).data) for name in once(restarted, 1, 2, seed=9)]
     assert first == again == later
     assert restarted.ledger.count == 2
 
@@ -136,7 +140,7 @@ def test_same_record_again_is_free_and_the_same_bytes_even_after_a_restart(tmp_p
 def test_bottom_does_not_even_run_for_records_that_are_paid_for(tmp_path: Path) -> None:
     gate = open_gate(tmp_path, "measured")
     once(gate, 1, 2)
-    gate.release_once(ReleaseKind.ACTIVATION, 1, [ref(2), ref(1)], lambda: pytest.fail("the bottom ran"))
+    gate.once.release(ReleaseKind.ACTIVATION, 1, [ref(2), ref(1)], lambda: pytest.fail("the bottom ran"))
 
 
 def test_record_that_comes_twice_in_a_batch_is_drawn_and_charged_once(tmp_path: Path) -> None:
@@ -153,15 +157,22 @@ def test_another_context_is_another_release_and_is_charged(tmp_path: Path) -> No
     assert again.ledger.spent[ref(1).key] == pytest.approx(2 * (2 * math.sqrt(8) / 0.3) ** 2)
 
 
+def test_another_mechanism_codec_or_padded_length_is_another_release_too(tmp_path: Path) -> None:
+    gates = [open_gate(tmp_path / codec, "measured", codec) for codec in ("fp32", "bf16")]
+    gates.append(open_gate(tmp_path / "louder", "measured", noise_multiplier=0.31))
+    names = {gate.once.name_of(ref(1)) for gate in gates} | {gates[0].once.name_of(ref(1, 4))}
+    assert len(names) == 4
+
+
 def test_bytes_that_a_crash_left_without_a_row_are_paid_for_and_not_drawn_anew(tmp_path: Path) -> None:
     gate = open_gate(tmp_path, "measured")
     gate.ledger.append = lambda _: (_ for _ in ()).throw(StorageError("the plug was pulled"))  # type: ignore[method-assign]
     with pytest.raises(StorageError):
         once(gate, 1, 2)
-    drawn = {name: gate.vault.get(name) for name in gate.vault.names(b"activation/")}
+    drawn = {name: gate.once.vault.get(name) for name in gate.once.vault.names(b"activation/")}
     after = open_gate(tmp_path, "measured")
     once(after, 1, 2, seed=9)
-    assert {name: after.vault.get(name) for name in after.vault.names(b"activation/")} == drawn
+    assert {name: after.once.vault.get(name) for name in after.once.vault.names(b"activation/")} == drawn
     assert after.ledger.count == 2
 
 
@@ -173,34 +184,34 @@ def test_nothing_leaves_when_the_ledger_cannot_be_written(tmp_path: Path) -> Non
     with pytest.raises(StorageError):
         gate.release(ReleaseKind.GRADIENT, 0, hidden(), [ref(1), ref(2)])
     with pytest.raises(KeyError):
-        gate.payload(gate.name_of(ref(1)))
+        gate.once.payload(gate.once.name_of(ref(1)))
 
 
 def test_stored_release_that_was_exchanged_does_not_leave(tmp_path: Path) -> None:
     gate = open_gate(tmp_path, "measured")
     name, other = once(gate, 1, 2)
-    gate.payload(name)
-    stolen = gate.vault.get(b"activation/" + other.encode())
+    gate.once.payload(name)
+    stolen = gate.once.vault.get(b"activation/" + other.encode())
     assert stolen is not None
-    gate.vault.put([(b"activation/" + name.encode(), stolen[:-4] + b"evil")])
+    gate.once.vault.put([(b"activation/" + name.encode(), stolen[:-4] + b"evil")])
     with pytest.raises(PrivacyError, match="not the one that was paid for"):
-        gate.payload(name)
+        gate.once.payload(name)
 
 
 def test_names_tell_nothing_of_the_record_and_differ_between_clients(tmp_path: Path) -> None:
     gate, other = open_gate(tmp_path / "a", "measured"), open_gate(tmp_path / "b", "measured")
-    other.secret = bytes(32)
-    assert gate.name_of(ref(1)) != other.name_of(ref(1))
-    assert ref(1).key.hex() not in gate.name_of(ref(1))
+    other.once.secret = bytes(32)
+    assert gate.once.name_of(ref(1)) != other.once.name_of(ref(1))
+    assert ref(1).key.hex() not in gate.once.name_of(ref(1))
 
 
 def test_everything_that_a_sampled_record_released_is_kept_for_the_audit(tmp_path: Path) -> None:
     gate = open_gate(tmp_path, "measured", gradients="noised")
     names = once(gate, 1, 2)
     sent = gate.release(ReleaseKind.GRADIENT, 0, hidden(), [ref(1), ref(2)])
-    kept = read_keepsakes(gate.vault)
+    kept = read_keepsakes(gate.once.vault)
     assert [(entry.key, entry.kind) for entry in kept] == [(ref(1).key, "activations"), (ref(1).key, "gradients")]
-    assert bytes(kept[0].payload.data) == bytes(gate.payload(names[0]).data)
+    assert bytes(kept[0].payload.data) == bytes(gate.once.payload(names[0]).data)
     assert bytes(kept[1].payload.data) == bytes(sent.data)[: len(bytes(sent.data)) // 2]
 
 
@@ -219,30 +230,53 @@ def test_gradient_is_clipped_for_each_record_and_stays_zero_behind_its_padding(t
     assert [(row.sensitivity, row.sigma) for row in rows] == [(4.0, 2e-6)] * 2
 
 
+@pytest.mark.parametrize("kind", [ReleaseKind.GRADIENT, ReleaseKind.ACTIVATION])
+def test_what_is_sent_anew_each_time_is_the_clipped_tensor_and_fresh_noise_of_its_sigma(
+    kind: ReleaseKind, tmp_path: Path
+) -> None:
+    """Clipped alone it would have the same shape, the same rows in the ledger, and no privacy."""
+    levels = {"noise_multiplier": 0.5, "gradient_noise_multiplier": 0.5}
+    gate = open_gate(tmp_path, "measured", gradients="noised", clip_norm=3.0, gradient_clip_norm=3.0, **levels)
+    tensor = torch.randn(2, 8, 512, generator=torch.Generator().manual_seed(0))  # (B, T, D)
+    mechanism = gate.policy.gradients if kind is ReleaseKind.GRADIENT else gate.policy.activations
+    assert mechanism is not None
+    first, second = (
+        decode_tensor(gate.release(kind, 0, tensor, [ref(1), ref(2, 4)]), CPU, what="it").double() for _ in range(2)
+    )
+    for record, length in enumerate((8, 4)):
+        own = slice(record, record + 1), slice(0, length)
+        clipped = mechanism.clipped(tensor[own])
+        noise = torch.stack([sent[own] - clipped for sent in (first, second)])
+        assert [float(drawn.std()) for drawn in noise] == pytest.approx([1.5, 1.5], rel=0.06)
+        assert abs(float(torch.corrcoef(noise.flatten(1))[0, 1])) < 0.1
+    assert not first[1, 4:].any()
+
+
 def test_gradients_do_not_leave_where_the_federation_sends_none(tmp_path: Path) -> None:
     gate = open_gate(tmp_path, "measured")
     with pytest.raises(PrivacyError, match="do not leave"):
         gate.release(ReleaseKind.GRADIENT, 0, hidden(), [ref(1), ref(2)])
 
 
-def test_gradients_after_training_without_dp_taint_the_transcript(tmp_path: Path) -> None:
+def test_gradients_of_a_top_that_trains_without_dp_leave_no_bound_on_the_whole_from_the_first_on(
+    tmp_path: Path,
+) -> None:
     gate = open_gate(tmp_path, "measured", gradients="noised")
     once(gate, 1, 2)
-    gate.release(ReleaseKind.GRADIENT, 0, hidden(), [ref(1), ref(2)])
     assert privacy_report(gate.policy, gate.ledger)["epsilon"] is not None
-    gate.trained = True  # the top has made a step
-    gate.release(ReleaseKind.GRADIENT, 0, hidden(1), [ref(1), ref(2)])
+    gate.release(ReleaseKind.GRADIENT, 0, hidden(), [ref(1), ref(2)])
     report = privacy_report(gate.policy, gate.ledger)
     assert report["epsilon"] is None
     assert "Activations alone: epsilon = " in report["statement"]
-    assert "whole transcript: none" in report["statement"]
+    assert "whole transcript: none (no bound)." in report["statement"]
 
 
-def test_gradients_after_dp_sgd_do_not(tmp_path: Path) -> None:
-    gate = open_gate(tmp_path, "measured", gradients="noised", dp_sgd=True)
-    gate.trained = True
-    gate.release(ReleaseKind.GRADIENT, 0, hidden(), [ref(1), ref(2)])
-    assert not gate.ledger.tainted
+def test_before_anything_leaves_the_report_gives_no_figures(tmp_path: Path) -> None:
+    gate = open_gate(tmp_path, "measured")
+    gate.ledger.accept(b"t" * 32)
+    assert privacy_report(gate.policy, gate.ledger)["statement"] == "No guarantee. Nothing has left yet."
+    once(gate, 1, 2)
+    assert "Activations alone: epsilon = " in privacy_report(gate.policy, gate.ledger)["statement"]
 
 
 def test_weights_without_dp_leave_no_epsilon_and_with_dp_sgd_they_are_paid_for_by_its_steps(tmp_path: Path) -> None:
@@ -287,7 +321,6 @@ def test_certified_noise_keeps_a_record_within_epsilon_for_all_its_releases(tmp_
         once(gate, 1, 2)
         gate.release(ReleaseKind.GRADIENT, round_, hidden(), [ref(1), ref(2)])
         gate.charge_dp_sgd(round_, [ref(1), ref(2)])
-        gate.trained = True
     report = privacy_report(gate.policy, gate.ledger)
     assert report["epsilon"] == pytest.approx(8.0, rel=1e-6)
     assert report["mean_bits"] == pytest.approx(0.5, abs=0.01)
@@ -300,8 +333,8 @@ def test_a_spent_budget_stays_spent_after_a_restart_and_does_not_touch_other_rec
     first = open_gate(tmp_path, "certified", context="cut 1")
     once(first, 1, 2)
     again = open_gate(tmp_path, "certified", context="cut 2")  # re-planned: a new draw for the same record
-    assert not again.budget.allows(ref(1).key, again.cost(ref(1), trains=True), {})
-    assert again.budget.allows(ref(3).key, again.cost(ref(3), trains=True), {})
+    may_take_part = again.reserve()
+    assert [may_take_part(ref(number).key, 8, True) for number in (1, 3)] == [False, True]
     with pytest.raises(PrivacyError):
         once(again, 1, 3)
     assert len(once(again, 3, 4)) == 2

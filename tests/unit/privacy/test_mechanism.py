@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitfl.errors import ConfigError
-from splitfl.privacy.mechanism import Clip, Mechanism
+from splitfl.lab.audit.mechanism import Mechanism as KnownMechanism
+from splitfl.privacy.mechanism import Clip, Mechanism, clip_tokens
 from splitfl.privacy.noise import NoiseStream
 
 
@@ -24,6 +25,18 @@ def test_clipped_records_stay_within_half_the_sensitivity(scale: float, norm: fl
     bounded = mechanism.clipped(records(scale))
     assert bounded.dtype == torch.float64
     assert float(bounded.flatten(1).norm(dim=1).max()) <= mechanism.sensitivity(5) / 2 * (1 + 1e-12)
+
+
+@given(st.floats(1e-6, 1e6), st.floats(1e-3, 1e3), st.sampled_from(["record", "token"]))
+def test_what_attackers_and_models_are_shown_is_clipped_as_the_gate_does(scale: float, norm: float, clip: Clip) -> None:
+    gated, tensor = Mechanism(clip, norm, 1.0).clipped(records(scale)), records(scale)
+    assert torch.allclose(KnownMechanism(clip, norm).clean(tensor).double(), gated, rtol=1e-5)
+    if clip == "token":
+        assert torch.allclose(clip_tokens(tensor, norm).double(), gated, rtol=1e-5)
+
+
+def test_an_infinite_bound_of_public_states_clips_nothing() -> None:
+    assert torch.equal(clip_tokens(records(1e6), math.inf), records(1e6))
 
 
 def test_what_is_within_the_bound_is_untouched() -> None:

@@ -6,7 +6,7 @@ import asyncio
 import random
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from typing import Any
 
@@ -154,6 +154,23 @@ def test_client_batch_gives_each_client_what_it_would_get_alone(source: MemorySo
         torch.testing.assert_close(output[valid], output_alone[valid], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(below[valid], below_alone[valid], atol=1e-5, rtol=1e-5)
     assert_close(weights, stepped)
+
+
+@pytest.mark.parametrize("scale", [1e6, -1e6, 1e30])
+def test_records_gradients_enter_the_trunk_within_the_clip_norm(source: MemorySource, scale: float) -> None:
+    """A client that sends 1e6 times its gradients moves the trunk as one whose records are just at the bound."""
+    limit = float(PIECES["b"].gradient.flatten(1).norm(dim=1).max()) * 1.01  # the honest are within it
+    lie = PIECES["a"].gradient * scale
+    at_bound = lie / lie.double().flatten(1).norm(dim=1)[:, None, None] * limit
+
+    async def work() -> dict[str, Tensor]:
+        async with Bench(source, federation(gradient_clip_norm=limit), "ab") as bench:
+            liar = replace(PIECES["a"], gradient=lie)
+            await asyncio.gather(bench.both("a", piece=liar), bench.both("b"))
+            return await bench.settled()
+
+    bounded = replace(PIECES["a"], gradient=at_bound.float())
+    assert_close(run(work), alone(source, [[bounded, PIECES["b"]]])[1])
 
 
 def test_order_of_arrival_changes_no_bit(source: MemorySource) -> None:

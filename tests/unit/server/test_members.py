@@ -135,6 +135,23 @@ def test_client_that_lost_its_state_gets_a_new_session_and_the_old_one_leaves() 
     assert first not in members
 
 
+def test_client_that_asks_for_a_mistaken_cut_keeps_its_session() -> None:
+    members, gone = make()
+    first, _ = members.welcome(hello())
+    with pytest.raises(RefusedError, match="cut 4,1 is not allowed"):
+        members.welcome(hello(resume=first.token, fresh=True, n_bottom=4, n_top=1))
+    assert gone == []
+    assert members.welcome(hello(resume=first.token)) == (first, True)
+
+
+def test_client_that_comes_back_with_another_cut_has_it_in_a_new_session() -> None:
+    members, gone = make()
+    first, _ = members.welcome(hello())
+    second, resumed = members.welcome(hello(resume=first.token, fresh=True, n_bottom=2, n_top=1))
+    assert (second.cut, second.shared, resumed) == (Cut(2, 1), {"w": (2, 1)}, False)
+    assert gone == ["ward-a"]
+
+
 def test_client_without_its_token_replaces_its_session_once_that_is_disconnected() -> None:
     members, gone = make()
 

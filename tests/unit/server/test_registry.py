@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import sqlite3
 import threading
 from pathlib import Path
@@ -11,9 +12,14 @@ from pathlib import Path
 import pytest
 
 from server_model.registry import Issued, Registry
+from splitfl.channel.joining import TOKEN
 from splitfl.errors import ConfigError, RefusedError, StorageError
 
 HOUR = 3600.0
+FIRST_REMEDY = {
+    "token_used": "Go on with the --state that used it",
+    "token_unknown": "A newer invitation made this one",
+}
 
 
 class Clock:
@@ -45,6 +51,7 @@ def refusal(books: Registry, token: str, serial: str = "ff", *, name: str = "war
     with pytest.raises(RefusedError) as caught:
         enrol(books, token, serial, name=name, key=key)
     assert "splitfl invite" in caught.value.remedy
+    assert FIRST_REMEDY.get(caught.value.code, "") in caught.value.remedy
     return caught.value.code
 
 
@@ -72,6 +79,10 @@ def test_token_ends_with_its_time(books: Registry, clock: Clock) -> None:
     token = books.invite("ward-a", HOUR)
     clock.now += HOUR + 1
     assert refusal(books, token) == "token_expired"
+
+
+def test_token_is_what_a_join_string_takes_for_one(books: Registry) -> None:
+    assert re.fullmatch(TOKEN, books.invite("ward-a", HOUR))
 
 
 def test_token_of_another_name_or_none_is_unknown(books: Registry) -> None:

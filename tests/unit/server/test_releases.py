@@ -95,3 +95,26 @@ def test_another_federation_begins_with_an_empty_cache(tmp_path: Path) -> None:
     cache.clear()
     assert (cache.get("ward", A), cache.size) == (None, 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_other_terms_and_the_end_leave_nothing_behind(tmp_path: Path) -> None:
+    cache = Releases(tmp_path, 1 << 20, terms="one")
+    cache.put("ward", A, activation(1))
+    assert Releases(tmp_path, 1 << 20, terms="one").holds("ward", A)
+    other = Releases(tmp_path, 1 << 20, terms="two")
+    assert not other.holds("ward", A)
+    assert (other.size, list(tmp_path.glob("*.bin"))) == (0, [])
+    other.put("ward", A, activation(1))
+    other.clear()
+    assert list(tmp_path.iterdir()) == []
+    assert tmp_path.stat().st_mode & 0o077 == 0
+
+
+def test_one_client_is_forgotten_and_gives_its_room_back(tmp_path: Path) -> None:
+    cache = Releases(tmp_path, 1 << 20)
+    for client in ("a", "b"):
+        cache.put(client, A, activation(1))
+    cache.forget("a")
+    cache.forget("nobody")
+    assert (cache.holds("a", A), cache.holds("b", A)) == (False, True)
+    assert cache.size == Releases(tmp_path, 1 << 20).size == HEADER_BYTES + 64

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from server_model.store import KEPT_ROUNDS, RoundState, Store
+from server_model.store import KEPT_ROUNDS, PARTS, RoundState, Store
 from splitfl.config import Federation, parse_federation
 from splitfl.errors import ConfigError, StorageError
 
@@ -19,7 +19,14 @@ SETTINGS = Federation()
 
 def state(round_: int, value: float = 1.0) -> RoundState:
     tensors = {"w": torch.full((2, 3), value)}
-    return RoundState(round_, tensors, {"w/exp_avg": torch.zeros(2, 3)}, {"head": torch.ones(4)}, {"seed": 7})
+    return RoundState(
+        round_,
+        tensors,
+        {"w/exp_avg": torch.zeros(2, 3)},
+        {"head": torch.ones(4)},
+        {"seed": 7},
+        {"head/momentum": torch.full((4,), 2.0)},
+    )
 
 
 @pytest.fixture
@@ -40,6 +47,7 @@ def test_round_comes_back_as_it_was_saved(store: Store) -> None:
     assert torch.equal(back.trunk["w"], torch.ones(2, 3))
     assert torch.equal(back.optimizer["w/exp_avg"], torch.zeros(2, 3))
     assert torch.equal(back.merged["head"], torch.ones(4))
+    assert torch.equal(back.strategy["head/momentum"], torch.full((4,), 2.0))
     assert back.facts["seed"] == 7
 
 
@@ -81,7 +89,7 @@ def test_full_disk_leaves_the_older_rounds_whole(store: Store, monkeypatch: pyte
     assert store.durable_rounds() == [0, 1]
 
 
-@pytest.mark.parametrize("file", ["trunk.safetensors", "optimizer.safetensors", "merged.safetensors", "state.json"])
+@pytest.mark.parametrize("file", [*(f"{part}.safetensors" for part in PARTS), "state.json"])
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 30, None])
 def test_damaged_round_is_named_and_the_one_before_it_too(store: Store, file: str, damage: bytes | None) -> None:
     store.save(state(0))

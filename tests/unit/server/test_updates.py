@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from server_model.updates import ClientUpdate, Inbox, check_tensors, merge_updates
+from splitfl.config import Merge
 from splitfl.errors import RefusedError, StorageError
-from splitfl.federation.strategies import Contribution, FedAvg
+from splitfl.federation.merging import Merger
+from splitfl.federation.robust import Contribution
+from splitfl.federation.strategies import FedAvg, RoundFacts
 from splitfl.files import sha256_of
 from splitfl.split.shares import Shapes
 from splitfl.wire.messages import TensorBytes, Update, Upload
@@ -191,23 +195,39 @@ def test_clients_do_not_see_each_others_uploads(inbox: Inbox) -> None:
         inbox.check("b", update(data), SHAPES)
 
 
-def test_cleared_inbox_keeps_what_is_still_coming(inbox: Inbox) -> None:
+def test_forgotten_update_leaves_the_others(inbox: Inbox) -> None:
     data = save(weights())
-    inbox.check("a", received(inbox, data, "a"), SHAPES)
+    first = inbox.check("a", received(inbox, data, "a"), SHAPES)
+    second = inbox.check("a", received(inbox, data, "a"), SHAPES)
     received(inbox, data, "b")
-    inbox.clear()
-    assert sorted(path.name for path in inbox.folder.iterdir()) == ["b.part"]
+    inbox.forget(first)
+    inbox.forget(ClientUpdate("c", 1, None))
+    assert second.path is not None
+    assert sorted(path.name for path in inbox.folder.iterdir()) == sorted([second.path.name, "b.part"])
     inbox.check("b", update(data), SHAPES)
 
 
 # merging
 
 
+def merged_by_mean(updates: list[ClientUpdate], own: dict[str, Contribution]) -> dict[str, torch.Tensor]:
+    return merged_with(Merge(), updates, own)
+
+
+def merged_with(
+    merge: Merge, updates: list[ClientUpdate], own: dict[str, Contribution] | None = None
+) -> dict[str, torch.Tensor]:
+    """What FedAvg makes of updates to weights that were zero."""
+    merger = Merger(FedAvg(merge), RoundFacts())
+    found = merge_updates(updates, merger, lambda _, shape: torch.zeros(shape), own or {}, lambda _: {})
+    return {name: tensor for name, tensor, _ in found}
+
+
 def test_merge_is_the_mean_by_tokens_of_all_who_sent_a_tensor(inbox: Inbox) -> None:
     first = inbox.check("a", received(inbox, save(weights(1.0)), "a"), SHAPES)
     second = inbox.check("b", received(inbox, save(weights(4.0)), "b"), SHAPES)
     updates = [first, ClientUpdate("b", 20, second.path), ClientUpdate("c", 99, None)]
-    merged = dict(merge_updates(updates, FedAvg(), lambda _, shape: torch.zeros(shape), {}))
+    merged = merged_by_mean(updates, {})
     assert merged.keys() == SHAPES.keys()
     for tensor in merged.values():
         torch.testing.assert_close(tensor, torch.full_like(tensor, 3.0))  # (10 x 1 + 20 x 4) / 30
@@ -216,7 +236,7 @@ def test_merge_is_the_mean_by_tokens_of_all_who_sent_a_tensor(inbox: Inbox) -> N
 def test_merge_counts_the_servers_own_copy(inbox: Inbox) -> None:
     sent = inbox.check("a", received(inbox, save(weights(1.0))), SHAPES)
     own = {"norm.weight": Contribution(torch.full((2,), 5.0), 30), "other": Contribution(torch.ones(1), 1)}
-    merged = dict(merge_updates([sent], FedAvg(), lambda _, shape: torch.zeros(shape), own))
+    merged = merged_by_mean([sent], own)
     assert merged["norm.weight"].tolist() == [4.0, 4.0]
     assert merged["head.weight"].unique().tolist() == [1.0]
     assert "other" not in merged
@@ -227,6 +247,47 @@ def test_merge_of_clients_with_different_cuts_takes_each_tensor_from_those_who_h
     first = inbox.check("a", received(inbox, save(weights(1.0)), "a"), SHAPES)
     data = save({"norm.weight": torch.full((2,), 3.0)})
     second = inbox.check("b", received(inbox, data, "b"), small)
-    merged = dict(merge_updates([first, second], FedAvg(), lambda _, shape: torch.zeros(shape), {}))
+    merged = merged_by_mean([first, second], {})
     assert merged["norm.weight"].tolist() == [2.0, 2.0]
     assert merged["head.weight"].unique().tolist() == [1.0]
+
+
+def test_merge_takes_the_change_of_a_late_update_at_its_discounted_weight(inbox: Inbox) -> None:
+    in_time = inbox.check("a", received(inbox, save(weights(4.0)), "a"), SHAPES)
+    late = inbox.check("a", received(inbox, save(weights(7.0)), "a"), SHAPES)  # of the same client, a round before
+    late = replace(late, discount=0.5, start=lambda _, shape: torch.full(shape, 5.0))  # it has changed them by 2
+    for tensor in merged_with(Merge(), [in_time, late]).values():
+        torch.testing.assert_close(tensor, torch.full_like(tensor, (10 * 4.0 + 5 * (0.0 + 2.0)) / 15))
+
+
+def test_whole_update_is_clipped_over_all_its_tensors(inbox: Inbox) -> None:
+    first = inbox.check("a", received(inbox, save(weights(100.0)), "a"), SHAPES)
+    second = inbox.check("b", received(inbox, save(weights(0.01)), "b"), SHAPES)
+    clipped = merged_with(Merge(clip_norm=1.0), [first])
+    assert sum(float(tensor.square().sum()) for tensor in clipped.values()) == pytest.approx(1.0)
+    small = merged_with(Merge(clip_norm=1.0), [second])
+    assert all(torch.equal(tensor, torch.full_like(tensor, 0.01)) for tensor in small.values())
+
+
+@pytest.mark.parametrize("merge", [Merge(aggregate="median"), Merge(aggregate="trimmed_mean")])
+@pytest.mark.parametrize("lie", [-1.0, 1000.0, -1000.0, 3e38])
+def test_one_liar_moves_no_weight_past_the_honest_ones(inbox: Inbox, merge: Merge, lie: float) -> None:
+    values = {"a": 1.0, "b": lie, "c": 1.2}
+    sent = [inbox.check(name, received(inbox, save(weights(v)), name), SHAPES) for name, v in values.items()]
+    greedy = [sent[0], ClientUpdate("b", 10**12, sent[1].path), sent[2]]  # and claims all the tokens
+    for tensor in merged_with(merge, greedy).values():
+        assert 1.0 <= tensor.min() <= tensor.max() <= 1.2 + 1e-6
+
+
+def test_krum_takes_one_whole_update(inbox: Inbox) -> None:
+    values = {"a": 1.0, "b": 1.01, "c": 1.02, "d": 1.03, "e": -1000.0}
+    updates = [inbox.check(name, received(inbox, save(weights(v)), name), SHAPES) for name, v in values.items()]
+    merged = merged_with(Merge(aggregate="krum"), updates)
+    assert {round(float(value), 2) for tensor in merged.values() for value in tensor.unique()} <= {1.01, 1.02}
+    assert len({float(value) for tensor in merged.values() for value in tensor.unique()}) == 1
+
+
+def test_krum_of_too_few_updates_leaves_the_weights_as_they_were(inbox: Inbox) -> None:
+    updates = [inbox.check(name, received(inbox, save(weights(1.0)), name), SHAPES) for name in "abcd"]
+    merged = merged_with(Merge(aggregate="krum"), updates)
+    assert all(not tensor.any() for tensor in merged.values())

@@ -200,3 +200,40 @@ def test_part_that_trains_nothing_does_nothing() -> None:
     part.clear()
     part.load_state_tensors({"block.0.weight/step": torch.ones(())})
     assert part.state_tensors() == {}
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_correction_is_added_after_division_and_clipping(name: Name) -> None:
+    named, expected = weights(), weights()
+    part = PartOptimizer(named, spec(name, clip=0.5))
+    reference = plain(name, list(expected.values()), 0.1)
+    for step in range(3):
+        put(named, step)
+        part.step(0.1, tokens_of, lambda key, weight: 2 * weight if key == "block.0.weight" else None)
+        for key, gradient in gradients(step).items():
+            expected[key].grad = gradient / TOKENS[key]
+        nn.utils.clip_grad_norm_(expected.values(), 0.5)
+        first = expected["block.0.weight"]
+        assert first.grad is not None
+        first.grad += 2 * first.detach()
+        reference.param_groups[0]["lr"] = 0.1
+        reference.step()
+        for key in SHAPES:
+            torch.testing.assert_close(named[key], expected[key], rtol=1e-6, atol=1e-7)
+
+
+def test_correction_moves_no_weight_that_no_token_crossed() -> None:
+    named = weights()
+    before = values(named)
+    put(named, 0)
+    PartOptimizer(named, spec("sgd")).step(0.1, lambda _: 0, lambda _, weight: weight)
+    assert all(torch.equal(named[key], before[key]) for key in SHAPES)
+
+
+def test_fused_step_stays_for_those_without_a_correction() -> None:
+    for correction in (None, lambda _, weight: 0 * weight):
+        named = weights()
+        part = PartOptimizer(named, spec("adamw"))
+        put(named, 0)
+        part.step(0.1, lambda _: 5, correction)
+        assert (part._optimizer.grad_scale is not None) == (correction is None)  # type: ignore[union-attr]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
+import zlib
 from typing import Any
 
 import msgpack
 import pytest
 
 from splitfl.errors import ProtocolError
+from splitfl.wire.checksum import BLOCK_BYTES
 from splitfl.wire.frames import (
     ALIGNMENT,
+    CHECKSUM_BYTES,
     MAX_ARRAY_ITEMS,
     MAX_HEADER_BYTES,
     MAX_TENSORS,
+    DamagedError,
     decode,
     encode,
     frame_bytes,
@@ -66,6 +70,7 @@ PEM = "-----BEGIN X-----\nYWJj\n-----END X-----\n"
 PEM_HEX = "d927" + PEM.encode().hex()
 FLOATS = TensorBytes("f32", (1, 1, 2), bytes.fromhex("0000803f 000000c0"))  # 1.0, -2.0
 
+#: messages and their frames, but for the checksum at the end
 GOLDEN: list[tuple[Message, str]] = [
     (
         Hello((1,), "ward-a"),
@@ -218,20 +223,31 @@ GOLDEN: list[tuple[Message, str]] = [
 ]
 NAMED = [pytest.param(message, text, id=type(message).__name__) for message, text in GOLDEN]
 MESSAGES = [pytest.param(message, id=type(message).__name__) for message, _ in GOLDEN]
-FRAMES = [pytest.param(bytes.fromhex(text), id=type(message).__name__) for message, text in GOLDEN]
-FORWARD = bytes.fromhex(next(text for message, text in GOLDEN if isinstance(message, Forward)))
+BODIES = [pytest.param(bytes.fromhex(text), id=type(message).__name__) for message, text in GOLDEN]
+
+
+def sealed(body: bytes) -> bytes:
+    """A frame: its body and the checksum, computed the slow way."""
+    folded = body[:BLOCK_BYTES]
+    for start in range(BLOCK_BYTES, len(body), BLOCK_BYTES):
+        block = body[start : start + BLOCK_BYTES].ljust(BLOCK_BYTES, b"\0")
+        folded = bytes(one ^ other for one, other in zip(folded, block, strict=True))
+    return body + struct.pack("<I", zlib.crc32(folded))
+
+
+FORWARD = sealed(bytes.fromhex(next(text for message, text in GOLDEN if isinstance(message, Forward))))
 
 
 def frame(header: Any, tail: bytes = b"") -> bytes:
     """``header`` as msgpack; ``tail`` begins at the first aligned position behind it."""
     packed = header if isinstance(header, bytes) else msgpack.packb(header)
     head = struct.pack("<I", len(packed)) + packed
-    return head + (bytes(-len(head) % ALIGNMENT) + tail if tail else b"")
+    return sealed(head + (bytes(-len(head) % ALIGNMENT) + tail if tail else b""))
 
 
 def taken_apart(message: Message) -> tuple[dict[str, Any], bytes]:
     """The header of a message of at most one tensor, and that tensor's bytes: what ``frame`` puts together again."""
-    head, *rest = encode(message)
+    head, *rest, _ = encode(message)
     return msgpack.unpackb(head[4:]), bytes(rest[-1]) if rest else b""
 
 
@@ -253,28 +269,39 @@ def refusal(data: bytes, **limits: int) -> ProtocolError:
 @pytest.mark.parametrize(("message", "text"), NAMED)
 def test_encoder_writes_the_golden_bytes(message: Message, text: str) -> None:
     parts = encode(message)
-    assert b"".join(parts).hex() == bytes.fromhex(text).hex()
-    assert frame_bytes(parts) == len(bytes.fromhex(text))
+    frame_ = sealed(bytes.fromhex(text))
+    assert b"".join(parts).hex() == frame_.hex()
+    assert frame_bytes(parts) == len(frame_)
 
 
 @pytest.mark.parametrize(("message", "text"), NAMED)
 def test_decoder_reads_the_golden_bytes(message: Message, text: str) -> None:
-    assert decode(bytes.fromhex(text)) == message
+    assert decode(sealed(bytes.fromhex(text))) == message
 
 
 def test_golden_bytes_cover_every_message() -> None:
     assert {type(message) for message, _ in GOLDEN} == set(MESSAGE_TYPES.values())
 
 
-@pytest.mark.parametrize("data", FRAMES)
-def test_decoder_refuses_a_golden_frame_cut_at_any_byte(data: bytes) -> None:
-    for length in range(len(data)):
-        assert refusal(data[:length]).field
+@pytest.mark.parametrize("body", BODIES)
+def test_decoder_refuses_a_golden_frame_cut_at_any_byte(body: bytes) -> None:
+    for length in range(len(body)):
+        assert refusal(sealed(body[:length])).field
+        assert isinstance(refusal(sealed(body)[:length]), DamagedError)
 
 
-@pytest.mark.parametrize("data", FRAMES)
-def test_decoder_refuses_a_golden_frame_with_a_byte_behind_it(data: bytes) -> None:
-    assert refusal(data + b"\0").field == "frame"
+@pytest.mark.parametrize("body", BODIES)
+def test_decoder_refuses_a_golden_frame_with_a_byte_behind_it(body: bytes) -> None:
+    assert refusal(sealed(body + b"\0")).field == "frame"
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_decoder_notices_every_flipped_bit(body: bytes) -> None:
+    data = bytearray(sealed(body))
+    for bit in range(8 * len(data)):
+        data[bit // 8] ^= 1 << bit % 8
+        assert isinstance(refusal(bytes(data)), DamagedError)
+        data[bit // 8] ^= 1 << bit % 8
 
 
 # tensors
@@ -283,12 +310,12 @@ def test_decoder_refuses_a_golden_frame_with_a_byte_behind_it(data: bytes) -> No
 @pytest.mark.parametrize("name_length", range(1, 64, 7))
 def test_tensor_starts_at_a_multiple_of_64_behind_any_header(name_length: int) -> None:
     parts = encode(Upload(0, 0, HASH, 0, 10**name_length % 2**53, ABC))
-    assert (frame_bytes(parts) - 3) % ALIGNMENT == 0
+    assert (frame_bytes(parts[:-1]) - 3) % ALIGNMENT == 0
 
 
 def test_decoder_aligns_each_further_tensor_too() -> None:
     data = frame({"t": "hidden", "x": [["hidden", "u8", [3]], ["more", "u8", [2]]]}, b"abc" + bytes(61) + b"de")
-    assert refusal(data[:-1]).field == "more"
+    assert refusal(sealed(data[: -CHECKSUM_BYTES - 1])).field == "more"
     assert refusal(data).field not in {"hidden", "frame"}  # both fit; Hidden has no field "more"
 
 
@@ -296,14 +323,14 @@ def test_encoder_does_not_copy_a_tensor() -> None:
     data = bytearray(b"abc")
     parts = encode(Upload(0, 0, HASH, 0, 3, TensorBytes("u8", (3,), memoryview(data))))
     data[0] = ord("z")
-    assert bytes(parts[-1]) == b"zbc"
+    assert bytes(parts[-2]) == b"zbc"
 
 
 def test_decoder_does_not_copy_a_tensor() -> None:
     data = bytearray(FORWARD)
     message = decode(memoryview(data))
     assert isinstance(message, Forward)
-    data[-1] = 0xEE
+    data[-CHECKSUM_BYTES - 1] = 0xEE
     assert message.hidden.data[-1] == 0xEE
     assert isinstance(message.hidden.data, memoryview)
     assert message.hidden.data.obj is data
@@ -312,7 +339,7 @@ def test_decoder_does_not_copy_a_tensor() -> None:
 def test_empty_tensor_takes_no_bytes() -> None:
     message = Hidden(0, 0, 0, 0, TensorBytes("bf16", (0, 2**40), b""))
     data = b"".join(encode(message))
-    assert len(data) % ALIGNMENT == 0
+    assert len(data) % ALIGNMENT == CHECKSUM_BYTES
     assert decode(data) == message
 
 
@@ -392,8 +419,8 @@ def test_decoder_refuses_a_frame_over_its_limit() -> None:
 @pytest.mark.parametrize("length", [18, MAX_HEADER_BYTES + 1, 2**31, 2**32 - 1])
 def test_decoder_refuses_a_header_past_the_frame_or_the_limit(length: int) -> None:
     data = b"".join(encode(Farewell(6)))
-    assert len(data) == 21
-    assert refusal(struct.pack("<I", length) + data[4:]).field == "header"
+    assert len(data) == 25
+    assert refusal(sealed(struct.pack("<I", length) + data[4:-CHECKSUM_BYTES])).field == "header"
 
 
 def test_decoder_refuses_a_header_over_the_limit_that_is_all_there() -> None:

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splitfl.errors import ProtocolError
-from splitfl.wire.frames import ALIGNMENT, decode, encode
+from splitfl.wire.checksum import checksum
+from splitfl.wire.frames import ALIGNMENT, CHECKSUM_BYTES, DamagedError, decode, encode
 from splitfl.wire.messages import (
     ELEMENT_BYTES,
     MESSAGE_TYPES,
@@ -93,6 +94,11 @@ def frame_of(message: Message) -> bytes:
     return b"".join(encode(message))
 
 
+def sealed(body: bytes) -> bytes:
+    """With the right checksum, so that what is behind it is looked at."""
+    return body + struct.pack("<I", checksum([body]))
+
+
 def survives(data: bytes) -> None:
     """Decode by hand and through both sessions: a message that round-trips, or ProtocolError."""
     try:
@@ -125,12 +131,13 @@ def test_any_message_arrives_as_it_was_sent(cls: type) -> None:
 @given(st.binary(max_size=300))
 def test_decoder_survives_any_bytes(data: bytes) -> None:
     survives(data)
+    survives(sealed(data))
 
 
 @MANY
 @given(st.binary(max_size=60), st.binary(max_size=40))
 def test_decoder_survives_any_header_bytes(header: bytes, tail: bytes) -> None:
-    survives(struct.pack("<I", len(header)) + header + tail)
+    survives(sealed(struct.pack("<I", len(header)) + header + tail))
 
 
 @MANY
@@ -142,16 +149,18 @@ def test_decoder_survives_any_header_bytes(header: bytes, tail: bytes) -> None:
 )
 def test_decoder_survives_any_fields(name: Any, fields: dict[str, Any], listed: Any, tail: bytes) -> None:
     header = msgpack.packb({"t": name, **fields, **({} if listed is None else {"x": listed})})
-    survives(struct.pack("<I", len(header)) + header + tail)
+    survives(sealed(struct.pack("<I", len(header)) + header + tail))
 
 
 @MANY
 @given(MESSAGES, st.data())
 def test_decoder_survives_flipped_bits(message: Message, choice: st.DataObject) -> None:
     data = bytearray(frame_of(message))
-    for bit in choice.draw(st.lists(st.integers(0, 8 * len(data) - 1), min_size=1, max_size=4)):
+    for bit in choice.draw(st.lists(st.integers(0, 8 * len(data) - 1), min_size=1, max_size=4, unique=True)):
         data[bit // 8] ^= 1 << bit % 8
-    survives(bytes(data))
+    with pytest.raises(DamagedError):
+        decode(bytes(data))
+    survives(sealed(bytes(data[:-CHECKSUM_BYTES])))
 
 
 @MANY
@@ -159,11 +168,14 @@ def test_decoder_survives_flipped_bits(message: Message, choice: st.DataObject) 
 def test_decoder_survives_frames_cut_and_joined(one: Message, other: Message, choice: st.DataObject) -> None:
     first, second = frame_of(one), frame_of(other)
     cut = choice.draw(st.integers(0, len(first)))
-    survives(first[:cut] + second[choice.draw(st.integers(0, len(second))) :])
+    joined = first[:cut] + second[choice.draw(st.integers(0, len(second))) :]
+    survives(joined)
+    survives(sealed(joined))
 
 
 @FEW
 @given(tensors(), st.integers(0, 200))
 def test_tensors_of_any_message_lie_aligned(tensor: TensorBytes, reason: int) -> None:
     parts = encode(MESSAGE_TYPES["hidden"](reason, 0, 0, 0, tensor))
-    assert sum(len(part) for part in parts[:-1]) % ALIGNMENT == 0
+    *head, _, _ = parts
+    assert sum(len(part) for part in head) % ALIGNMENT == 0

@@ -44,7 +44,7 @@ def joined(parts: Parts) -> bytes:
     return b"".join(parts)
 
 
-def welcome(*, resumed: bool, session: str = "token", version: int = 1) -> bytes:
+def welcome(*, resumed: bool, session: str = "token", version: int = PROTOCOL_VERSIONS[0]) -> bytes:
     return joined(encode(Welcome(version, session, resumed, "incarnation", -1, 1, 1, "{}", HASH)))
 
 
@@ -273,9 +273,9 @@ def test_server_refuses_a_hello_without_a_common_version_and_names_both_lists(ve
 
 
 def test_client_refuses_a_version_that_it_did_not_offer() -> None:
-    client = ClientSession(Hello((1,), "a"))
+    client = ClientSession(Hello(PROTOCOL_VERSIONS, "a"))
     with pytest.raises(ProtocolError) as caught:
-        client.receive(welcome(resumed=False, version=2))
+        client.receive(welcome(resumed=False, version=99))
     assert caught.value.field == "version"
     assert client.welcome is None
 
@@ -292,7 +292,7 @@ def examples(classes: Iterable[type]) -> list[Message]:
         cls(**{name: blank.get(name, 1) for name in cls.__dataclass_fields__ if name not in {"remedy", "field"}})
         for cls in classes
         if cls is not Hello
-    ] + ([Hello((1,), "a")] if Hello in classes else [])
+    ] + ([Hello(PROTOCOL_VERSIONS, "a")] if Hello in classes else [])
 
 
 @pytest.mark.parametrize("message", examples((Hello, Welcome, Refused, *ANSWERS)), ids=lambda m: type(m).__name__)
@@ -312,7 +312,10 @@ def test_client_refuses_a_message_that_no_server_sends(message: Message) -> None
 
 def test_both_sides_refuse_a_frame_over_their_limit() -> None:
     frame = joined(encode(NextRound(0, 0, 0)))
-    for session in (ServerSession(max_bytes=len(frame) - 1), ClientSession(Hello((1,), "a"), max_bytes=len(frame) - 1)):
+    for session in (
+        ServerSession(max_bytes=len(frame) - 1),
+        ClientSession(Hello(PROTOCOL_VERSIONS, "a"), max_bytes=len(frame) - 1),
+    ):
         with pytest.raises(ProtocolError) as caught:
             session.receive(frame)
         assert caught.value.field == "frame"

@@ -1,0 +1,95 @@
+"""From [merge] to what is done with one tensor's copies: which average, which strategy, what does not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from splitfl.config import Federation, Merge
+from splitfl.errors import ConfigError
+from splitfl.federation.robust import Contribution, Screen, average_of, screen_of
+from splitfl.federation.strategies import STRATEGIES, RoundFacts, State, Strategy
+
+#: fields of [merge] that belong to one average, by merge.aggregate
+AVERAGE_USES = {"trimmed_mean": ("trim_fraction",), "krum": ("byzantine",)}
+ALWAYS_USED = {"strategy", "share", "aggregate", "clip_norm"}
+
+
+@dataclass(frozen=True)
+class Merger:
+    """Merges copies of one tensor at a time, in a round of which ``facts`` are known."""
+
+    strategy: Strategy
+    facts: RoundFacts
+
+    @property
+    def screens(self) -> bool:
+        """Whether whole updates are looked at before any of them is merged."""
+        return self.strategy.settings.aggregate == "krum" or self.strategy.settings.clip_norm > 0
+
+    def screen(self, products: Tensor) -> Screen:
+        """What becomes of updates with these inner products."""
+        return screen_of(self.strategy.settings, products)
+
+    def __call__(self, previous: Tensor, parts: Sequence[Contribution], state: State) -> tuple[Tensor, State]:
+        """The merged tensor and what the strategy remembers of it, fp32. With no copy that a token trained both stay
+        as they were."""
+        trained = [part for part in parts if part.tokens]
+        if not trained:
+            return previous, state
+        wide = {name: tensor.double() for name, tensor in state.items()}
+        average = average_of(self.strategy.settings)(trained)
+        merged, kept = self.strategy.merge(previous.double(), average, wide, self.facts)
+        return merged.float(), {name: tensor.float() for name, tensor in kept.items()}
+
+
+def choose_strategy(settings: Federation) -> Strategy:
+    """The federation's strategy. Raises ConfigError for one that does not exist, and for settings that it, or the
+    chosen average, would leave unread or cannot keep its word with."""
+    merge = settings.merge
+    if merge.strategy not in STRATEGIES:
+        raise ConfigError(
+            f"merge.strategy = {merge.strategy!r} does not exist", f"Choose one of {', '.join(STRATEGIES)}."
+        )
+    strategy = STRATEGIES[merge.strategy](merge)
+    used = ALWAYS_USED.union(strategy.uses, AVERAGE_USES.get(merge.aggregate, ()))
+    for name, field in Merge.model_fields.items():
+        if name not in used and getattr(merge, name) != field.default:
+            raise ConfigError(
+                f"merge.{name} is set, but {merge.strategy} with the {merge.aggregate} of the copies does not use it",
+                f"Leave it out; these use {', '.join(sorted(used - ALWAYS_USED)) or 'no parameter'}.",
+            )
+    check_shares(merge)
+    check_krum(settings)
+    strategy.check(settings)
+    return strategy
+
+
+def check_shares(merge: Merge) -> None:
+    """Raise ConfigError for a way of merging where nothing is merged."""
+    plain = merge.strategy == "fedavg" and merge.aggregate == "mean" and not merge.clip_norm
+    if merge.share == "none" and not plain:
+        raise ConfigError(
+            f'merge.share = "none" merges nothing, so {merge.strategy} with the {merge.aggregate} has nothing to do',
+            'Leave them out, or set merge.share = "top" or "ends".',
+        )
+
+
+def check_krum(settings: Federation) -> None:
+    """Raise ConfigError where Krum could not tell liars from others, or updates cannot be compared."""
+    if settings.merge.aggregate != "krum":
+        return
+    least = 2 * settings.merge.byzantine + 3
+    if settings.rounds.min_clients < least:
+        raise ConfigError(
+            f'merge.aggregate = "krum" with merge.byzantine = {settings.merge.byzantine} needs {least} updates, '
+            f"rounds.min_clients is {settings.rounds.min_clients}",
+            "Raise rounds.min_clients, or lower merge.byzantine.",
+        )
+    if len(settings.bottoms) * len(settings.tops) > 1:
+        raise ConfigError(
+            'merge.aggregate = "krum" where clients may differ in their cuts: their updates cannot be compared',
+            'Leave out model.min_* and model.max_*, or set merge.aggregate = "median".',
+        )

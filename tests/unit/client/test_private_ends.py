@@ -1,0 +1,33 @@
+"""The ends: DP-SGD is on where it was asked for, or they are not made at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from client_model.ends import Ends
+from splitfl.config import Federation
+from splitfl.cut import Cut
+from splitfl.privacy.noise import NoiseStream
+from splitfl.privacy.policy import DpSgd
+from splitfl.split.checkpoint import CheckpointFolder
+
+CPU = torch.device("cpu")
+
+
+def ends(model: Path, dp_sgd: DpSgd | None, noise: NoiseStream | None) -> Ends:
+    return Ends(CheckpointFolder(model), Federation(), Cut(1, 1), CPU, dp_sgd, noise)
+
+
+def test_dp_sgd_without_noise_is_refused(small_model: Path) -> None:
+    """They would train without DP while the gate marks their weights as paid for."""
+    with pytest.raises(ValueError, match="without noise"):
+        ends(small_model, DpSgd(1.0, 1.0), None)
+
+
+def test_both_parts_train_privately_where_that_was_asked_for(small_model: Path) -> None:
+    private, plain = ends(small_model, DpSgd(1.0, 1.0), NoiseStream()), ends(small_model, None, NoiseStream())
+    assert None not in (private.private_top, private.private_bottom)
+    assert (plain.private_top, plain.private_bottom) == (None, None)
