@@ -9,7 +9,8 @@
     identity/                   certificate and private key of an invitation (client_model.identity)
     tally.json                  starts, rounds and traffic so far
     federation.json             the settings that were agreed to, and the cut
-    client.json                 name, federation, session token (to resume)
+    client.json                 name, federation, session token
+    journal                     what was sent and heard since the snapshot to go on from (client_model.journal)
     model/                      config and tokenizer as the server handed them out
     snapshots/round-000003/     weights, optimizer, correction (.safetensors), state.json
     pause/                      the same in the middle of a round, after Ctrl-C
@@ -58,12 +59,11 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class SessionRecord:
-    """How to find back to the server's session; ``next_seq`` is -1 unless it was paused cleanly."""
+    """Which session of which server this client had last."""
 
     name: str
     url: str
     token: str = ""
-    next_seq: int = -1
     incarnation: str = ""
     manifest: str = ""  # of the base model, to tell federations apart
 
@@ -92,6 +92,7 @@ class ClientStore:
         self.model = folder / "model"
         self.snapshots = folder / "snapshots"
         self.pause_folder = folder / "pause"
+        self.journal = folder / "journal"
         with storage_errors(folder):
             for place in (folder, self.snapshots):
                 clear_unfinished(place)
@@ -139,11 +140,22 @@ class ClientStore:
         """Make the tally durable."""
         write_file(self.folder / "tally.json", json.dumps(asdict(tally)).encode())
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Make a snapshot durable and forget all but the last two. Raises StorageError."""
-        self._write(self.snapshots / f"round-{snapshot.round:06d}", snapshot)
+    def save(self, snapshot: Snapshot) -> str:
+        """Make a snapshot durable and forget all but the last two; returns its name. Raises StorageError."""
+        name = self.name_of(snapshot.round)
+        self._write(self.folder / name, snapshot)
         for number in self.rounds()[:-KEPT_SNAPSHOTS]:
             shutil.rmtree(self.snapshots / f"round-{number:06d}", ignore_errors=True)
+        return name
+
+    @staticmethod
+    def name_of(round_: int) -> str:
+        """What the snapshot of a round is called."""
+        return f"snapshots/round-{round_:06d}"
+
+    def read(self, name: str) -> Snapshot:
+        """The snapshot or pause that was saved as ``name``. Raises StorageError."""
+        return self._read(self.folder / name)
 
     def rounds(self) -> list[int]:
         """Rounds that have a snapshot, oldest first."""
@@ -158,17 +170,14 @@ class ClientStore:
             shutil.rmtree(self.snapshots / f"round-{number:06d}", ignore_errors=True)
         return self._read(self.snapshots / f"round-{kept[-1]:06d}") if kept else None
 
-    def save_pause(self, snapshot: Snapshot) -> None:
-        """Remember the middle of a round."""
+    def save_pause(self, snapshot: Snapshot) -> str:
+        """Remember the middle of a round; returns its name. Raises StorageError."""
         self._write(self.pause_folder, snapshot)
+        return self.pause_folder.name
 
-    def take_pause(self) -> Snapshot | None:
-        """The paused state, once."""
-        if not self.pause_folder.exists():
-            return None
-        snapshot = self._read(self.pause_folder)
+    def forget_pause(self) -> None:
+        """Nothing goes on from there any more."""
         shutil.rmtree(self.pause_folder, ignore_errors=True)
-        return snapshot
 
     def save_closing(self, report: Mapping[str, Any]) -> None:
         """Make the closing report durable: from now on this client can end without the server."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_pause import STEPS, participant, service
+from test_pause import STEPS, participant, service, take_part
 
 from client_model.events import Event
 from client_model.participant import PausedError
@@ -29,11 +29,7 @@ def start(running: MemoryService, folder: Path, data: Path, stop_after: tuple[in
     events: list[Event] = []
     client = participant(folder, data, events.append)
     client.stop = lambda: stop_after in [(e.facts["round"], e.facts["step"]) for e in events if e.event == "step"]
-    record = client.store.session()
-    link = MemoryLink(running, Hello(PROTOCOL_VERSIONS, "a", resume=record.token if record else ""))
-    if record is not None and record.next_seq >= 0:
-        link._session._next_seq = link._session._ack = record.next_seq  # as the websocket link is told
-    return client.run(link, link.open(), URL), events
+    return take_part(running, client), events
 
 
 def test_report_after_a_pause_counts_what_left_before_it(
