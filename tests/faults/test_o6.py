@@ -1,7 +1,7 @@
 """O6: a client or the server killed at any message and restarted comes to the undisturbed run's weights, bit for bit.
 
 In one process the moment is exact: a client dies just before or just after a message is written down, and whatever it
-had in memory is gone. ``test_crashes.py`` kills real processes, at fewer moments.
+had in memory is gone. ``test_client_faults.py`` kills real processes, at fewer moments.
 """
 
 from __future__ import annotations
