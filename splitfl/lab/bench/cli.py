@@ -15,7 +15,7 @@ from splitfl.errors import ConfigError
 if TYPE_CHECKING:
     from splitfl.lab.bench.harness import Result
 
-NAMES = ("memory", "overhead", "privacy", "startup")
+NAMES = ("federation", "memory", "overhead", "privacy", "startup")
 
 
 def bench(
@@ -26,10 +26,12 @@ def bench(
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Checkpoint to measure on (privacy); none: one is made.")] = None,
     cut: Annotated[str, typer.Option(help="BOTTOM,TOP: blocks that the client keeps (privacy).")] = "1,1",
-    seeds: Annotated[int, typer.Option(help="How often everything is repeated (privacy).")] = 3,
-    jobs: Annotated[int, typer.Option(help="Rows that are measured at once, sharing the cores (privacy).")] = 1,
+    seeds: Annotated[int, typer.Option(help="How often everything is repeated (privacy, federation).")] = 3,
+    jobs: Annotated[
+        int, typer.Option(help="Rows that are measured at once, sharing the cores (privacy, federation).")
+    ] = 1,
     work: Annotated[
-        Path | None, typer.Option(help="Folder that keeps what is finished, to go on there (privacy).")
+        Path | None, typer.Option(help="Folder that keeps what is finished, to go on there (privacy, federation).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
@@ -58,10 +60,13 @@ def run_named(
     name: str, steps: int | None, model: Path | None, cut: Cut, seeds: int, jobs: int, work: Path | None
 ) -> Result:
     """Run one benchmark."""
-    from splitfl.lab.bench import memory, overhead, privacy, startup
+    from splitfl.lab.bench import federation, memory, overhead, privacy, startup
     from splitfl.lab.bench.contenders import Effort
+    from splitfl.lab.bench.hospitals import Scale
 
     match name:
+        case "federation":
+            return federation.run(scale=Scale(), seeds=seeds, work=work, jobs=jobs, say=note)
         case "memory":
             return memory.run(say=note)
         case "startup":
@@ -75,10 +80,11 @@ def run_named(
 
 def draw(result: Result, out: Path) -> None:
     """The picture that belongs to a benchmark, if it has one."""
-    if result.bench == "privacy":
-        from splitfl.lab.bench.plots import draw_frontier
+    from splitfl.lab.bench.plots import draw_federation, draw_frontier
 
-        draw_frontier(result, out / "privacy.png")
+    pictures = {"federation": draw_federation, "privacy": draw_frontier}
+    if result.bench in pictures:
+        pictures[result.bench](result, out / f"{result.bench}.png")
 
 
 def shown(value: object) -> str:

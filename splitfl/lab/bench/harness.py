@@ -1,4 +1,6 @@
-"""What every benchmark shares: the machine, medians with spread, bars, and one JSON object in one shape."""
+"""What every benchmark shares: the machine, medians with spread, bars, rows that outlast an interruption, and one JSON
+object in one shape.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,7 +22,8 @@ from typing import Any, Literal, TypeVar
 import psutil
 import torch
 
-from splitfl.errors import SplitFLError
+from splitfl.errors import ConfigError, SplitFLError
+from splitfl.files import write_file
 
 T = TypeVar("T")
 
@@ -85,6 +88,34 @@ def in_parallel(tasks: Sequence[Callable[[], T]], jobs: int) -> list[T]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         return [future.result() for future in [pool.submit(task) for task in tasks]]
+
+
+@contextmanager
+def workplace(work: Path | None, config: dict[str, Any]) -> Iterator[Path]:
+    """The folder ``work``, where a run goes on that was interrupted; without one, a folder that is forgotten.
+
+    Raises ConfigError when ``work`` holds a run with another ``config``.
+    """
+    with nullcontext(work) if work is not None else tempfile.TemporaryDirectory() as kept:
+        claim(Path(kept), config)
+        yield Path(kept)
+
+
+def claim(folder: Path, config: dict[str, Any]) -> None:
+    """Make ``folder`` this run's. Raises ConfigError when it is another's."""
+    path, text = folder / "config.json", json.dumps(config, indent=2, sort_keys=True, default=str)
+    if path.exists() and path.read_text() != text:
+        raise ConfigError(f"{folder} holds another run", "Name a new --work, or repeat that run's options.")
+    write_file(path, text.encode())
+
+
+def once(folder: Path, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row as it was measured, now or earlier."""
+    path = folder / "rows" / f"{name}.json"
+    if not path.exists():
+        write_file(path, json.dumps(measure()).encode())
+    row: dict[str, Any] = json.loads(path.read_text())
+    return row
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from splitfl.errors import StorageError
@@ -13,6 +14,9 @@ from splitfl.lab.bench.harness import Result
 from splitfl.lab.demo.plots import BLUE, GREEN, GREY, ORANGE, UNITS, tidy
 
 BASELINES = {"ends-only": ("--", ORANGE), "top-only": ("-.", GREEN), "noise-free split": ("-", GREY)}
+LINES = {"local-only": ("--", ORANGE), "centralised": ("-", GREEN)}
+TITLES = {"group": "each hospital one specialty", "dirichlet": "Dirichlet over specialties"}
+NEAR: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
 
 
 def draw_frontier(result: Result, path: Path) -> None:
@@ -23,7 +27,15 @@ def draw_frontier(result: Result, path: Path) -> None:
     for (name, rows), (marker, colour) in zip(by_mechanism(result.rows).items(), styles, strict=False):
         recovery = [row["recovery"]["median"] for row in rows]
         losses = [row["loss_noisy"]["median"] for row in rows]
-        panel.errorbar(recovery, losses, yerr=errors(rows), marker=marker, color=colour, capsize=3, label=name)
+        panel.errorbar(
+            recovery,
+            losses,
+            yerr=around([row["loss_noisy"] for row in rows]),
+            marker=marker,
+            color=colour,
+            capsize=3,
+            label=name,
+        )
         for x, y, row in zip(recovery, losses, rows, strict=True):
             panel.annotate(f"{row['level']:g}", (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
     for row in result.rows:
@@ -36,6 +48,40 @@ def draw_frontier(result: Result, path: Path) -> None:
     panel.set_ylabel(UNITS)
     panel.legend(frameon=False)
     tidy(panel, grid="y")
+    save(figure, path)
+
+
+def draw_federation(result: Result, path: Path) -> None:
+    """Loss by strategy with its spread, a panel a partition; baselines as lines. Raises StorageError."""
+    kinds = list(dict.fromkeys(row["partition"] for row in result.rows))
+    figure = Figure(figsize=(6.5 * len(kinds), 5), layout="constrained", facecolor="white")
+    for panel, kind in zip(
+        figure.subplots(1, len(kinds), sharex=True, sharey=True, squeeze=False)[0], kinds, strict=True
+    ):
+        draw_partition({row["model"]: row["union"] for row in result.rows if row["partition"] == kind}, panel)
+        panel.set_title(TITLES[kind], fontsize=11)
+    save(figure, path)
+
+
+def draw_partition(losses: dict[str, dict[str, float]], panel: Axes) -> None:
+    """One partition: ``losses`` are the spreads of all models."""
+    shown = [name for name in losses if name not in LINES and name != "before" and not name.startswith("local-only")]
+    for place, name in enumerate(shown):
+        panel.errorbar(losses[name]["median"], place, xerr=around([losses[name]]), fmt="o", color=BLUE, capsize=3)
+        panel.annotate(f"{losses[name]['median']:.3f}", (losses[name]["max"], place), xytext=(6, -3), **NEAR)
+    for name, (line, colour) in LINES.items():
+        panel.axvline(losses[name]["median"], linestyle=line, color=colour, label=name)
+    alone = [losses[name]["median"] for name in losses if name.startswith("local-only, client")]
+    panel.plot(alone, [len(shown)] * len(alone), "s", color=ORANGE, markersize=5)
+    panel.set_yticks(range(len(shown) + 1), [*shown, "local-only, each"])
+    panel.invert_yaxis()
+    panel.set_xlabel(f"{UNITS}, rows of all clients")
+    panel.legend(frameon=False)
+    tidy(panel, grid="x")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture. Raises StorageError."""
     try:
         figure.savefig(path, dpi=130)
     except OSError as error:
@@ -51,7 +97,6 @@ def by_mechanism(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {name: sorted(part, key=lambda row: float(row["recovery"]["median"])) for name, part in found.items()}
 
 
-def errors(rows: list[dict[str, Any]]) -> list[list[float]]:
-    """Distance from the median down to the least and up to the greatest."""
-    losses = [row["loss_noisy"] for row in rows]
+def around(losses: list[dict[str, float]]) -> list[list[float]]:
+    """Distance from each median down to the least and up to the greatest."""
     return [[loss["median"] - loss["min"] for loss in losses], [loss["max"] - loss["median"] for loss in losses]]

@@ -15,8 +15,6 @@ generators, for nothing here is a secret. A recovery is a lower bound and no gua
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -32,8 +30,6 @@ from client_model.records import open_tokenizer
 from splitfl.config import LEVELS
 from splitfl.cut import Cut
 from splitfl.data.records import Record
-from splitfl.errors import ConfigError
-from splitfl.files import write_file
 from splitfl.lab.adapt import NarrowModel
 from splitfl.lab.audit.mechanism import Mechanism
 from splitfl.lab.audit.model import PublicModel
@@ -50,7 +46,7 @@ from splitfl.lab.bench.contenders import (
     untouched,
     write_ends,
 )
-from splitfl.lab.bench.harness import Bar, Result, in_parallel, spread
+from splitfl.lab.bench.harness import Bar, Result, in_parallel, once, spread, workplace
 from splitfl.lab.bench.texts import Texts, docstrings, python_texts
 from splitfl.privacy.accounting import epsilon_of
 from splitfl.split.checkpoint import CheckpointFolder
@@ -105,9 +101,7 @@ def run(
     """
     config = {"model": str(model or "made here"), **asdict(scope), **asdict(effort), "delta": DELTA}
     result = Result("privacy", config)
-    with contextlib.nullcontext(work) if work is not None else tempfile.TemporaryDirectory() as kept:
-        folder = Path(kept)
-        claim(folder, config)
+    with workplace(work, config) as folder:
         base = model or made_base(folder / "base", scope, effort, say)
         count = effort.public_steps * effort.records
         texts = python_texts(open_tokenizer(base), length=effort.length, public_records=count)
@@ -117,23 +111,6 @@ def run(
         result.rows += in_parallel(bench.cells(), jobs)
     result.bars += bars(result.rows)
     return result
-
-
-def claim(folder: Path, config: dict[str, Any]) -> None:
-    """Make ``folder`` this run's. Raises ConfigError when it is another's."""
-    path, text = folder / "config.json", json.dumps(config, indent=2, sort_keys=True, default=str)
-    if path.exists() and path.read_text() != text:
-        raise ConfigError(f"{folder} holds another run", "Name a new --work, or repeat that run's options.")
-    write_file(path, text.encode())
-
-
-def once(folder: Path, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A row as it was measured, now or earlier."""
-    path = folder / "rows" / f"{name}.json"
-    if not path.exists():
-        write_file(path, json.dumps(measure()).encode())
-    row: dict[str, Any] = json.loads(path.read_text())
-    return row
 
 
 def made_base(folder: Path, scope: Scope, effort: Effort, say: Say) -> Path:

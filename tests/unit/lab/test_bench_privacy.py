@@ -25,9 +25,9 @@ from splitfl.lab.bench.contenders import (
     without_noise,
     write_ends,
 )
-from splitfl.lab.bench.harness import Result
+from splitfl.lab.bench.harness import Result, claim, once
 from splitfl.lab.bench.plots import draw_frontier
-from splitfl.lab.bench.privacy import Scope, bars, claim, once, run
+from splitfl.lab.bench.privacy import Scope, bars, run
 from splitfl.lab.bench.texts import RUN, Texts, docstrings, python_texts, runs
 
 QUICK = Effort(public_steps=4, private_steps=6, records=4, length=32, rates=(3e-3,), compute="fp32")
