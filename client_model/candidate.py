@@ -47,6 +47,8 @@ class Connection(Asker, Protocol):
 
     def ask(self, message: Request) -> Answer: ...
 
+    def go_on(self) -> None: ...
+
     @property
     def next_seq(self) -> int: ...
 
@@ -83,6 +85,8 @@ class Candidate:
         self.cut = self._checked_cut(Cut(welcome.n_bottom, welcome.n_top))
         self._check_state(welcome)
         self._check_terms(welcome)
+        self._check_journal(welcome)
+        self.link.go_on()
         self._remember(welcome)
         self.assets = Assets(self.link, self.cache, self.store.model, lambda text: self._say("fetching", text=text))
         self.assets.open(welcome.manifest)
@@ -120,6 +124,17 @@ class Candidate:
         self.terms = Terms(self.settings, welcome.manifest)
         self.guard.check_terms(self.terms, self.accept)
         self._check_countersigner(welcome)
+
+    def _check_journal(self, welcome: Welcome) -> None:
+        """What a journal holds was sent under the terms and to the server that it names, and goes to no other.
+
+        A server that restarts forgets its sessions, so an honest one never goes on with a session under other terms.
+        """
+        head = self.link.journal.head if welcome.resumed else None
+        if head is not None and (head.terms, head.signer) != (self.terms.sha256, welcome.signer):
+            raise ProtocolError(
+                "the server goes on with a session under other terms, or with another key", "Do not trust this server."
+            )
 
     def _check_countersigner(self, welcome: Welcome) -> None:
         """Nothing leaves to a server that cannot know, or does not say, what has left before."""

@@ -216,8 +216,8 @@ def take_part(participant: Participant, url: str, patience: float, invited: Join
 
     store = participant.store
     check_same_client(participant.name, store)
-    journal = open_journal(store, participant.key_file, participant.plan)
-    hello = first_words(participant.name, store, participant.plan, journal.head)
+    journal = open_journal(store, participant.key_file, participant.plan, floor=repr(participant.floor), url=url)
+    hello = first_words(participant.name, store, participant.plan, journal.head, url)
     tls = enrolled(invited, store.folder, patience) if invited else None
     first = 0.0 if store.closing() is not None else patience  # there is little left to wait for
     link = Link(url, hello, journal=journal, patience_s=first, say=note, tls=tls)
@@ -256,8 +256,13 @@ def check_same_client(name: str, store: ClientStore) -> None:
         )
 
 
-def open_journal(store: ClientStore, key_file: Path | None, cut: Cut | None) -> Journal:
-    """The journal of a state folder; one that is damaged, or of another ``cut``, is begun anew. Raises PrivacyError."""
+def open_journal(
+    store: ClientStore, key_file: Path | None, cut: Cut | None, *, floor: str = "", url: str = ""
+) -> Journal:
+    """The journal of a state folder; one that is damaged, or of another ``cut`` or ``floor``, is begun anew.
+
+    So is one of another ``url``, unless TLS proves that it is the same server. Raises PrivacyError.
+    """
     from client_model.journal import Journal
     from client_model.keys import open_key
 
@@ -268,15 +273,26 @@ def open_journal(store: ClientStore, key_file: Path | None, cut: Cut | None) -> 
         note(f"{error.message}: this client's part of the round is lost, and it goes on from its last snapshot")
         store.journal.unlink(missing_ok=True)
         return Journal(store.journal, key)
-    if journal.head is not None and journal.head.cut != str(asked_cut(store, cut)):
+    head = journal.head
+    if head is None:
+        return journal
+    if not is_same_server(head.url, url) or (head.cut, head.floor) != (str(asked_cut(store, cut)), floor):
         journal.drop()
     return journal
 
 
-def first_words(name: str, store: ClientStore, cut: Cut | None, head: Head | None) -> Hello:
-    """Hello for a new session, for one that the journal ``head`` goes on with, or for one whose state is lost."""
+def is_same_server(before: str, url: str) -> bool:
+    """Whether ``url`` leads to the server that ``before`` led to: by TLS it has to prove that, whatever its address."""
+    return before == url or url.startswith("wss:")
+
+
+def first_words(name: str, store: ClientStore, cut: Cut | None, head: Head | None, url: str) -> Hello:
+    """Hello for a new session, for one that the journal ``head`` goes on with, or for one whose state is lost.
+
+    The session's token is for the server at ``url`` that gave it.
+    """
     record = store.session()
-    last = record.token if record is not None else ""
+    last = record.token if record is not None and is_same_server(record.url, url) else ""
     return Hello(
         versions=PROTOCOL_VERSIONS,
         name=name,

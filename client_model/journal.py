@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from client_model.asking import settle
-from client_model.sealed import SealedFile
+from client_model.sealed import SealedFile, damage
+from splitfl.errors import ProtocolError
 from splitfl.wire.frames import Parts, decode
 from splitfl.wire.messages import (
     Answer,
@@ -52,6 +53,8 @@ class Head:
 
     ``in_round``: the base is in the middle of its round, which is to be finished; else the next one is asked for.
     ``next_seq`` is the first request's number; ``data`` and ``cut`` are what the round must be done again with.
+    ``terms`` (SHA-256), the server's ``signer`` and ``url`` and the client's own ``floor`` are what everything was sent
+    under: to others, or under others, nothing of it leaves.
     """
 
     base: str
@@ -60,6 +63,10 @@ class Head:
     next_seq: int
     data: str = ""
     cut: str = ""
+    terms: str = ""
+    signer: str = ""
+    floor: str = ""
+    url: str = ""
 
 
 class Journal:
@@ -76,7 +83,10 @@ class Journal:
         self._forget()
         if path is not None and path.exists():
             self._file = SealedFile(path, key)
-            self._read(self._file)
+            try:
+                self._read(self._file)
+            except (TypeError, ValueError, KeyError, IndexError, struct.error, ProtocolError) as error:
+                raise damage(path) from error  # or of another release
 
     def _forget(self) -> None:
         self.head: Head | None = None

@@ -101,6 +101,8 @@ class Link:
             hello, next_seq=self.journal.next_seq, unanswered=self.journal.unanswered, keeper=self.journal
         )
         self._futures = dict(self.journal.waiting)
+        self._trusted = not self.journal.unanswered  # until somebody has looked at Welcome, nothing of those leaves
+        self._ready: asyncio.Queue[Parts] | None = None  # of the connection that stands
         self._backlog: deque[tuple[Request, Future[Answer]]] = deque()  # beyond the credit window
         self._welcome: Future[Welcome] = Future()
         self._loop = asyncio.new_event_loop()
@@ -116,6 +118,10 @@ class Link:
         """Connect and say Hello; returns the server's Welcome. Raises LinkError, RefusedError, ProtocolError."""
         self._thread.start()
         return self._welcome.result()
+
+    def go_on(self) -> None:
+        """Welcome is one to go on with: repeat what an earlier start has sent and heard no answer to."""
+        self._loop.call_soon_threadsafe(self._go_on)
 
     def request(self, message: Request) -> Future[Answer]:
         """Send a request, unless an earlier start of this round has sent it; its future gives the answer.
@@ -213,7 +219,7 @@ class Link:
                 raise
             self.say(f"the link to {self.url}: {damaged.message}")
         finally:
-            self._outgoing = None
+            self._outgoing = self._ready = None
             for helper in helpers:
                 helper.cancel()
         return welcomed
@@ -230,9 +236,22 @@ class Link:
         elif not welcome.resumed:
             asked = self._void_requests(SessionLostError(welcome))
             self._lost = None if asked else SessionLostError(welcome)  # nobody asks now: tell the next who does
+        self._ready = outgoing
+        if self._trusted:
+            self._repeat()
+
+    def _go_on(self) -> None:
+        if not self._trusted:
+            self._trusted = True
+            self._repeat()
+
+    def _repeat(self) -> None:
+        """Send what is unanswered, if there is a connection; from then on requests leave as they come."""
+        if self._ready is None:
+            return
         for parts in self._session.unanswered():
-            outgoing.put_nowait(parts)
-        self._outgoing = outgoing
+            self._ready.put_nowait(parts)
+        self._outgoing = self._ready
 
     def _answered(self, event: Answered) -> None:
         self._said_why = False

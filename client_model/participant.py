@@ -143,7 +143,18 @@ class Participant(Candidate):
 
     def _begin_journal(self, base: str, *, in_round: bool) -> None:
         """From now on a crash goes back to ``base``. Steps of DP-SGD cannot be done again: their noise is not kept."""
-        head = Head(base, in_round, self.welcome.session, self.link.next_seq, self._fingerprint(), str(self.cut))
+        head = Head(
+            base,
+            in_round,
+            self.welcome.session,
+            self.link.next_seq,
+            data=self._fingerprint(),
+            cut=str(self.cut),
+            terms=self.terms.sha256,
+            signer=self.welcome.signer,
+            floor=repr(self.floor),
+            url=self.url,
+        )
         self.link.journal.begin(head, only_head=self.gate.policy.dp_sgd is not None)
         if base != self.store.pause_folder.name:
             self.store.forget_pause()
@@ -181,6 +192,11 @@ class Participant(Candidate):
                 return self._finish(answer)
             if not isinstance(answer, RoundOpen):
                 raise ProtocolError(f"{type(answer).__name__} instead of a round")
+            if not self.round < answer.round < self.settings.rounds.count:
+                raise ProtocolError(
+                    f"the server opens round {answer.round + 1} of {self.settings.rounds.count} after {self.round + 1}",
+                    "Do not trust this server: each round is trained once.",
+                )
             self.store.forget_closing()
             self._take_merge(answer.weights)
             self.ends.begin_round(self.beside)
@@ -263,7 +279,8 @@ class Participant(Candidate):
         if round_ == 0 and self.gate.keepsakes.chosen:
             self.gate.keepsakes.keep_head(shared.get(self.ends.head_name), self.labels)
         self.notary.mark()
-        answer = self.link.ask(Update(0, 0, round_, snapshot.tokens, digest, self.measured.shared))
+        loss = self.link.journal.once(f"loss {round_}", lambda: self.measured.shared)
+        answer = self.link.ask(Update(0, 0, round_, snapshot.tokens, digest, loss))
         self.measured.shared = None
         if not isinstance(answer, RoundDurable):
             raise ProtocolError(f"{type(answer).__name__} instead of a merged round")

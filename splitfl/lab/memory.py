@@ -143,9 +143,13 @@ class MemoryLink:
         assert isinstance(event, Connected)
         if not event.welcome.resumed:
             self._futures.clear()
+        return event.welcome
+
+    def go_on(self) -> None:
+        """Repeat what an earlier start has sent and heard no answer to."""
+        assert self._member is not None
         for parts in self._session.unanswered():
             self._service.send(self, self._member, self._counted(parts))
-        return event.welcome
 
     def request(self, message: Request) -> Future[Answer]:
         """Send a request; its future gives the answer, or raises RefusedError, or why the federation was stopped."""

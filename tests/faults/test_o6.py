@@ -19,6 +19,7 @@ from disturbing import assert_same, final_weights
 from gates import agree
 
 from client_model.cli import first_words, open_journal
+from client_model.floor import Floor
 from client_model.journal import Journal
 from client_model.link import SessionLostError
 from client_model.participant import Participant
@@ -93,8 +94,8 @@ class Place:
         """A client as ``splitfl join`` would start it."""
         store = ClientStore(self.folder / name)
         client = Participant(name, self.data[name], store, self.folder / f"cache-{name}", CPU, accept=agree)
-        journal = open_journal(store, None, None) if journal is None else journal
-        return client, Link(service, first_words(name, store, None, journal.head), journal)
+        journal = open_journal(store, None, None, floor=repr(Floor()), url=URL) if journal is None else journal
+        return client, Link(service, first_words(name, store, None, journal.head, URL), journal)
 
     def run(self, service: MemoryService, name: str) -> None:
         client, link = self.start(service, name)
@@ -103,7 +104,7 @@ class Place:
     def run_killed(self, service: MemoryService, dies_at: int, *, after: bool) -> int:
         """Client ``a``, killed and started again; returns how many messages it lived to see."""
         store = ClientStore(self.folder / "a")
-        journal = open_journal(store, None, None)
+        journal = open_journal(store, None, None, floor=repr(Floor()), url=URL)
         journal.__class__, journal.dies_at, journal.after = Doomed, dies_at, after  # type: ignore[assignment, attr-defined]
         client, link = self.start(service, "a", journal)
         try:

@@ -53,8 +53,8 @@ def participant(folder: Path, data: Path, report: Callable[[Event], None] = lamb
 
 def take_part(service: MemoryService, client: Participant) -> dict[str, Any]:
     """One start of a client with the journal of its state folder, as ``splitfl join`` makes it."""
-    journal = open_journal(client.store, client.key_file, None)
-    link = MemoryLink(service, first_words(client.name, client.store, None, journal.head), journal)
+    journal = open_journal(client.store, client.key_file, None, floor=repr(client.floor), url=URL)
+    link = MemoryLink(service, first_words(client.name, client.store, None, journal.head, URL), journal)
     return client.run(link, link.open(), URL)
 
 

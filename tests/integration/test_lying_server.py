@@ -11,6 +11,7 @@ import torch
 from gates import agree
 
 from client_model.guard import Guard
+from client_model.journal import Head, Journal
 from client_model.participant import Participant
 from client_model.records import ClientData, open_tokenizer
 from client_model.store import ClientStore
@@ -19,7 +20,7 @@ from splitfl.config import Federation, parse_federation
 from splitfl.errors import PrivacyError, ProtocolError, RefusedError
 from splitfl.federation.agreement import Terms
 from splitfl.lab.memory import URL, MemoryLink, MemoryService
-from splitfl.wire.messages import PROTOCOL_VERSIONS, Forward, Hello
+from splitfl.wire.messages import PROTOCOL_VERSIONS, Forward, Hello, RoundOpen
 
 CPU = torch.device("cpu")
 
@@ -74,6 +75,50 @@ def test_weights_trained_under_other_terms_are_not_taken_up_again(
         started = second.ends.weights()
     assert any(not torch.equal(started[name], weight) for name, weight in kept.weights.items())
     assert second.round == -1
+
+
+@pytest.mark.parametrize("other", ["terms", "signer"])
+def test_session_is_not_gone_on_with_under_other_terms_or_with_another_key(
+    tmp_path: Path, small_model: Path, wards: dict[str, Path], other: str
+) -> None:
+    """What a journal holds was sent under the terms that it names: neither its weights nor its frames go elsewhere."""
+    chosen = settings({"mode": "measured", "clip_norm": 1.0})
+    with MemoryService(Coordinator(small_model, chosen, tmp_path / "server", device=CPU)) as service:
+        link = MemoryLink(service, Hello(PROTOCOL_VERSIONS, "a"))
+        welcome = replace(link.open(), resumed=True)
+        agreed = {"terms": Terms(chosen, welcome.manifest).sha256, "signer": welcome.signer}
+        link.journal = Journal(tmp_path / "journal", bytes(32))
+        link.journal.begin(Head("", False, welcome.session, 0, **{**agreed, other: "ab" * 32}))
+        resumed = client(tmp_path / "a", wards["a"])
+        with pytest.raises(ProtocolError, match="other terms, or with another key"):
+            resumed.run(link, welcome, URL)
+        assert (tmp_path / "a" / "model").exists() is False  # nothing was asked of that server
+
+
+@pytest.mark.parametrize("opened", [0, 2, 3])
+def test_round_that_is_not_the_next_one_is_not_trained(
+    tmp_path: Path, small_model: Path, wards: dict[str, Path], opened: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In mode "measured" each round that is done again shows the server another draw of the same gradients."""
+    chosen = settings({"mode": "measured", "clip_norm": 1.0}, rounds={"count": 2, "local_steps": 1})
+    asked: list[int] = []
+
+    def open_round(*_: object) -> Any:
+        asked.append(opened)
+        return RoundOpen(0, opened, "")
+
+    second = client(tmp_path / "a", wards["a"])
+    with MemoryService(Coordinator(small_model, chosen, tmp_path / "server", device=CPU)) as service:
+        link = MemoryLink(service, Hello(PROTOCOL_VERSIONS, "a"))
+        welcome = link.open()
+        second.link, second.url = link, URL
+        second._prepare(welcome)
+        second._go_on_from(welcome)
+        second.round = 0
+        monkeypatch.setattr(link, "ask", open_round)
+        with pytest.raises(ProtocolError, match="each round is trained once"):
+            second._rounds()
+    assert asked == [opened]
 
 
 def test_terms_that_were_accepted_long_ago_are_asked_for_again(tmp_path: Path) -> None:

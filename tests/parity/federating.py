@@ -15,6 +15,7 @@ from serving import ServiceThread
 
 from client_model.cli import first_words, open_journal, say_goodbye
 from client_model.events import Event
+from client_model.floor import Floor
 from client_model.link import Link
 from client_model.participant import Participant, PausedError
 from client_model.store import ClientStore
@@ -98,8 +99,8 @@ def join(
             merged.append(event.facts["round"])
 
     store = ClientStore(folder)
-    journal = open_journal(store, None, cut)
-    link = Link(url, first_words(name, store, cut, journal.head), journal=journal, say=lambda _: None)
+    journal = open_journal(store, None, cut, floor=repr(Floor()), url=url)
+    link = Link(url, first_words(name, store, cut, journal.head, url), journal=journal, say=lambda _: None)
     participant = Participant(name, data, store, folder / "cache", CPU, report, accept=agree, plan=cut)
     participant.stop = lambda: one_round and bool(merged)
     try:

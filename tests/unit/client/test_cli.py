@@ -99,20 +99,20 @@ def test_plan_is_a_cut_or_left_to_the_federation() -> None:
 
 
 def test_new_client_says_its_name_and_its_plan(store: ClientStore) -> None:
-    hello = first_words("ward", store, Cut(2, 1), None)
+    hello = first_words("ward", store, Cut(2, 1), None, "ws://x")
     assert (hello.name, hello.resume, hello.fresh, hello.round) == ("ward", "", True, -1)
     assert (hello.n_bottom, hello.n_top) == (2, 1)
 
 
 def test_client_without_a_plan_takes_the_federations_cut(store: ClientStore) -> None:
-    hello = first_words("ward", store, None, None)
+    hello = first_words("ward", store, None, None, "ws://x")
     assert (hello.n_bottom, hello.n_top) == (-1, -1)
 
 
 def test_client_without_a_journal_names_its_session_and_that_its_state_is_lost(store: ClientStore) -> None:
     store.save_session(SessionRecord("ward", "ws://x", "token"))
     store.save(snapshot(3))
-    hello = first_words("ward", store, None, None)
+    hello = first_words("ward", store, None, None, "ws://x")
     assert (hello.resume, hello.fresh, hello.round) == ("token", True, 3)
 
 
@@ -121,8 +121,23 @@ def test_client_with_a_journal_goes_on_with_its_session(store: ClientStore, tmp_
     open_journal(store, tmp_path / "key", None).begin(Head("pause", True, "token", 17, cut="2,1"))
     store.save_session(SessionRecord("ward", "ws://x", "newer"))
     journal = open_journal(store, tmp_path / "key", Cut(2, 1))
-    hello = first_words("ward", store, None, journal.head)
+    hello = first_words("ward", store, None, journal.head, "")
     assert (hello.resume, hello.fresh, journal.next_seq) == ("token", False, 17)
+
+
+def test_token_and_journal_are_for_the_server_that_they_came_from(store: ClientStore, tmp_path: Path) -> None:
+    store.save_federation(Federation().model_dump_json(), (1, 1))
+    head = Head("", False, "token", 0, cut="1,1", url="ws://x", floor="f")
+    store.save_session(SessionRecord("ward", "ws://x", "token"))
+    for url, floor, kept in (
+        ("ws://x", "f", True),
+        ("wss://y", "f", True),
+        ("ws://y", "f", False),
+        ("ws://x", "", False),
+    ):
+        open_journal(store, tmp_path / "key", None).begin(head)
+        assert (open_journal(store, tmp_path / "key", None, floor=floor, url=url).head is not None) == kept
+    assert first_words("ward", store, None, None, "ws://y").resume == ""
 
 
 def test_journal_of_another_plan_is_dropped(store: ClientStore, tmp_path: Path) -> None:

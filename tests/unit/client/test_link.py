@@ -7,11 +7,13 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from websockets.sync.server import ServerConnection, serve
 
+from client_model.journal import Head, Journal
 from client_model.link import Link, SessionLostError
 from splitfl.errors import LinkError, ProtocolError, RefusedError
 from splitfl.wire.frames import decode, encode
@@ -263,3 +265,31 @@ def test_name_that_does_not_resolve_is_waited_for_only_if_it_once_did(
 def test_link_that_was_never_opened_can_be_closed() -> None:
     with linked("ws://127.0.0.1:9"):
         pass
+
+
+def test_what_an_earlier_start_left_unanswered_leaves_once_somebody_trusts_this_server(tmp_path: Path) -> None:
+    """The server says that it goes on with the session; whether it may is for the terms and the books to say."""
+    journal = Journal(tmp_path / "journal", bytes(32))
+    journal.begin(Head("", False, "token", 0))
+    journal.sent(0, encode(NextRound(0, 0, 4)))
+    heard: list[Any] = []
+
+    def behave(connection: ServerConnection, _: int) -> None:
+        heard.append(hear(connection))
+        send(connection, welcome(resumed=True))
+        while True:
+            heard.append(hear(connection))
+            send(connection, RoundOpen(heard[-1].seq, 5, ""))
+
+    with served(behave) as url:
+        again = Journal(tmp_path / "journal", bytes(32))
+        link = Link(url, Hello(PROTOCOL_VERSIONS, "ward", resume="token"), journal=again, say=lambda _: None)
+        link.open()
+        reply = link.request(NextRound(0, 0, 5))  # what is new waits behind it
+        with pytest.raises(TimeoutError):
+            reply.result(timeout=0.3)
+        assert [type(message) for message in heard] == [Hello]
+        link.go_on()
+        assert isinstance(reply.result(timeout=10), RoundOpen)
+        assert [message.after for message in heard[1:]] == [4, 5]
+        link.close()
