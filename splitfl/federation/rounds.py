@@ -3,7 +3,8 @@
 A round opens when at least ``min_clients`` wait and nobody who has been there before is still on its way; a
 newcomer that is still fetching its ends holds nobody up. A cohort is drawn from those who wait. The round is
 merged when every member that has not left has sent its update, or at
-the deadline. An update that missed its deadline is dropped, or counts in the next merge at a discount.
+the deadline: with whatever is there, but where somebody may lie with ``min_clients`` updates at least, so that nobody
+decides alone by being early. An update that missed its deadline is dropped, or counts in the next merge at a discount.
 It knows names and numbers, no weights and no sockets.
 """
 
@@ -189,13 +190,17 @@ class RoundMachine:
             return self._open(now)
         deadline = self.deadline()
         late = deadline is not None and now >= deadline
-        if self.cohort <= self.updates.keys() or (late and self.updates):
+        if self.cohort <= self.updates.keys() or (late and len(self.updates) >= self._least_at_deadline()):
             self.phase = Phase.MERGING
             missed = self.cohort - self.updates.keys()
             self.present -= missed  # nobody waits for who was late, until it asks again
             self.owed |= dict.fromkeys(missed, self.round)
             return [MergeRound(self.round, tuple(sorted(self.updates)), self._take_late())]
         return []
+
+    def _least_at_deadline(self) -> int:
+        """The bounds of robust averages are those of so many copies; a mean has none to lose."""
+        return 1 if self.settings.merge.aggregate == "mean" else self.settings.rounds.min_clients
 
     def _take_late(self) -> tuple[Discounted, ...]:
         exponent = self.settings.rounds.staleness_exponent
