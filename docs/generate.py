@@ -46,7 +46,8 @@ Some combinations are refused as well: `micro_batches` that does not divide `rec
 limits, or with more blocks than the model has; `share = "none"` when clients may differ in `n_top` (personal tops of
 different depth cannot be exported); on a model whose head is its embedding, `head` other than `"full"` or
 `share = "top"` while that embedding trains; a parameter of `[merge]` that the chosen strategy and average do not use;
-SCAFFOLD with AdamW, with robust merging or where cuts may differ; Krum with a `min_clients` below 2 x `byzantine` + 3.
+SCAFFOLD with AdamW, with robust merging, late updates or where cuts may differ; an `aggregate` other than the mean
+with late updates or where cuts may differ; Krum with a `min_clients` below 2 x `byzantine` + 3.
 """
 
 TABLES_BELOW = "<!-- Tables from here on: docs/generate.py, from splitfl/lab/simulate/settings.py -->\n"

@@ -211,7 +211,7 @@ class Rounds:
                     self._take_late(action)
                 case MergeRound():
                     self.engine.end_round()
-                    spawn(self._merge(members, action))
+                    spawn(self._merge(members, action, self._to_merge(action)))
                 case Finish():
                     self._finish(action.round)
 
@@ -245,16 +245,19 @@ class Rounds:
         resolve(self._desk.update.pop(late.client, None), answer)
 
     def _to_merge(self, action: MergeRound) -> list[ClientUpdate]:
-        """The updates of a merge, those in time first."""
+        """The updates of a merge, those in time first. What comes late from here on is for the merge after it."""
         in_time = [self._updates.pop(name) for name in action.contributors]
-        return in_time + [
-            replace(self._late.pop(late.client), discount=late.discount, start=partial(self._before, late.round))
+        there, self._late = self._late, {}
+        late = [
+            replace(there.pop(late.client), discount=late.discount, start=partial(self._before, late.round))
             for late in action.late
         ]
+        for superseded in there.values():
+            self.inbox.forget(superseded)
+        return in_time + late
 
-    async def _merge(self, members: Members, action: MergeRound) -> None:
+    async def _merge(self, members: Members, action: MergeRound, updates: list[ClientUpdate]) -> None:
         """Merge, make it durable, tell everybody."""
-        updates = self._to_merge(action)
         state = await self.engine.call(self._merge_now, action.round, updates)
         await self._save(state)
         await asyncio.to_thread(self._offer_weights, action.round)

@@ -37,7 +37,12 @@ class Rounds(Section):
     local_steps: int = Field(10, ge=1, description="optimizer steps of each client in a round")
     client_fraction: float = Field(1.0, gt=0, le=1, description="share of the waiting clients that a round takes")
     min_clients: int = Field(1, ge=1, description="clients that a round needs to open, and the least that it takes")
-    deadline_s: float = Field(0.0, ge=0, description="seconds until a round merges what it has; 0 = wait for all")
+    deadline_s: float = Field(
+        0.0,
+        ge=0,
+        description="seconds until a round merges what it has (unless merge.aggregate is the mean, min_clients updates "
+        "at least); 0 = wait for all",
+    )
     staleness: Literal["drop", "polynomial"] = Field(
         "drop",
         description="what becomes of an update that missed its round's deadline; drop: nothing; polynomial: the next "

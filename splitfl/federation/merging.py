@@ -62,8 +62,9 @@ def choose_strategy(settings: Federation) -> Strategy:
                 f"Leave it out; these use {', '.join(sorted(used - ALWAYS_USED)) or 'no parameter'}.",
             )
     check_shares(merge)
-    check_krum(settings)
     strategy.check(settings)
+    check_robust(settings)
+    check_krum(merge, settings.rounds.min_clients)
     return strategy
 
 
@@ -77,19 +78,30 @@ def check_shares(merge: Merge) -> None:
         )
 
 
-def check_krum(settings: Federation) -> None:
-    """Raise ConfigError where Krum could not tell liars from others, or updates cannot be compared."""
-    if settings.merge.aggregate != "krum":
+def check_robust(settings: Federation) -> None:
+    """Raise ConfigError where an average other than the mean could not keep its bound."""
+    aggregate = settings.merge.aggregate
+    if aggregate == "mean":
         return
-    least = 2 * settings.merge.byzantine + 3
-    if settings.rounds.min_clients < least:
+    if settings.rounds.staleness != "drop":
         raise ConfigError(
-            f'merge.aggregate = "krum" with merge.byzantine = {settings.merge.byzantine} needs {least} updates, '
-            f"rounds.min_clients is {settings.rounds.min_clients}",
-            "Raise rounds.min_clients, or lower merge.byzantine.",
+            f'merge.aggregate = "{aggregate}" with late updates: it counts every copy once, and has no discount',
+            'Set rounds.staleness = "drop", or leave out merge.aggregate.',
         )
-    if len(settings.bottoms) * len(settings.tops) > 1:
+    if len(settings.bottoms) * len(settings.tops) > 1:  # of a block that one client holds alone there are two copies
         raise ConfigError(
-            'merge.aggregate = "krum" where clients may differ in their cuts: their updates cannot be compared',
-            'Leave out model.min_* and model.max_*, or set merge.aggregate = "median".',
+            f'merge.aggregate = "{aggregate}" where clients may differ in their cuts: a client with a cut of its own '
+            "decides over its blocks alone",
+            "Leave out model.min_* and model.max_*, or leave out merge.aggregate and set merge.clip_norm.",
+        )
+
+
+def check_krum(merge: Merge, min_clients: int) -> None:
+    """Raise ConfigError where Krum could not tell liars from others."""
+    least = 2 * merge.byzantine + 3
+    if merge.aggregate == "krum" and min_clients < least:
+        raise ConfigError(
+            f'merge.aggregate = "krum" with merge.byzantine = {merge.byzantine} needs {least} updates, '
+            f"rounds.min_clients is {min_clients}",
+            "Raise rounds.min_clients, or lower merge.byzantine.",
         )

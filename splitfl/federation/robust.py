@@ -103,7 +103,8 @@ def screen_of(merge: Merge, products: Tensor) -> Screen:
 def clip_factors(products: Tensor, clip_norm: float) -> list[float]:
     """Factors that bring each update's L2 norm to ``clip_norm`` at most.
 
-    Bound: the norm of the mean update is at most ``clip_norm``, whatever anybody sends and whatever tokens he claims.
+    Bound: the norm of the mean update is at most ``clip_norm``, whatever anybody sends and whatever tokens he claims,
+    where all clients hold the same tensors; else sqrt(clients) times that.
     """
     return [min(1.0, clip_norm / norm) if norm else 1.0 for norm in products.diagonal().sqrt().tolist()]
 

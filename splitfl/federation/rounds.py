@@ -3,7 +3,9 @@
 A round opens when at least ``min_clients`` wait and nobody who has been there before is still on its way; a
 newcomer that is still fetching its ends holds nobody up. A cohort is drawn from those who wait. The round is
 merged when every member that has not left has sent its update, or at
-the deadline. An update that missed its deadline is dropped, or counts in the next merge at a discount.
+the deadline: with whatever is there, but where somebody may lie with ``min_clients`` updates at least, so that nobody
+decides alone by being early. An update that missed its deadline is dropped, or counts in the next merge at a
+discount, unless its client has sent a newer one by then.
 It knows names and numbers, no weights and no sockets.
 """
 
@@ -38,7 +40,8 @@ class OpenRound:
 
 @dataclass(frozen=True)
 class LateUpdate:
-    """``client`` has sent its update of ``round`` after that round was merged; the next merge takes it if ``kept``."""
+    """``client`` has sent its update of ``round`` after that round was merged. If ``kept`` the next merge takes it,
+    unless this client sends one for that in time."""
 
     client: str
     round: int
@@ -85,7 +88,7 @@ class RoundMachine:
     cohort: set[str] = field(default_factory=set)
     updates: dict[str, int] = field(default_factory=dict)  # client -> label tokens
     owed: dict[str, int] = field(default_factory=dict)  # client -> the round whose deadline it missed
-    late: dict[str, int] = field(default_factory=dict)  # client -> the round of its update that the next merge takes
+    late: dict[str, int] = field(default_factory=dict)  # client -> its update's round; the next merge may take it
     opened_at: float = 0.0
 
     def __post_init__(self) -> None:
@@ -189,7 +192,7 @@ class RoundMachine:
             return self._open(now)
         deadline = self.deadline()
         late = deadline is not None and now >= deadline
-        if self.cohort <= self.updates.keys() or (late and self.updates):
+        if self.cohort <= self.updates.keys() or (late and len(self.updates) >= self._least_at_deadline()):
             self.phase = Phase.MERGING
             missed = self.cohort - self.updates.keys()
             self.present -= missed  # nobody waits for who was late, until it asks again
@@ -197,9 +200,14 @@ class RoundMachine:
             return [MergeRound(self.round, tuple(sorted(self.updates)), self._take_late())]
         return []
 
+    def _least_at_deadline(self) -> int:
+        """The bounds of robust averages are those of so many copies; a mean has none to lose."""
+        return 1 if self.settings.merge.aggregate == "mean" else self.settings.rounds.min_clients
+
     def _take_late(self) -> tuple[Discounted, ...]:
         exponent = self.settings.rounds.staleness_exponent
-        taken, self.late = sorted(self.late.items()), {}
+        late, self.late = self.late, {}
+        taken = sorted((name, old) for name, old in late.items() if name not in self.updates)  # nobody counts twice
         return tuple(Discounted(name, old, discount(self.round - old, exponent)) for name, old in taken)
 
 

@@ -28,8 +28,9 @@ from splitfl.federation.rounds import (
 CLIENTS = ("a", "b", "c", "d")
 
 
-def federation(seed: int = 0, **rounds: Any) -> Federation:
-    return parse_federation({"seed": seed, "rounds": {"count": 3, **rounds}}, "the test")
+def federation(seed: int = 0, aggregate: str = "mean", **rounds: Any) -> Federation:
+    tables = {"seed": seed, "rounds": {"count": 3, **rounds}, "merge": {"aggregate": aggregate}}
+    return parse_federation(tables, "the test")
 
 
 def gathered(names: str, **rounds: Any) -> tuple[RoundMachine, list[Action]]:
@@ -139,8 +140,16 @@ def test_update_while_the_round_is_merged_is_refused() -> None:
 # time
 
 
+def opened(names: str, **rounds: Any) -> RoundMachine:
+    """A machine whose first round all of these clients are in."""
+    machine = RoundMachine(federation(deadline_s=10.0, **rounds), present=set(names))
+    for name in names:
+        machine.wait(name, 0.0)
+    return machine
+
+
 def test_deadline_merges_what_is_there() -> None:
-    machine, _ = gathered("ab", deadline_s=10.0)
+    machine = opened("ab")
     assert machine.deadline() == 10.0
     machine.update("a", 0, 5, 3.0)
     assert machine.tick(9.9) == []
@@ -148,9 +157,24 @@ def test_deadline_merges_what_is_there() -> None:
     assert machine.update("b", 0, 5, 10.1) == [LateUpdate("b", 0, kept=False)]
 
 
+def test_deadline_merges_no_fewer_updates_than_min_clients_where_somebody_may_lie() -> None:
+    machine = opened("abx", min_clients=2, aggregate="median")
+    machine.update("x", 0, 5, 3.0)
+    assert machine.tick(10.0) == []  # who is early decides nothing alone
+    assert machine.update("a", 0, 5, 12.0) == [MergeRound(0, ("a", "x"))]
+    assert machine.update("b", 0, 5, 13.0) == [LateUpdate("b", 0, kept=False)]
+
+
+def test_round_that_too_few_are_left_in_for_its_deadline_is_merged_when_all_of_them_have_sent() -> None:
+    machine = opened("abc", min_clients=3, aggregate="median")
+    machine.update("a", 0, 5, 3.0)
+    assert machine.leave("b", 4.0) == []
+    assert machine.tick(10.0) == []
+    assert machine.update("c", 0, 5, 12.0) == [MergeRound(0, ("a", "c"))]
+
+
 def test_client_that_was_late_holds_up_no_later_round() -> None:
-    machine, _ = gathered("ab", deadline_s=10.0)
-    machine.settings = federation(min_clients=1, deadline_s=10.0)
+    machine = opened("ab")
     machine.update("a", 0, 5, 3.0)
     machine.tick(10.0)
     machine.merged(10.5)
@@ -159,7 +183,7 @@ def test_client_that_was_late_holds_up_no_later_round() -> None:
 
 
 def test_deadline_without_any_update_waits_for_the_first() -> None:
-    machine, _ = gathered("ab", deadline_s=10.0)
+    machine = opened("ab")
     assert machine.tick(11.0) == []
     assert machine.update("b", 0, 5, 12.0) == [MergeRound(0, ("b",))]
 
@@ -219,14 +243,15 @@ def test_late_update_of_the_last_round_is_dropped() -> None:
     assert missed(8).update("b", 8, 7, 10.5) == [LateUpdate("b", 8, kept=False)]
 
 
-def test_late_client_may_be_in_the_next_cohort_too() -> None:
+def test_late_client_may_be_in_the_next_cohort_too_and_counts_once() -> None:
     machine = missed()
     machine.update("b", 0, 7, 10.2)
     machine.wait("b", 10.3)
     machine.merged(10.5)
     machine.wait("a", 11.0)
     machine.update("a", 1, 5, 12.0)
-    assert machine.update("b", 1, 5, 13.0) == [MergeRound(1, ("a", "b"), (Discounted("b", 0, 2**-0.5),))]
+    assert machine.update("b", 1, 5, 13.0) == [MergeRound(1, ("a", "b"))]
+    assert machine.late == {}
 
 
 @pytest.mark.parametrize("after", ["update", "wait", "leave"])
@@ -330,12 +355,17 @@ class Watcher:
                     assert client not in self.late
                     self.late |= {client: round_} if kept else {}
                 case MergeRound(round=round_, contributors=contributors, late=late):
-                    assert {part.client: part.round for part in late} == self.late
+                    taken = {part.client: part.round for part in late}
+                    assert taken == {name: old for name, old in self.late.items() if name not in contributors}
                     assert all(part.discount == discount(round_ - part.round, 0.5) < 1 for part in late)
                     self.late = {}
                     assert round_ not in self.merged
                     assert set(contributors) <= self.cohorts[round_]
                     assert contributors
+                    left = self.machine.cohort == set(contributors)  # of the cohort, by all who have not gone
+                    settings = self.machine.settings
+                    robust = settings.merge.aggregate != "mean"
+                    assert left or not robust or len(contributors) >= settings.rounds.min_clients
                     self.merged.append(round_)
                 case Finish(round=round_):
                     assert self.merged == list(range(round_ + 1))
@@ -349,10 +379,13 @@ EVENTS = st.lists(
     max_size=60,
 )
 MACHINES = st.builds(
-    lambda seed, least, fraction, deadline, staleness: RoundMachine(
-        federation(seed, min_clients=least, client_fraction=fraction, deadline_s=deadline, staleness=staleness)
+    lambda seed, aggregate, least, fraction, deadline, staleness: RoundMachine(
+        federation(
+            seed, aggregate, min_clients=least, client_fraction=fraction, deadline_s=deadline, staleness=staleness
+        )
     ),
     st.integers(0, 9),
+    st.sampled_from(["mean", "median"]),
     st.integers(1, 3),
     st.sampled_from([0.3, 0.5, 1.0]),
     st.sampled_from([0.0, 5.0]),

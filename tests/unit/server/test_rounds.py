@@ -11,9 +11,11 @@ import torch
 from server_model.coordinator import Coordinator
 from server_model.exporting import all_weights
 from server_model.store import RoundState
+from server_model.updates import ClientUpdate
 from splitfl.config import parse_federation
 from splitfl.data.notes import generate_notes
 from splitfl.errors import ConfigError
+from splitfl.federation.rounds import Discounted, MergeRound, Phase, RoundMachine
 from splitfl.split.create import create_checkpoint
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello, NextRound, RoundOpen
 
@@ -46,6 +48,29 @@ def test_round_that_everybody_left_opens_again_from_the_last_durable_trunk(model
     same = asyncio.run(leave_and_return())
     assert same
     assert all(same.values())
+
+
+def test_merge_takes_late_updates_once_and_leaves_those_that_come_while_it_runs_to_the_next(model, tmp_path):
+    async def merge() -> tuple[Coordinator, object]:
+        settings = parse_federation({"rounds": {"deadline_s": 9.0, "staleness": "polynomial"}}, "the test")
+        coordinator = Coordinator(model, settings, tmp_path / "s", device=torch.device("cpu"))
+        rounds = coordinator.rounds
+        rounds.machine = RoundMachine(settings, 1, Phase.MERGING)
+        superseded = tmp_path / "superseded"
+        superseded.touch()
+        rounds._updates = {"a": ClientUpdate("a", 5, None)}
+        rounds._late = {"a": ClientUpdate("a", 5, superseded), "b": ClientUpdate("b", 5, None)}
+        rounds._act(coordinator.members, [MergeRound(1, ("a",), (Discounted("b", 0, 0.7),))])
+        rounds._late["b"] = ClientUpdate("b", 6, None)  # of round 1, before the merge's task has begun
+        while rounds.durable < 1:
+            await asyncio.sleep(0.001)
+        coordinator.close()
+        assert not superseded.exists()
+        return coordinator, rounds._late
+
+    coordinator, late = asyncio.run(merge())
+    assert coordinator.rounds.contributors == {"a", "b"}
+    assert late == {"b": ClientUpdate("b", 6, None)}
 
 
 @pytest.mark.parametrize(("share", "part"), [("none", "head"), ("top", "bottom")])
