@@ -74,11 +74,44 @@ class CountingConnection(ServerConnection):
 
 @dataclass
 class Line:
-    """One client's current connection with its outgoing queue."""
+    """One client's current connection, and the frames that wait to be sent on it.
+
+    Back-pressure: while more than ``limit`` bytes wait, ``room`` waits too, and nothing more is read from a client
+    that asks and does not listen.
+    """
 
     connection: ServerConnection
-    outgoing: asyncio.Queue[Parts] = field(default_factory=asyncio.Queue)
+    limit: int
+    waiting_bytes: int = 0
     turned_out: Refused | None = None  # why its session was ended; a frame that is on its way hears the same
+    _outgoing: asyncio.Queue[Parts] = field(default_factory=asyncio.Queue)
+    _moved: asyncio.Event = field(default_factory=asyncio.Event)
+    _ended: bool = False
+
+    def put(self, parts: Parts) -> None:
+        """Send a frame when it is its turn."""
+        self.waiting_bytes += frame_bytes(parts)
+        self._outgoing.put_nowait(parts)
+
+    async def room(self) -> None:
+        """Wait until no more than ``limit`` bytes wait to be sent, or nothing is sent any more."""
+        while self.waiting_bytes > self.limit and not self._ended:
+            self._moved.clear()
+            await self._moved.wait()
+
+    async def write(self) -> None:
+        """Send frames one after another (fragments of two must not mix) until the connection ends."""
+        try:
+            while True:
+                parts = await self._outgoing.get()
+                await send_frame(as_any(self.connection), parts)
+                self.waiting_bytes -= frame_bytes(parts)
+                self._moved.set()
+        except ConnectionClosed:
+            pass  # its reader says so
+        finally:
+            self._ended = True
+            self._moved.set()
 
 
 class Service:
@@ -145,10 +178,11 @@ class Service:
         member, line = opened
         connection.protocol.max_message_size = self.frame_limit
         liveness = watch(as_any(connection), self.silence_limit_s)
-        helpers = [asyncio.create_task(self._write(line)), asyncio.create_task(liveness)]
+        helpers = [asyncio.create_task(line.write()), asyncio.create_task(liveness)]
         try:
             async for data in connection:
                 self._receive(member, line, data)
+                await line.room()
         except ProtocolError as error:
             await refuse(connection, line.turned_out or refusal(refusal_code(error), error))
         except ConnectionClosed as closed:
@@ -183,12 +217,12 @@ class Service:
         if not peer.encrypted and self.admission is not None:
             with contextlib.suppress(OSError):  # as the coordinator says things
                 self.coordinator.report(Progress("unencrypted", {"client": member.name}))
-        line = Line(connection)
+        line = Line(connection, self.frame_limit)
         older = self.lines.get(member.token)
         self.lines[member.token] = line
         if older is not None:
             spawn(older.connection.close(1001, "resumed elsewhere"))
-        line.outgoing.put_nowait(encode(welcome))
+        line.put(encode(welcome))
         return member, line
 
     async def _first_words(self, connection: ServerConnection, peer: Peer, message: Message) -> Hello | None:
@@ -231,7 +265,7 @@ class Service:
         member.bytes_in += len(data)
         request, repeated = member.wire.receive(data)
         if repeated is not None:
-            line.outgoing.put_nowait(repeated)
+            line.put(repeated)
         elif request is not None:
             spawn(self._answer(member, request))
 
@@ -242,14 +276,8 @@ class Service:
             parts = member.wire.answer(answer)
             line = self.lines.get(member.token)
             if line is not None:
-                line.outgoing.put_nowait(parts)
+                line.put(parts)
             member.bytes_out += frame_bytes(parts)
-
-    async def _write(self, line: Line) -> None:
-        """Send frames one after another: fragments of two must not mix."""
-        with contextlib.suppress(ConnectionClosed):
-            while True:
-                await send_frame(as_any(line.connection), await line.outgoing.get())
 
 
 async def refuse(connection: ServerConnection, refusal: Refused) -> None:
