@@ -103,7 +103,7 @@ def table(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                     "model": way,
                     "union": spread([fmean(one["union"]) for one in found]),
                     "own": spread([one["own"] for one in found]),
-                    "bytes": {name: median(one["bytes"][name] for one in found) for name in found[0]["bytes"]},
+                    **{f"MB {name}": median(one["bytes"][name] for one in found) / 1e6 for name in found[0]["bytes"]},
                 }
             )
             if way == LOCAL:
