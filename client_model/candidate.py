@@ -11,18 +11,19 @@ import hmac
 import json
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from client_model.asking import Asker
 from client_model.assets import Assets, RemoteSource
 from client_model.counting import Count
 from client_model.events import Event
 from client_model.floor import Floor
 from client_model.guard import Accept, Guard
+from client_model.journal import Journal
 from client_model.records import ClientData, open_tokenizer
 from client_model.store import ClientStore, SessionRecord
 from splitfl.config import Federation, parse_federation
@@ -37,13 +38,12 @@ from splitfl.split.shares import ends_names
 from splitfl.wire.messages import Answer, Request, Welcome
 
 
-class Connection(Protocol):
+class Connection(Asker, Protocol):
     """What a participant needs of a link; the websocket link and the lab's in-process one both have it."""
 
     bytes_sent: int
     bytes_received: int
-
-    def request(self, message: Request) -> Future[Answer]: ...
+    journal: Journal
 
     def ask(self, message: Request) -> Answer: ...
 
@@ -129,8 +129,8 @@ class Candidate:
         if not self.guard.check_mark(mark, private=self.settings.privacy.on):
             self._say("ledger_went_back", rows=self.guard.ledger.count, countersigned=mark.count)
 
-    def _remember(self, welcome: Welcome, next_seq: int = -1) -> None:
-        record = SessionRecord(self.name, self.url, welcome.session, next_seq, welcome.incarnation, welcome.manifest)
+    def _remember(self, welcome: Welcome) -> None:
+        record = SessionRecord(self.name, self.url, welcome.session, welcome.incarnation, welcome.manifest)
         self.store.save_session(record)
         self.welcome = welcome
 

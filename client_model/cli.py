@@ -23,7 +23,7 @@ from splitfl.channel.joining import JoinString
 from splitfl.config import parse_federation
 from splitfl.console import command, is_loopback, note, print_json, require_loopback
 from splitfl.cut import Cut
-from splitfl.errors import ConfigError, SplitFLError
+from splitfl.errors import ConfigError, LinkError, SplitFLError, StorageError
 from splitfl.files import claimed
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Bye, Hello, Name
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ssl import SSLContext
 
     from client_model.events import Event
+    from client_model.journal import Head, Journal
     from client_model.link import Link
     from client_model.participant import Participant
     from client_model.store import ClientStore
@@ -198,9 +199,14 @@ def cuts_of_pause(store: ClientStore, plan: Cut | None) -> tuple[Cut, Cut] | Non
     """The cut of a round that was paused and the one that ``plan`` asks for now, where they differ."""
     if not store.pause_folder.exists():
         return None
-    settings, held = store.federation()
-    before, asked = Cut(*held), plan or parse_federation(json.loads(settings), str(store.folder)).cut
+    _, held = store.federation()
+    before, asked = Cut(*held), asked_cut(store, plan)
     return (before, asked) if before != asked else None
+
+
+def asked_cut(store: ClientStore, plan: Cut | None) -> Cut:
+    """The cut that ``plan`` asks for; None is the federation's own, as the state folder knows it."""
+    return plan or parse_federation(json.loads(store.federation()[0]), str(store.folder)).cut
 
 
 def take_part(participant: Participant, url: str, patience: float, invited: JoinString | None) -> dict[str, Any]:
@@ -209,13 +215,18 @@ def take_part(participant: Participant, url: str, patience: float, invited: Join
     from client_model.participant import PausedError
 
     store = participant.store
-    hello, next_seq = first_words(participant.name, store, participant.plan)
+    check_same_client(participant.name, store)
+    journal = open_journal(store, participant.key_file, participant.plan)
+    hello = first_words(participant.name, store, participant.plan, journal.head)
     tls = enrolled(invited, store.folder, patience) if invited else None
-    link = Link(url, hello, next_seq=next_seq, patience_s=patience, say=note, tls=tls)
+    first = 0.0 if store.closing() is not None else patience  # there is little left to wait for
+    link = Link(url, hello, journal=journal, patience_s=first, say=note, tls=tls)
     try:
-        return participant.run(link, link.open(), url)
-    except PausedError:
-        if not store.pause_folder.exists():
+        welcome = link.open()
+        link.patience.limit_s = patience
+        return participant.run(link, welcome, url)
+    except PausedError as paused:
+        if not paused.in_round:
             say_goodbye(link, "interrupted")  # between rounds there is nothing that the server should wait for
         if participant.only_finish and not participant.stop():
             return {}
@@ -225,32 +236,57 @@ def take_part(participant: Participant, url: str, patience: float, invited: Join
         say_goodbye(link, "interrupted")
         note(f"the state is in {store.folder}. Run the same command to go on.")
         raise
-    except SplitFLError:
-        say_goodbye(link, "failed")
+    except SplitFLError as error:
+        if not (isinstance(error, StorageError) and journal.head):  # with room again it goes on where it is
+            say_goodbye(link, "failed")
+        if isinstance(error, LinkError) and (report := store.closing()) is not None:
+            note(f"{error.message}; the rounds are over, so this is the report as it was saved")
+            return report
         raise
     finally:
         link.close()
 
 
-def first_words(name: str, store: ClientStore, cut: Cut | None) -> tuple[Hello, int]:
-    """Hello for a new session, a paused one, or one whose state a crash has lost; and the next request's number."""
+def check_same_client(name: str, store: ClientStore) -> None:
+    """Raise ConfigError when the state folder is another client's."""
     record = store.session()
     if record is not None and record.name != name:
         raise ConfigError(
             f"{store.folder} holds the state of client {record.name!r}", "Name another --state, or join as that one."
         )
-    paused = record is not None and record.next_seq >= 0 and store.pause_folder.exists()
-    hello = Hello(
+
+
+def open_journal(store: ClientStore, key_file: Path | None, cut: Cut | None) -> Journal:
+    """The journal of a state folder; one that is damaged, or of another ``cut``, is begun anew. Raises PrivacyError."""
+    from client_model.journal import Journal
+    from client_model.keys import open_key
+
+    key = open_key(store.folder, key_file, may_create=not (store.folder / "ledger.sqlite").exists()).derived("journal")
+    try:
+        journal = Journal(store.journal, key)
+    except StorageError as error:
+        note(f"{error.message}: this client's part of the round is lost, and it goes on from its last snapshot")
+        store.journal.unlink(missing_ok=True)
+        return Journal(store.journal, key)
+    if journal.head is not None and journal.head.cut != str(asked_cut(store, cut)):
+        journal.drop()
+    return journal
+
+
+def first_words(name: str, store: ClientStore, cut: Cut | None, head: Head | None) -> Hello:
+    """Hello for a new session, for one that the journal ``head`` goes on with, or for one whose state is lost."""
+    record = store.session()
+    last = record.token if record is not None else ""
+    return Hello(
         versions=PROTOCOL_VERSIONS,
         name=name,
-        resume=record.token if record is not None else "",
-        fresh=not paused,
+        resume=last if head is None else head.token,
+        fresh=head is None,
         round=max(store.rounds(), default=-1),
         software=f"splitfl {version('splitfl')}",
         n_bottom=cut.n_bottom if cut else -1,
         n_top=cut.n_top if cut else -1,
     )
-    return hello, record.next_seq if paused and record is not None else 0
 
 
 class StopSignal:
@@ -365,8 +401,9 @@ def print_report(report: dict[str, Any]) -> None:
     lines = [f"{report['client']} in {report['federation']}: {rounds}, {report['seconds']:.0f} s"]
     lines = [*not_earned(report["baselines"]), *lines, *beside(report["baselines"])]
     if losses:
-        first, last = (f"{entry['loss']:.3f} after {entry['round']} rounds" for entry in (losses[0], losses[-1]))
-        lines.append(f"  held-out loss: {first}, {last} (nats per token)")
+        ends = [losses[0], losses[-1]][: len(losses)]
+        said = ", ".join(f"{entry['loss']:.3f} after {entry['round']} rounds" for entry in ends)
+        lines.append(f"  held-out loss: {said} (nats per token)")
     lines += beside_personal(report)
     traffic = report["bytes"]
     lines.append(

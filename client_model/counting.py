@@ -37,9 +37,9 @@ class Count:
         self.tally = replace(self.tally, open=still_open, data=data, **traffic)
         self._store.save_tally(self.tally)
 
-    def add_round(self, *, merged: bool) -> None:
-        """One more round is over. Raises StorageError."""
-        self.tally = replace(self.tally, rounds_taken=self.tally.rounds_taken + merged)
+    def set_rounds(self, taken: int) -> None:
+        """One more round is over: so many were taken part in. Raises StorageError."""
+        self.tally = replace(self.tally, rounds_taken=taken)
         self.save(still_open=True)
 
     def traffic(self) -> dict[str, int]:

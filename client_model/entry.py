@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from dataclasses import replace
 from itertools import groupby
 from typing import Protocol
 
@@ -55,8 +56,11 @@ class DirectEntry:
         self.gate = gate
 
     def ask(self, kind: ReleaseKind, forward: Forward, batch: Batch, hidden: Callable[[], Tensor]) -> Future[Answer]:
+        unsent = with_input(forward, sent_lengths(batch), None, ())
+        if (reply := self.link.again(unsent)) is not None:
+            return reply
         payload = self.gate.release(kind, forward.round, hidden(), records_of(batch))
-        return self.link.request(with_input(forward, sent_lengths(batch), payload, ()))
+        return self.link.request(replace(unsent, hidden=payload))
 
     def ask_again(self, missing: Missing, forward: Forward, batch: Batch) -> Future[Answer]:  # noqa: ARG002
         raise ProtocolError("the server misses records that were never named", "Do not trust this server.")

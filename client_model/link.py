@@ -22,13 +22,15 @@ from typing import Any
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage, InvalidURI
 
+from client_model.asking import settle
 from client_model.identity import tls_error
+from client_model.journal import Journal
 from client_model.patience import Patience
 from splitfl.channel.certificates import SERVER_NAME
 from splitfl.errors import ConfigError, LinkError, ProtocolError, RefusedError, SplitFLError
 from splitfl.pipe import send_frame, watch
 from splitfl.wire.frames import MAX_FRAME_BYTES, DamagedError, Parts, decode, encode, frame_bytes
-from splitfl.wire.messages import Answer, Backward, Failed, Forward, Hello, Message, Refused, Request, Welcome
+from splitfl.wire.messages import Answer, Backward, Forward, Hello, Message, Refused, Request, Welcome
 from splitfl.wire.session import Answered, ClientSession, Connected, Rejected
 
 log = logging.getLogger("splitfl.client.link")
@@ -74,7 +76,8 @@ class CountingConnection(ClientConnection):
 class Link:
     """One client's link to ``url``. ``say`` receives one line whenever the link waits for something.
 
-    ``patience_s`` is how long the server may be away before the link gives up; ``tls`` how to encrypt, None not at all.
+    ``journal`` is what an earlier start left and where this one writes; None keeps nothing. ``patience_s`` is how long
+    the server may be away before the link gives up; ``tls`` how to encrypt, None not at all.
     """
 
     def __init__(
@@ -82,20 +85,22 @@ class Link:
         url: str,
         hello: Hello,
         *,
-        next_seq: int = 0,
+        journal: Journal | None = None,
         patience_s: float = 600.0,
         say: Callable[[str], None],
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.url = url
         self.tls = tls
-        self.patience_s = patience_s
+        self.patience = Patience(url, patience_s, say, met=hello.resume != "")
         self.say = say
         self.bytes_sent = 0
         self.bytes_received = 0
-        self._met = hello.resume != ""
-        self._session = ClientSession(hello, next_seq=next_seq)
-        self._futures: dict[int, Future[Answer]] = {}
+        self.journal = Journal() if journal is None else journal
+        self._session = ClientSession(
+            hello, next_seq=self.journal.next_seq, unanswered=self.journal.unanswered, keeper=self.journal
+        )
+        self._futures = dict(self.journal.waiting)
         self._backlog: deque[tuple[Request, Future[Answer]]] = deque()  # beyond the credit window
         self._welcome: Future[Welcome] = Future()
         self._loop = asyncio.new_event_loop()
@@ -113,14 +118,20 @@ class Link:
         return self._welcome.result()
 
     def request(self, message: Request) -> Future[Answer]:
-        """Send a request; its future gives the answer.
+        """Send a request, unless an earlier start of this round has sent it; its future gives the answer.
 
         The future raises RefusedError when the server refuses, SessionLostError after a server's restart, and
         LinkError when the server stays away.
         """
+        if (asked := self.again(message)) is not None:
+            return asked
         future: Future[Answer] = Future()
         self._loop.call_soon_threadsafe(self._send_request, message, future)
         return future
+
+    def again(self, message: Request) -> Future[Answer] | None:
+        """The answer to a request that an earlier start of this round has sent, tensors aside."""
+        return self.journal.take(message)
 
     def ask(self, message: Request) -> Answer:
         """Send a request and wait for its answer, as long as the link lives."""
@@ -159,12 +170,11 @@ class Link:
         await asyncio.Event().wait()  # whoever asks from now on is told why it gave up, until close()
 
     async def _connect_forever(self) -> None:
-        patience = Patience(self.url, self.patience_s, self.say, met=self._met)
         while True:
             try:
                 async with dial(self.url, self.tls) as connection:
                     if await self._converse(as_any(connection)):
-                        patience.renew()
+                        self.patience.renew()
                     reason = "the connection ended"
             except ConnectionClosed as closed:
                 reason = str(closed)
@@ -173,8 +183,8 @@ class Link:
                         "a frame was over the server's limit", "Lower batch.records or batch.max_length."
                     ) from closed
             except (OSError, InvalidHandshake, TimeoutError, DamagedError) as error:
-                reason = why_not(error, patience)
-            await patience.wait(reason)
+                reason = why_not(error, self.patience)
+            await self.patience.wait(reason)
 
     async def _converse(self, connection: CountingConnection) -> bool:
         """Hello, then frames until the connection ends; whether the server welcomed us."""
@@ -214,6 +224,8 @@ class Link:
 
     def _connected(self, welcome: Welcome, outgoing: asyncio.Queue[Parts]) -> None:
         if not self._welcome.done():
+            if not welcome.resumed:
+                self._futures.clear()  # those of an earlier start: nobody waits for them
             self._welcome.set_result(welcome)
         elif not welcome.resumed:
             asked = self._void_requests(SessionLostError(welcome))
@@ -264,7 +276,12 @@ class Link:
         """Send what waits, as far as the credit window lets it."""
         while self._backlog and self._session.credit > 0:
             message, future = self._backlog.popleft()
-            seq, parts = self._session.request(message)
+            try:
+                seq, parts = self._session.request(message)
+            except SplitFLError as error:  # it cannot be written down, so it must not leave
+                self._give_up(error)
+                future.set_exception(error)
+                return
             self._futures[seq] = future
             if self._outgoing is not None:
                 self._outgoing.put_nowait(parts)
@@ -339,14 +356,6 @@ async def _ask_patiently(url: str, message: Message, tls: ssl.SSLContext, patien
         except (OSError, InvalidHandshake, TimeoutError, ConnectionClosed) as error:
             reason = why_not(error, patience)
         await patience.wait(reason)
-
-
-def settle(future: Future[Answer], answer: Answer) -> None:
-    """Give a request its answer; a refusal is raised where it is awaited."""
-    if isinstance(answer, Failed):
-        future.set_exception(RefusedError(answer.reason, answer.remedy, code=answer.code))
-    else:
-        future.set_result(answer)
 
 
 def refusal_error(refusal: Refused) -> SplitFLError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,11 +9,13 @@ from typing import Any
 import torch
 
 from client_model.entry import records_of
+from client_model.journal import Journal
 from client_model.trainer import Trainer
 from splitfl.codec.tensors import check_finite
 from splitfl.config import Federation
 from splitfl.data.packing import Batch
 from splitfl.errors import PrivacyError
+from splitfl.privacy.charges import RecordRef
 from splitfl.privacy.gate import Gate
 from splitfl.split.loss import HeadLoss
 
@@ -27,20 +28,25 @@ class Measurements:
         self.shared: float | None = None
 
     def measure(
-        self, settings: Federation, trainer: Trainer, gate: Gate, round_: int, batches: Sequence[Batch]
+        self,
+        trainer: Trainer,
+        gate: Gate,
+        journal: Journal,
+        round_: int,
+        batches: Sequence[Batch],
     ) -> HeadLoss:
-        """Loss of the weights that ``round_`` starts from; shared if the federation asks for it.
+        """Loss of the weights that ``round_`` starts from; shared if the federation asks for it, drawn once.
 
         Raises MissedStepError and NumericalError where it is no number.
         """
+        settings = trainer.ends.settings
         last = round_ == settings.rounds.count
         each: list[float] | None = [] if settings.evaluation.share_metrics else None
         self.shared = None
         loss = trainer.evaluate(round_, batches, each)
         if each and not last:
             records = [record for batch in batches for record in records_of(batch)]
-            with contextlib.suppress(PrivacyError):  # a round that is done again has no budget for it
-                self.shared = gate.release_metric(round_, each, records)
+            self.shared = journal.once(f"metric {round_}", lambda: shared_metric(gate, round_, each, records))
         return loss
 
     def add(self, round_: int, loss: HeadLoss) -> dict[str, Any]:
@@ -53,6 +59,14 @@ class Measurements:
         entry = {"round": round_, "loss": mean(loss), "tokens": loss.tokens}
         self.losses.append(entry)
         return {**entry, "perplexity": math.exp(min(50.0, mean(loss)))}
+
+
+def shared_metric(gate: Gate, round_: int, each: Sequence[float], records: Sequence[RecordRef]) -> float | None:
+    """What the gate lets out of held-out losses; None where a round that is done again has no budget for it."""
+    try:
+        return gate.release_metric(round_, each, records)
+    except PrivacyError:
+        return None
 
 
 def due(settings: Federation, round_: int) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from client_model.assets import PIECE_BYTES
 from client_model.baselines import BaselineRun, Baselines, wanted
 from client_model.candidate import Candidate, Connection, preparation
 from client_model.ends import Ends
+from client_model.journal import Head
 from client_model.link import SessionLostError
 from client_model.measuring import Measurements, due, mean
 from client_model.notary import Notary
@@ -26,7 +28,7 @@ from client_model.store import Snapshot
 from client_model.trainer import MissedStepError, Trainer
 from splitfl.cut import Cut
 from splitfl.data.packing import Batch, DataOrder
-from splitfl.errors import NumericalError, ProtocolError, SplitFLError
+from splitfl.errors import ConfigError, NumericalError, ProtocolError, SplitFLError
 from splitfl.federation.schedule import round_step_sizes
 from splitfl.files import sha256_of
 from splitfl.privacy.policy import DpSgd
@@ -49,7 +51,14 @@ GOODBYE_S = 10.0  # how long a client that is done waits for the server's farewe
 
 
 class PausedError(Exception):
-    """Ctrl-C, or all that was asked for is done: the state is saved."""
+    """Ctrl-C, or all that was asked for is done: the state is saved.
+
+    ``in_round``: this client is awaited, within the grace period.
+    """
+
+    def __init__(self, *, in_round: bool) -> None:
+        super().__init__("paused")
+        self.in_round = in_round
 
 
 @dataclass
@@ -91,13 +100,10 @@ class Participant(Candidate):
                 self._say("server_restarted", durable_round=welcome.round)
 
     def _go_on_from(self, welcome: Welcome) -> None:
-        """Set up the ends as they were after the last durable round, or in the middle of one after a pause."""
+        """Set up the ends as they were after the last durable round, or where the journal of this session begins."""
         self._remember(welcome)
-        paused = self.store.take_pause()
-        resumed = paused is not None and welcome.resumed
-        snapshot = paused if resumed else self.store.newest(welcome.round)
-        if snapshot is not None and snapshot.terms != self.terms.sha256:
-            snapshot = None  # weights that were trained under other terms may tell what these do not allow
+        head = self.link.journal.head if welcome.resumed else None
+        snapshot = self._newest(welcome.round) if head is None else self._base(head)
         if snapshot is not None:
             self._change_cut(Cut(*snapshot.cut))
         self.ends = self._fresh_ends(self.gate.policy.dp_sgd)
@@ -113,7 +119,42 @@ class Participant(Candidate):
             self.ends.load_weights(snapshot.weights)
             self.ends.load_optimizer_tensors(snapshot.optimizer)
             self.ends.load_correction_tensors(snapshot.correction)
-        self.unfinished = paused if resumed else None
+        self.unfinished = snapshot if head is not None and head.in_round else None
+        if head is None:
+            self._begin_journal("" if snapshot is None else self.store.name_of(snapshot.round), in_round=False)
+        else:
+            self._say_resumed()
+
+    def _newest(self, durable: int) -> Snapshot | None:
+        """The snapshot of the last durable round; None for the published weights."""
+        snapshot = self.store.newest(durable)
+        if snapshot is not None and snapshot.terms != self.terms.sha256:
+            return None  # weights that were trained under other terms may tell what these do not allow
+        return snapshot
+
+    def _base(self, head: Head) -> Snapshot | None:
+        """The state that the journal begins at. Raises ConfigError when its round cannot be done again."""
+        if self.link.journal.doing_again and head.data != self._fingerprint():
+            raise ConfigError(
+                f"{self.data_path} has changed in the middle of a round",
+                f"Put it back as it was, or delete {self.store.journal} to go on with the next round.",
+            )
+        return self.store.read(head.base) if head.base else None
+
+    def _begin_journal(self, base: str, *, in_round: bool) -> None:
+        """From now on a crash goes back to ``base``. Steps of DP-SGD cannot be done again: their noise is not kept."""
+        head = Head(base, in_round, self.welcome.session, self.link.next_seq, self._fingerprint(), str(self.cut))
+        self.link.journal.begin(head, only_head=self.gate.policy.dp_sgd is not None)
+        if base != self.store.pause_folder.name:
+            self.store.forget_pause()
+
+    def _say_resumed(self) -> None:
+        """Say which step the round was left in; those before it are done again from the journal."""
+        at = self.link.journal.last_step
+        if at is None and self.unfinished is not None:
+            at = (self.unfinished.round, self.unfinished.step)
+        if at is not None:
+            self._say("resumed", round=at[0], step=at[1])
 
     def _change_cut(self, before: Cut) -> None:
         """Say so when the cut is another one than before. Raises ConfigError where the blocks cannot change hands."""
@@ -131,8 +172,7 @@ class Participant(Candidate):
 
     def _rounds(self) -> dict[str, Any]:
         if self.unfinished is not None:
-            self._say("resumed", round=self.round, step=self.unfinished.step)
-            self._train_round(self.round, self.unfinished.step, self.unfinished.tokens)
+            self._go_on_in(self.unfinished)
         while True:
             self._stop_if_asked(None, 0)
             self._say("waiting", for_="the next round")
@@ -141,10 +181,18 @@ class Participant(Candidate):
                 return self._finish(answer)
             if not isinstance(answer, RoundOpen):
                 raise ProtocolError(f"{type(answer).__name__} instead of a round")
+            self.store.forget_closing()
             self._take_merge(answer.weights)
             self.ends.begin_round(self.beside)
             self._evaluate(answer.round)
             self._train_round(answer.round, 0, 0)
+
+    def _go_on_in(self, unfinished: Snapshot) -> None:
+        """Finish the round of a snapshot or a pause."""
+        if unfinished.step < self.settings.rounds.local_steps:
+            self._train_round(unfinished.round, unfinished.step, unfinished.tokens)
+        else:
+            self._send_update(unfinished, {})
 
     def _take_merge(self, weights: str) -> None:
         """Load the newest merge, unless it is what we hold. Personal weights stay."""
@@ -161,16 +209,20 @@ class Participant(Candidate):
             tokens = self._train_steps(round_, first_step, tokens)
         finally:
             self.in_step = False
-        self._send_update(round_, tokens)
+        self.notary.settle()
+        unmerged = self.ends.correction_tensors()
+        self.ends.end_round(round_step_sizes(self.settings, round_))
+        snapshot = self._snapshot(round_, self.settings.rounds.local_steps, tokens)
+        self._begin_journal(self.store.save(snapshot), in_round=True)
+        self._send_update(snapshot, unmerged)
 
     def _train_steps(self, round_: int, first_step: int, tokens: int) -> int:
         """The local steps from ``first_step`` on; returns the tokens of the whole round. Raises PausedError."""
-        assert self.guard is not None
         assert self.count is not None
         seen, began = 0, time.monotonic()
         for step in range(first_step, self.settings.rounds.local_steps):
             self._stop_if_asked(step, tokens)
-            batches = self.data.step(self.order, self.guard.spend(self.gate))
+            batches = self._next_batches(round_, step)
             try:
                 loss = self.trainer.step(round_, step, batches)
             except MissedStepError as missed:
@@ -182,21 +234,36 @@ class Participant(Candidate):
             tokens, seen = tokens + told(batches), seen + loss.tokens
             rate = seen / max(1e-9, time.monotonic() - began)
             self._say("step", round=round_, step=step, loss=mean(loss), tokens_per_s=rate, **self.count.traffic())
-        self._stop_if_asked(self.settings.rounds.local_steps, tokens)  # else it would wait for everybody first
         return tokens
 
-    def _send_update(self, round_: int, tokens: int) -> None:
-        unmerged = self.ends.correction_tensors()
-        self.ends.end_round(round_step_sizes(self.settings, round_))
-        snapshot = self._snapshot(round_, self.settings.rounds.local_steps, tokens)
-        self.store.save(snapshot)
+    def _next_batches(self, round_: int, step: int) -> list[Batch]:
+        """The micro-batches of a step. Its records had the budget for it once, and have it when it is done again."""
+        numbers, cursor = self.link.journal.once(f"step {round_} {step}", self._pick)
+        if self.order.cursor != tuple(cursor):
+            self.order = self.data.order(self.name, tuple(cursor))
+        return self.data.micro_batches(numbers)
+
+    def _pick(self) -> tuple[list[int], tuple[int, int]]:
+        """The next step's records, and where the data order stands then."""
+        assert self.guard is not None
+        numbers = self.data.pick(self.order, self.guard.spend(self.gate))
+        return numbers, self.order.cursor
+
+    def _send_update(self, snapshot: Snapshot, unmerged: Mapping[str, Tensor]) -> None:
+        """The update of a round whose snapshot is on disk, and the wait until the merge is durable.
+
+        ``unmerged`` is the correction as it was, for a round whose merge was missed.
+        """
+        if self.stop():  # else it would wait for everybody first
+            raise PausedError(in_round=True)
+        round_ = snapshot.round
         weights = self.ends.weights()
         shared = {name: weights[name] for name in self.ends.shared}
         digest = self._upload(self.gate.release_weights(round_, shared)) if shared else ""
         if round_ == 0 and self.gate.keepsakes.chosen:
             self.gate.keepsakes.keep_head(shared.get(self.ends.head_name), self.labels)
         self.notary.mark()
-        answer = self.link.ask(Update(0, 0, round_, tokens, digest, self.measured.shared))
+        answer = self.link.ask(Update(0, 0, round_, snapshot.tokens, digest, self.measured.shared))
         self.measured.shared = None
         if not isinstance(answer, RoundDurable):
             raise ProtocolError(f"{type(answer).__name__} instead of a merged round")
@@ -205,7 +272,8 @@ class Participant(Candidate):
             self.store.save(replace(snapshot, correction=unmerged))
         self._take_merge(answer.weights)
         assert self.count is not None
-        self.count.add_round(merged=answer.merged)
+        taken = self.count.tally.rounds_taken + answer.merged
+        self.count.set_rounds(self.link.journal.once(f"taken {round_}", lambda: taken))
         self._say("round_durable", round=round_, merged=answer.merged)
 
     def _upload(self, data: bytes) -> str:
@@ -229,11 +297,12 @@ class Participant(Candidate):
         """On Ctrl-C: save where we are, so that the next start goes on here. Raises PausedError."""
         if not (self.stop() or (self.only_finish and step is None)):
             return
-        self.notary.settle()  # nothing may be unanswered when the session is taken up again
+        self.notary.settle()  # a journal begins with nothing unanswered
+        if self.link.journal.doing_again:  # it goes further than this
+            raise PausedError(in_round=True)
         if step is not None:
-            self.store.save_pause(self._snapshot(self.round, step, tokens))
-            self._remember(self.welcome, self.link.next_seq)
-        raise PausedError
+            self._begin_journal(self.store.save_pause(self._snapshot(self.round, step, tokens)), in_round=True)
+        raise PausedError(in_round=step is not None)
 
     # -- measuring and the end ---------------------------------------------------------------------------------
 
@@ -241,8 +310,9 @@ class Participant(Candidate):
         """Loss on the held-out rows with the weights that ``round_`` starts from."""
         if not (self.evaluation and due(self.settings, round_)):
             return
+        journal = self.link.journal
         try:
-            loss = self.measured.measure(self.settings, self.trainer, self.gate, round_, self.evaluation)
+            loss = self.measured.measure(self.trainer, self.gate, journal, round_, self.evaluation)
             self.notary.mark()
             facts = self.measured.add(round_, loss)
         except (MissedStepError, NumericalError) as error:  # weights that overflow must not end the federation
@@ -255,9 +325,18 @@ class Participant(Candidate):
         self._evaluate(finished.round + 1)
         path = self.store.save_merged({name: tensor.contiguous() for name, tensor in self.ends.weights().items()})
         personal = self._personal_loss(finished.round)
-        baselines = self._baselines()
+        self.store.save_closing(self._closing(finished, path, personal, None))  # kept, whatever happens from here on
+        report = self._closing(finished, path, personal, self._baselines())
+        self.store.save_closing(report)
         self.notary.settle()
         self._say_goodbye()
+        self.link.journal.drop()
+        return report
+
+    def _closing(
+        self, finished: Finished, path: Path, personal: float | None, baselines: Baselines | None
+    ) -> dict[str, Any]:
+        """The closing report."""
         assert self.count is not None
         assert self.guard is not None
         tally = self.count.tally

@@ -80,14 +80,23 @@ class ClientData:
         self.train_keys = list(record_keys(self.train, secret, seen))
         self.held_out_keys = [] if self.held_out is None else list(record_keys(self.held_out, secret, seen))
 
-    def step(self, order: DataOrder, spend: Spend | None = None) -> list[Batch]:
-        """The micro-batches of the next step, each padded to the longest record of the step.
+    def pick(self, order: DataOrder, spend: Spend | None = None) -> list[int]:
+        """Numbers of the next step's records.
 
         ``spend`` is asked for each record and leaves out those that must not take part. Raises PrivacyError when too
         few are left.
         """
+        if spend is None:
+            return list(map(int, order.take(self.settings.batch.records)))
+        return self._affordable(order, spend)
+
+    def step(self, order: DataOrder, spend: Spend | None = None) -> list[Batch]:
+        """The micro-batches of the next step. Raises PrivacyError as ``pick``."""
+        return self.micro_batches(self.pick(order, spend))
+
+    def micro_batches(self, numbers: Sequence[int]) -> list[Batch]:
+        """The micro-batches of a step with these records, each padded to the longest record of the step."""
         batch = self.settings.batch
-        numbers = list(map(int, order.take(batch.records))) if spend is None else self._affordable(order, spend)
         picked = [self.train[number] for number in numbers]
         keys = [self.train_keys[number] for number in numbers] if self.train_keys else []
         size = batch.records // batch.micro_batches

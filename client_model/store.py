@@ -9,11 +9,13 @@
     identity/                   certificate and private key of an invitation (client_model.identity)
     tally.json                  starts, rounds and traffic so far
     federation.json             the settings that were agreed to, and the cut
-    client.json                 name, federation, session token (to resume)
+    client.json                 name, federation, session token
+    journal                     what was sent and heard since the snapshot to go on from (client_model.journal)
     model/                      config and tokenizer as the server handed them out
     snapshots/round-000003/     weights, optimizer, correction (.safetensors), state.json
     pause/                      the same in the middle of a round, after Ctrl-C
     merged.safetensors          the trained weights at the end
+    closing.json                the closing report, once the rounds are over
 
 A snapshot is the state after a round's local steps, before the merge; the last two are kept, for the server may
 restart and go back by one. It holds no text.
@@ -26,6 +28,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -56,12 +59,11 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class SessionRecord:
-    """How to find back to the server's session; ``next_seq`` is -1 unless it was paused cleanly."""
+    """Which session of which server this client had last."""
 
     name: str
     url: str
     token: str = ""
-    next_seq: int = -1
     incarnation: str = ""
     manifest: str = ""  # of the base model, to tell federations apart
 
@@ -90,6 +92,7 @@ class ClientStore:
         self.model = folder / "model"
         self.snapshots = folder / "snapshots"
         self.pause_folder = folder / "pause"
+        self.journal = folder / "journal"
         with storage_errors(folder):
             for place in (folder, self.snapshots):
                 clear_unfinished(place)
@@ -137,11 +140,22 @@ class ClientStore:
         """Make the tally durable."""
         write_file(self.folder / "tally.json", json.dumps(asdict(tally)).encode())
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Make a snapshot durable and forget all but the last two. Raises StorageError."""
-        self._write(self.snapshots / f"round-{snapshot.round:06d}", snapshot)
+    def save(self, snapshot: Snapshot) -> str:
+        """Make a snapshot durable and forget all but the last two; returns its name. Raises StorageError."""
+        name = self.name_of(snapshot.round)
+        self._write(self.folder / name, snapshot)
         for number in self.rounds()[:-KEPT_SNAPSHOTS]:
             shutil.rmtree(self.snapshots / f"round-{number:06d}", ignore_errors=True)
+        return name
+
+    @staticmethod
+    def name_of(round_: int) -> str:
+        """What the snapshot of a round is called."""
+        return f"snapshots/round-{round_:06d}"
+
+    def read(self, name: str) -> Snapshot:
+        """The snapshot or pause that was saved as ``name``. Raises StorageError."""
+        return self._read(self.folder / name)
 
     def rounds(self) -> list[int]:
         """Rounds that have a snapshot, oldest first."""
@@ -156,17 +170,36 @@ class ClientStore:
             shutil.rmtree(self.snapshots / f"round-{number:06d}", ignore_errors=True)
         return self._read(self.snapshots / f"round-{kept[-1]:06d}") if kept else None
 
-    def save_pause(self, snapshot: Snapshot) -> None:
-        """Remember the middle of a round."""
+    def save_pause(self, snapshot: Snapshot) -> str:
+        """Remember the middle of a round; returns its name. Raises StorageError."""
         self._write(self.pause_folder, snapshot)
+        return self.pause_folder.name
 
-    def take_pause(self) -> Snapshot | None:
-        """The paused state, once."""
-        if not self.pause_folder.exists():
-            return None
-        snapshot = self._read(self.pause_folder)
+    def forget_pause(self) -> None:
+        """Nothing goes on from there any more."""
         shutil.rmtree(self.pause_folder, ignore_errors=True)
-        return snapshot
+
+    def save_closing(self, report: Mapping[str, Any]) -> None:
+        """Make the closing report durable: from now on this client can end without the server."""
+        write_file(self.folder / "closing.json", json.dumps(report).encode())
+
+    def closing(self) -> dict[str, Any] | None:
+        """The closing report, with what is counted by now; None while there are rounds. Raises StorageError."""
+        path = self.folder / "closing.json"
+        if not path.exists():
+            return None
+        tally = self.tally()
+        traffic = {"bytes_sent": tally.bytes_sent, "bytes_received": tally.bytes_received}
+        counted = {"starts": tally.starts, "uncounted_starts": tally.uncounted_starts + tally.open, "bytes": traffic}
+        try:
+            return {**json.loads(path.read_text()), **counted}
+        except (OSError, ValueError, TypeError) as error:
+            raise StorageError(f"{path} cannot be read", "Delete it: with the server there it is made anew.") from error
+
+    def forget_closing(self) -> None:
+        """There are rounds again. Raises StorageError."""
+        with storage_errors(self.folder):
+            (self.folder / "closing.json").unlink(missing_ok=True)
 
     def save_merged(self, weights: Mapping[str, Tensor]) -> Path:
         """Leave the trained ends on disk."""

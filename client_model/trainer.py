@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -41,6 +41,7 @@ from splitfl.wire.messages import (
     TensorBytes,
 )
 
+NO_TENSOR = TensorBytes("f32", (0,), b"")
 MOST_REPEATS = 4  # of one micro-batch whose records the server turned out not to hold
 
 
@@ -158,9 +159,7 @@ class Trainer:
         done.add(ends.run_top(returned, run_bottom, lengths, labels, train=True))
         if returned.grad is None:
             return
-        self.gate.keep_returned(place.round, returned, records_of(batch))
-        payload = self.gate.release(ReleaseKind.GRADIENT, place.round, returned.grad, records_of(batch))
-        reply = self.link.request(Backward(0, 0, place.round, place.step, place.micro, payload))
+        reply = self._send_gradient(place, batch, returned, returned.grad)
         yield
         answer = answered(reply)
         if not isinstance(answer, Gradient):
@@ -168,6 +167,15 @@ class Trainer:
         if ends.bottom_trains and answer.gradient is not None:
             gradient = self._like(batch, answer.gradient, "the gradient that the trunk returned")
             ends.backward_bottom(run_bottom(), gradient, input_ids, lengths)
+
+    def _send_gradient(self, place: Place, batch: Batch, returned: Tensor, gradient: Tensor) -> Future[Answer]:
+        """The gradient (B, T, D) at what the trunk returned; one that was sent before a crash is not drawn anew."""
+        unsent = Backward(0, 0, place.round, place.step, place.micro, NO_TENSOR)
+        if (reply := self.link.again(unsent)) is not None:
+            return reply
+        self.gate.keep_returned(place.round, returned, records_of(batch))
+        payload = self.gate.release(ReleaseKind.GRADIENT, place.round, gradient, records_of(batch))
+        return self.link.request(replace(unsent, gradient=payload))
 
     def _judge(self, place: Place, batch: Batch, done: Sum) -> Crossing:
         """The hops of one held-out batch."""

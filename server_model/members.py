@@ -65,7 +65,7 @@ class Members:
     def welcome(self, hello: Hello) -> tuple[Member, bool]:
         """Open a session, or resume the one that Hello names; whether it was resumed. Raises RefusedError."""
         known = self._by_token.get(hello.resume)
-        if known is not None and known.name == hello.name and not hello.fresh:
+        if known is not None and known.name == hello.name and not hello.fresh and remembers_all(hello, known):
             known.connected = True
             cancel(known)
             return known, True
@@ -127,6 +127,11 @@ class Members:
         """Stop all timers."""
         for member in self:
             cancel(member)
+
+
+def remembers_all(hello: Hello, member: Member) -> bool:
+    """Whether the client knows of every request that it has sent: a power cut may have cost it the last ones."""
+    return hello.next_seq is None or hello.next_seq >= member.wire.next_seq
 
 
 def cancel(member: Member) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from splitfl.config import LEVELS, Federation, Privacy
 from splitfl.privacy.accounting import mean_bits, mu_for
 from splitfl.privacy.charges import MOST_LOSS
+from splitfl.privacy.report import told
 
 #: settings that are not agreed to: how fast weights move, and how the server runs its own part
 NOT_AGREED = {"seed", "optimizer", "trunk"}
@@ -47,15 +48,18 @@ class Terms:
             ("purpose", agreement.purpose or "not stated"),
             ("may export", ", ".join(agreement.exporters) or "nobody"),
             ("takes", f"{rounds.count} rounds of {rounds.local_steps} steps, {settings.batch.records} records each"),
+            ("needs", f"{rounds.min_clients} client{'s' * (rounds.min_clients > 1)} at least"),
             ("stays here", f"your file and the labels; of the model {keeps}, unless you plan otherwise"),
             ("privacy", privacy_line(settings)),
+            ("activations", activations_line(settings)),
             ("gradients", gradients_line(settings)),
             ("weights", weights_line(settings)),
             ("losses", losses_line(settings)),
+            ("told too", ", ".join(told(private=settings.privacy.on))),
             ("model", f"sha256 {self.manifest[:16]}..."),
             ("agreement", self.sha256),
         ]
-        return [f"{name:<11} {text}" for name, text in said]
+        return [f"{name:<12} {text}" for name, text in said]
 
 
 def privacy_line(settings: Federation) -> str:
@@ -79,6 +83,14 @@ def allowed(privacy: Privacy) -> str:
 def padded(settings: Federation) -> str:
     """The public lengths."""
     return ", ".join(str(length) for length in settings.batch.padded_lengths)
+
+
+def activations_line(settings: Federation) -> str:
+    """What of every record leaves, in one line."""
+    if not settings.privacy.on:
+        return "of every record, held-out ones too, are sent as they are."
+    often = "once" if settings.freeze_below >= settings.bottoms[-1] else "anew in each step"
+    return f"of every record, held-out ones too, are sent {often}, clipped and noised as above."
 
 
 def gradients_line(settings: Federation) -> str:

@@ -9,11 +9,12 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
-from client_model.link import settle
+from client_model.asking import settle
+from client_model.journal import Journal
 from server_model.coordinator import Coordinator
 from server_model.members import Member
 from server_model.tasks import spawn
-from splitfl.errors import LinkError, ProtocolError
+from splitfl.errors import LinkError, ProtocolError, SplitFLError
 from splitfl.wire.frames import decode, encode
 from splitfl.wire.messages import Answer, Hello, Request, Welcome
 from splitfl.wire.session import Answered, ClientSession, Connected
@@ -30,7 +31,7 @@ class MemoryService:
     def __init__(self, coordinator: Coordinator) -> None:
         self.coordinator = coordinator
         self._failure: BaseException | None = None
-        self._links: set[MemoryLink] = set()
+        self._links: dict[str, MemoryLink] = {}  # by session token
         self._ended = asyncio.Event()
         self._started: Future[asyncio.AbstractEventLoop] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="service", daemon=True)
@@ -60,7 +61,7 @@ class MemoryService:
         May be called from any thread.
         """
         self._failure = self._failure or error
-        for link in list(self._links):
+        for link in list(self._links.values()):
             link.fail(self._failure)
 
     def connect(self, link: MemoryLink, frame: bytes) -> tuple[Member, bytes]:
@@ -76,12 +77,13 @@ class MemoryService:
         if self._failure is not None:
             raise self._failure
         opened = asyncio.run_coroutine_threadsafe(connect(), self._loop).result()
-        self._links.add(link)
+        self._links[opened[0].token] = link
         return opened
 
     def disconnect(self, link: MemoryLink, member: Member) -> None:
         """The link is gone without a goodbye; its session lives on for the grace period."""
-        self._links.discard(link)
+        if self._links.get(member.token) is link:
+            del self._links[member.token]
         if self._failure is None:
             self._loop.call_soon_threadsafe(self.coordinator.disconnected, member)
 
@@ -92,18 +94,22 @@ class MemoryService:
     def _receive(self, link: MemoryLink, member: Member, frame: bytes) -> None:
         member.bytes_in += len(frame)
         try:
-            request, _ = member.wire.receive(frame)  # nothing is ever lost here, so nothing is repeated
+            request, repeated = member.wire.receive(frame)
         except ProtocolError as error:
             link.fail(error)
             return
-        if request is not None:
-            spawn(self._answer(link, member, request))
+        if repeated is not None:
+            link.deliver(b"".join(repeated))
+        elif request is not None:
+            spawn(self._answer(member, request))
 
-    async def _answer(self, link: MemoryLink, member: Member, request: Request) -> None:
+    async def _answer(self, member: Member, request: Request) -> None:
+        """Work on a request and answer on whatever link the client has by then."""
         answer = await self.coordinator.handle(member, request)
         frame = b"".join(member.wire.answer(answer))
         member.bytes_out += len(frame)
-        link.deliver(frame)
+        if (link := self._links.get(member.token)) is not None:
+            link.deliver(frame)
 
     def _background_failure(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """A task that nobody waits for has failed: a merge, a step of the trunk."""
@@ -113,16 +119,19 @@ class MemoryService:
 class MemoryLink:
     """A client's link to a ``MemoryService``: what ``client_model.link.Link`` is to a websocket.
 
-    ``bytes_sent`` and ``bytes_received`` count whole frames, as they would travel.
+    ``bytes_sent`` and ``bytes_received`` count whole frames, as they would travel. ``journal`` as there.
     """
 
-    def __init__(self, service: MemoryService, hello: Hello) -> None:
+    def __init__(self, service: MemoryService, hello: Hello, journal: Journal | None = None) -> None:
         self.bytes_sent = 0
         self.bytes_received = 0
         self._service = service
-        self._session = ClientSession(hello)
+        self.journal = Journal() if journal is None else journal
+        self._session = ClientSession(
+            hello, next_seq=self.journal.next_seq, unanswered=self.journal.unanswered, keeper=self.journal
+        )
         self._member: Member | None = None
-        self._futures: dict[int, Future[Answer]] = {}
+        self._futures = dict(self.journal.waiting)
         self._failure: BaseException | None = None
         self._lock = threading.Lock()  # requests come from the client's thread, answers from the service's
 
@@ -132,10 +141,16 @@ class MemoryLink:
         self.bytes_received += len(frame)
         (event,) = self._session.receive(frame)
         assert isinstance(event, Connected)
+        if not event.welcome.resumed:
+            self._futures.clear()
+        for parts in self._session.unanswered():
+            self._service.send(self, self._member, self._counted(parts))
         return event.welcome
 
     def request(self, message: Request) -> Future[Answer]:
         """Send a request; its future gives the answer, or raises RefusedError, or why the federation was stopped."""
+        if (asked := self.again(message)) is not None:
+            return asked
         future: Future[Answer] = Future()
         with self._lock:
             if self._failure is not None:
@@ -147,6 +162,10 @@ class MemoryLink:
             self._futures[seq] = future
             self._service.send(self, self._member, self._counted(parts))
         return future
+
+    def again(self, message: Request) -> Future[Answer] | None:
+        """The answer to a request that an earlier start of this round has sent, tensors aside."""
+        return self.journal.take(message)
 
     def ask(self, message: Request) -> Answer:
         """Send a request and wait for its answer."""
@@ -167,11 +186,20 @@ class MemoryLink:
         """A frame from the service has arrived."""
         with self._lock:
             self.bytes_received += len(frame)
-            answers = [event.answer for event in self._session.receive(frame) if isinstance(event, Answered)]
+            if self._failure is not None:
+                return
+            try:
+                events = self._session.receive(frame)
+            except SplitFLError as error:  # it cannot be written down, so nobody may have it
+                self._failure = error
+                events = []
+            answers = [event.answer for event in events if isinstance(event, Answered)]
             waiting = [(self._futures.pop(answer.seq, None), answer) for answer in answers]
         for future, answer in waiting:
             if future is not None:
                 settle(future, answer)
+        if self._failure is not None:
+            self.fail(self._failure)
 
     def fail(self, error: BaseException) -> None:
         """Every request raises ``error`` from now on, the unanswered ones included; the first one counts."""

@@ -39,7 +39,7 @@ def privacy_report(
         "guess_bound": guess_bound(mu, 0.5) if whole is not None else None,
         "most_spent": most_spent(policy, ledger) if whole is not None else None,
         "stayed": stayed(policy, ledger),
-        "told": told(policy),
+        "told": told(private=policy.private),
         "left": {
             kind: {"releases": ledger.releases[kind], "bytes": ledger.bytes[kind]} for kind in sorted(ledger.releases)
         },
@@ -137,9 +137,9 @@ def stayed(policy: Policy, ledger: Ledger) -> list[str]:
     return ["the data file", "label ids", *losses, "moments of the optimizer", *lengths]
 
 
-def told(policy: Policy) -> list[str]:
+def told(*, private: bool) -> list[str]:
     """What the server learns beside the releases."""
-    if not policy.private:
+    if not private:
         return ["this client's name", "number and lengths of records", "counts of label tokens", "when it works"]
     records = "number, order, recurrence and padded lengths of records, and which are held out"
     return ["this client's name", records, "the number of rows in its ledger", "when it works"]

@@ -86,7 +86,8 @@ class Hello:
     """Client's first word. ``resume`` is the token of an earlier Welcome; ``round`` the last one it holds durably.
 
     ``fresh`` says that the client lost that session's state (it crashed): the server replaces the session.
-    ``n_bottom`` and ``n_top`` of -1 take the federation's own cut.
+    ``n_bottom`` and ``n_top`` of -1 take the federation's own cut. ``next_seq`` is the number of its next request:
+    a client that forgot some that it has sent cannot resume.
     """
 
     versions: tuple[Annotated[int, Field(ge=1, le=10_000)], ...]
@@ -97,6 +98,7 @@ class Hello:
     n_bottom: Index = -1
     n_top: Index = -1
     software: Annotated[str, Field(max_length=64)] = ""
+    next_seq: Count | None = None
 
 
 @dataclass(frozen=True)

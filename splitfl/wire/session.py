@@ -8,7 +8,9 @@ that is still being worked on is answered once, on whatever connection is there 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from splitfl.errors import ProtocolError
 from splitfl.wire.frames import MAX_FRAME_BYTES, Parts, decode, encode
@@ -51,32 +53,60 @@ class Answered:
 ClientEvent = Connected | Rejected | Answered
 
 
+class Keeper(Protocol):
+    """Keeps what a client must know to go on with its session in another process. What it raises stops the client."""
+
+    def sent(self, seq: int, parts: Parts) -> None:
+        """A request is about to be sent for the first time."""
+        ...
+
+    def answered(self, answer: Answer, frame: bytes | memoryview) -> None:
+        """An answer is about to be handed on; no request acknowledges it before this returns."""
+        ...
+
+    def lost(self) -> None:
+        """The server knows the session no more."""
+        ...
+
+
 class ClientSession:
     """The client's side: feed it what arrives; send what ``hello``, ``request`` and ``unanswered`` give."""
 
-    def __init__(self, hello: Hello, *, next_seq: int = 0, max_bytes: int = MAX_FRAME_BYTES) -> None:
-        """``next_seq`` goes on with a session (``hello.resume``) that was paused with nothing unanswered."""
+    def __init__(
+        self,
+        hello: Hello,
+        *,
+        next_seq: int = 0,
+        unanswered: Mapping[int, bytes] | None = None,
+        keeper: Keeper | None = None,
+        max_bytes: int = MAX_FRAME_BYTES,
+    ) -> None:
+        """``next_seq`` and ``unanswered`` frames go on with a session (``hello.resume``) of an earlier process."""
         self._hello = hello
         self._max_bytes = max_bytes
-        self._unanswered: dict[int, Parts] = {}
+        self._keeper = keeper
+        self._unanswered: dict[int, Parts] = {seq: [frame] for seq, frame in (unanswered or {}).items()}
         self._next_seq = next_seq
-        self._answered: set[int] = set()  # beyond the contiguous ones
-        self._ack = next_seq  # all requests below this number are answered
+        self._ack = min(self._unanswered, default=next_seq)  # all requests below this number are answered
+        self._answered = set(range(self._ack, next_seq)) - self._unanswered.keys()  # beyond the contiguous ones
         self.welcome: Welcome | None = None
 
     def hello(self) -> Parts:
         """The first frame of each connection; it asks to resume once a session is known."""
-        if self.welcome is None:
-            return encode(self._hello)
-        return encode(replace(self._hello, resume=self.welcome.session, fresh=False))
+        resume = self._hello.resume if self.welcome is None else self.welcome.session
+        fresh = self._hello.fresh and self.welcome is None
+        next_seq = self._next_seq if resume and not fresh else None
+        return encode(replace(self._hello, resume=resume, fresh=fresh, next_seq=next_seq))
 
     def request(self, message: Request) -> tuple[int, Parts]:
         """Number ``message`` (its ``seq`` and ``ack`` are filled in here) and remember it until it is answered."""
         if self.credit <= 0:
             raise ProtocolError(f"{len(self._unanswered)} requests are unanswered", "Wait for answers first.")
         seq = self._next_seq
-        self._next_seq += 1
         parts = encode(replace(message, seq=seq, ack=self._ack))
+        if self._keeper is not None:
+            self._keeper.sent(seq, parts)
+        self._next_seq += 1
         self._unanswered[seq] = parts
         return seq, parts
 
@@ -103,21 +133,26 @@ class ClientSession:
             return [Rejected(message)]
         if not isinstance(message, ANSWERS):
             raise ProtocolError(f"a server never sends {type(message).__name__}", field="t")
-        return self._answer(message)  # type: ignore[arg-type]
+        return self._answer(message, data)  # type: ignore[arg-type]
 
     def _connected(self, welcome: Welcome) -> Connected:
         if welcome.version not in self._hello.versions:
             raise ProtocolError(f"the server chose protocol version {welcome.version}", field="version")
         if not welcome.resumed:
+            if self._keeper is not None:
+                self._keeper.lost()
             self._unanswered.clear()
             self._answered.clear()
             self._next_seq = self._ack = 0
         self.welcome = welcome
         return Connected(welcome)
 
-    def _answer(self, answer: Answer) -> list[ClientEvent]:
-        if self._unanswered.pop(answer.seq, None) is None:
+    def _answer(self, answer: Answer, frame: bytes | memoryview) -> list[ClientEvent]:
+        if answer.seq not in self._unanswered:
             return []  # sent twice around a reconnection; the first one counted
+        if self._keeper is not None:
+            self._keeper.answered(answer, frame)
+        del self._unanswered[answer.seq]
         self._answered.add(answer.seq)
         while self._ack in self._answered:
             self._answered.discard(self._ack)
@@ -145,6 +180,7 @@ class ServerSession:
         self._answers: dict[int, Parts | None] = {}
         self._open: set[int] = set()
         self._ack = 0
+        self.next_seq = 0  # above every request that has come
 
     def receive(self, data: bytes | memoryview) -> tuple[Request | None, Parts | None]:
         """One frame -> (a new request, None), or (None, a frame to repeat), or (None, None) while it is worked on.
@@ -171,6 +207,7 @@ class ServerSession:
         if len(self._open) + len(self._answers) >= 2 * CREDIT_WINDOW or seq >= self._ack + 2 * CREDIT_WINDOW:
             raise ProtocolError(f"request {seq} is beyond the credit window", field="seq")
         self._open.add(seq)
+        self.next_seq = max(self.next_seq, seq + 1)
         return request, None
 
     def answer(self, answer: Answer) -> Parts:

@@ -35,7 +35,7 @@ def assert_all_end(*commands: Command) -> None:
 
 
 def test_step_deadline_drops_the_late_client_which_goes_on_later(place: Place, wards: dict[str, Path]) -> None:
-    server, (first, second) = start(place, wards, few_rounds(trunk={"step_deadline_s": 0.4}))
+    server, (first, second) = start(place, wards, few_rounds(trunk={"step_deadline_s": 1.5}))
     second.wait_for("step", round=0, step=5)
     with frozen(second):
         first.wait_for("step", count=len(first.named("step")) + 3)

@@ -13,6 +13,7 @@ import torch
 from disturbing import assert_same, final_weights
 from gates import agree
 
+from client_model.cli import first_words, open_journal
 from client_model.events import Event
 from client_model.link import SessionLostError
 from client_model.participant import Participant, PausedError
@@ -51,7 +52,9 @@ def participant(folder: Path, data: Path, report: Callable[[Event], None] = lamb
 
 
 def take_part(service: MemoryService, client: Participant) -> dict[str, Any]:
-    link = MemoryLink(service, Hello(PROTOCOL_VERSIONS, client.name))
+    """One start of a client with the journal of its state folder, as ``splitfl join`` makes it."""
+    journal = open_journal(client.store, client.key_file, None)
+    link = MemoryLink(service, first_words(client.name, client.store, None, journal.head), journal)
     return client.run(link, link.open(), URL)
 
 
@@ -100,15 +103,9 @@ def stop_and_go_on(
     first.stop = lambda: bool(steps) and steps[-1] == stop_after
     with pytest.raises(PausedError):
         take_part(running, first)
-    record = first.store.session()
-    assert record is not None
-    assert record.next_seq >= 0
-    again = participant(folder, data, note)
-    (member,) = running.coordinator.members
-    link = MemoryLink(running, Hello(PROTOCOL_VERSIONS, "a", resume=record.token))
-    link._session._next_seq = link._session._ack = record.next_seq  # as the websocket link is told
-    assert member.token == record.token
-    again.run(link, link.open(), URL)
+    before = first.store.session()
+    take_part(running, participant(folder, data, note))
+    assert first.store.session() == before  # the session lived on
     return steps
 
 

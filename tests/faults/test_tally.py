@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_pause import STEPS, participant, service
+from test_pause import STEPS, participant, service, take_part
 
 from client_model.events import Event
 from client_model.participant import PausedError
@@ -29,11 +29,7 @@ def start(running: MemoryService, folder: Path, data: Path, stop_after: tuple[in
     events: list[Event] = []
     client = participant(folder, data, events.append)
     client.stop = lambda: stop_after in [(e.facts["round"], e.facts["step"]) for e in events if e.event == "step"]
-    record = client.store.session()
-    link = MemoryLink(running, Hello(PROTOCOL_VERSIONS, "a", resume=record.token if record else ""))
-    if record is not None and record.next_seq >= 0:
-        link._session._next_seq = link._session._ack = record.next_seq  # as the websocket link is told
-    return client.run(link, link.open(), URL), events
+    return take_part(running, client), events
 
 
 def test_report_after_a_pause_counts_what_left_before_it(
@@ -59,6 +55,21 @@ def test_start_that_was_cut_short_is_said_to_be_uncounted(
     assert (report["starts"], report["uncounted_starts"]) == (2, 1)
     assert report["privacy"]["left"]["activations"]["releases"] == 2 * STEPS
     assert not ClientStore(tmp_path / "client").tally().open
+
+
+def test_closing_report_is_forgotten_when_there_are_rounds_again(
+    tmp_path: Path, small_model: Path, wards: dict[str, Path]
+) -> None:
+    store = ClientStore(tmp_path / "client")
+    store.save_closing({"client": "a"})
+    with service(small_model, tmp_path / "server") as running:
+        with pytest.raises(PausedError):
+            start(running, tmp_path, wards["a"], (0, 0))
+        assert store.closing() is None
+        report, _ = start(running, tmp_path, wards["a"])
+    kept = store.closing()
+    assert kept is not None
+    assert kept["held_out_losses"] == report["held_out_losses"]
 
 
 def test_privacy_mode_is_said_before_anything_leaves(tmp_path: Path, small_model: Path, wards: dict[str, Path]) -> None:

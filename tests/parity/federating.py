@@ -13,7 +13,7 @@ import torch
 from gates import agree
 from serving import ServiceThread
 
-from client_model.cli import first_words, say_goodbye
+from client_model.cli import first_words, open_journal, say_goodbye
 from client_model.events import Event
 from client_model.link import Link
 from client_model.participant import Participant, PausedError
@@ -98,8 +98,8 @@ def join(
             merged.append(event.facts["round"])
 
     store = ClientStore(folder)
-    hello, next_seq = first_words(name, store, cut)
-    link = Link(url, hello, next_seq=next_seq, say=lambda _: None)
+    journal = open_journal(store, None, cut)
+    link = Link(url, first_words(name, store, cut, journal.head), journal=journal, say=lambda _: None)
     participant = Participant(name, data, store, folder / "cache", CPU, report, accept=agree, plan=cut)
     participant.stop = lambda: one_round and bool(merged)
     try:

@@ -25,7 +25,7 @@ def bench(
         int | None, typer.Option(help="Timed steps (overhead; 20), or public steps of every contender (privacy; 1000).")
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Checkpoint to measure on (privacy); none: one is made.")] = None,
-    cut: Annotated[str, typer.Option(help="BOTTOM,TOP: blocks that the client keeps (privacy).")] = "1,2",
+    cut: Annotated[str, typer.Option(help="BOTTOM,TOP: blocks that the client keeps (privacy).")] = "1,1",
     seeds: Annotated[int, typer.Option(help="How often everything is repeated (privacy, federation).")] = 3,
     jobs: Annotated[
         int, typer.Option(help="Rows that are measured at once, sharing the cores (privacy, federation).")

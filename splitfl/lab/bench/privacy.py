@@ -64,12 +64,12 @@ class Scope:
     The plain levels are those that a federation can name.
     """
 
-    cut: Cut = field(default_factory=lambda: Cut(1, 2))
+    cut: Cut = field(default_factory=lambda: Cut(1, 1))
     rank: int = 16
     narrow_levels: tuple[float, ...] = (0.35, 0.5)
     plain_levels: tuple[float, ...] = tuple(LEVELS.values())
     seeds: int = 3
-    audited: int = 12  # private records whose releases are attacked, for each seed
+    audited: int = 8  # private records whose releases are attacked, for each seed
     audit_public: int = 1500  # public records that attacks train on
     audit_seconds: float = 120.0
     base: tuple[int, int, int] = (8, 256, 2048)  # blocks, width and vocabulary of a base made here
@@ -198,27 +198,24 @@ class Frontier:
             tuning = TopTuning(model, self.texts, self.effort, seed)
             losses = tuning.run()
             recovery, attack = self.attack(model, tuning, plain=plain, seed=seed)
-            blank = TopTuning(model, self.texts, self.effort, seed, blank=True).run().noisy
             found.noisy.append(losses.noisy)
             found.clean.append(losses.clean)
-            found.blank.append(blank)
+            if not plain:
+                found.blank.append(TopTuning(model, self.texts, self.effort, seed, blank=True).run().noisy)
             found.recovery.append(recovery)
             attacks.append(attack)
-            self.say(
-                f"{name}, level {level}: loss {losses.noisy:.3f} ({blank:.3f} with noise alone), "
-                f"recovery {recovery:.3f} ({attack})"
-            )
+            self.say(f"{name}, level {level}: loss {losses.noisy:.3f}, recovery {recovery:.3f} ({attack})")
         rank = self.width if plain else self.scope.rank
         return {
             "mechanism": name,
             "level": level,
             "loss_noisy": spread(found.noisy),
             "loss_clean": spread(found.clean),
-            "loss_if_noise_alone_is_sent": spread(found.blank),
             "recovery": spread(found.recovery),
             "strongest_attack": max(set(attacks), key=attacks.count),
             "epsilon_per_record": epsilon_of(2 * math.sqrt(self.effort.length) / level, DELTA),
             "bytes_per_token": 2 * rank,
+            **({} if plain else {"loss_if_noise_alone_is_sent": spread(found.blank)}),
         }
 
     def attack(self, model: NarrowModel, tuning: TopTuning, *, plain: bool, seed: int) -> tuple[float, str]:
@@ -267,7 +264,7 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
     )
     reached, split = best["loss_noisy"]["median"], loss["noise-free split"]
     return [
-        Bar("noise-free split: gain over ends-only", 1 - split / loss["ends-only"], LEAST_GAIN, "higher"),
+        Bar("ends-only: loss above noise-free split", loss["ends-only"] / split - 1, LEAST_GAIN, "higher"),
         Bar("narrow: worst recovery", best["recovery"]["median"], MOST_RECOVERY, "lower"),
         Bar("narrow: loss / noise-free split", reached / split, MOST_LOSS, "lower"),
         Bar("narrow: loss / ends-only", reached / loss["ends-only"], 1.0, "lower"),

@@ -18,14 +18,17 @@ from client_model.cli import (
     StopSignal,
     check_address,
     check_name,
+    check_same_client,
     cuts_of_pause,
     describe,
     first_words,
+    open_journal,
     parse_plan,
     print_report,
     say_goodbye,
 )
 from client_model.events import Event
+from client_model.journal import Head
 from client_model.participant import Participant
 from client_model.store import ClientStore, SessionRecord, Snapshot
 from splitfl.config import Federation
@@ -96,34 +99,45 @@ def test_plan_is_a_cut_or_left_to_the_federation() -> None:
 
 
 def test_new_client_says_its_name_and_its_plan(store: ClientStore) -> None:
-    hello, next_seq = first_words("ward", store, Cut(2, 1))
+    hello = first_words("ward", store, Cut(2, 1), None)
     assert (hello.name, hello.resume, hello.fresh, hello.round) == ("ward", "", True, -1)
-    assert (hello.n_bottom, hello.n_top, next_seq) == (2, 1, 0)
+    assert (hello.n_bottom, hello.n_top) == (2, 1)
 
 
 def test_client_without_a_plan_takes_the_federations_cut(store: ClientStore) -> None:
-    hello, _ = first_words("ward", store, None)
+    hello = first_words("ward", store, None, None)
     assert (hello.n_bottom, hello.n_top) == (-1, -1)
 
 
-def test_client_that_crashed_names_its_session_and_that_its_state_is_lost(store: ClientStore) -> None:
+def test_client_without_a_journal_names_its_session_and_that_its_state_is_lost(store: ClientStore) -> None:
     store.save_session(SessionRecord("ward", "ws://x", "token"))
     store.save(snapshot(3))
-    hello, next_seq = first_words("ward", store, None)
-    assert (hello.resume, hello.fresh, hello.round, next_seq) == ("token", True, 3, 0)
+    hello = first_words("ward", store, None, None)
+    assert (hello.resume, hello.fresh, hello.round) == ("token", True, 3)
 
 
-def test_client_that_was_paused_goes_on_with_its_session(store: ClientStore) -> None:
-    store.save_pause(snapshot(3))
-    store.save_session(SessionRecord("ward", "ws://x", "token", next_seq=17))
-    hello, next_seq = first_words("ward", store, None)
-    assert (hello.resume, hello.fresh, next_seq) == ("token", False, 17)
+def test_client_with_a_journal_goes_on_with_its_session(store: ClientStore, tmp_path: Path) -> None:
+    store.save_federation(Federation().model_dump_json(), (2, 1))
+    open_journal(store, tmp_path / "key", None).begin(Head("pause", True, "token", 17, cut="2,1"))
+    store.save_session(SessionRecord("ward", "ws://x", "newer"))
+    journal = open_journal(store, tmp_path / "key", Cut(2, 1))
+    hello = first_words("ward", store, None, journal.head)
+    assert (hello.resume, hello.fresh, journal.next_seq) == ("token", False, 17)
 
 
-def test_client_whose_pause_is_gone_starts_its_session_anew(store: ClientStore) -> None:
-    store.save_session(SessionRecord("ward", "ws://x", "token", next_seq=17))
-    hello, next_seq = first_words("ward", store, None)
-    assert (hello.fresh, next_seq) == (True, 0)
+def test_journal_of_another_plan_is_dropped(store: ClientStore, tmp_path: Path) -> None:
+    open_journal(store, tmp_path / "key", None).begin(Head("", False, "token", 0, cut="2,1"))
+    assert open_journal(store, tmp_path / "key", Cut(1, 1)).head is None
+    assert not store.journal.exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk" * 20])
+def test_damaged_journal_costs_the_round_and_is_said(
+    store: ClientStore, tmp_path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.journal.write_bytes(damage)
+    assert open_journal(store, tmp_path / "key", None).head is None
+    assert "journal is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -141,7 +155,7 @@ def test_paused_round_keeps_its_cut_when_another_is_asked_for(
 def test_state_of_another_client_is_refused(store: ClientStore) -> None:
     store.save_session(SessionRecord("ward-a", "ws://x", "token"))
     with pytest.raises(ConfigError, match="holds the state of client 'ward-a'"):
-        first_words("ward-b", store, None)
+        check_same_client("ward-b", store)
 
 
 # signals
@@ -306,7 +320,10 @@ def test_report_puts_personal_weights_beside_merged_ones(
     assert bool(line) == ("your own" in out or "personal" in out)
 
 
-@pytest.mark.parametrize("losses", [[], [{"round": 0, "loss": 3.0}, {"round": 2, "loss": 2.0}]])
+ONCE, TWICE = [{"round": 3, "loss": 3.0}], [{"round": 0, "loss": 3.0}, {"round": 2, "loss": 2.0}]
+
+
+@pytest.mark.parametrize("losses", [[], ONCE, TWICE])
 def test_report_says_what_left_and_what_stayed(
     tmp_path: Path, losses: list[dict[str, float]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -318,3 +335,4 @@ def test_report_says_what_left_and_what_stayed(
     assert "stayed here: the data file" in out
     assert "left: 1 x weights" in out
     assert ("held-out loss" in out) == bool(losses)
+    assert all(out.count(f"{entry['loss']:.3f} after {entry['round']} rounds") == 1 for entry in losses)

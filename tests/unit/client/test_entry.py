@@ -38,6 +38,9 @@ class FakeLink:
             reply.set_result(Held(0, (isinstance(message, Release),) * len(message.records)))
         return reply
 
+    def again(self, message: Request) -> None:
+        """Nothing was sent before."""
+
     def sent(self, kind: type) -> list[Request]:
         return [message for message in self.asked if isinstance(message, kind)]
 

@@ -158,6 +158,13 @@ def test_everybody_may_take_part_with_privacy_off_and_budgets_decide_else(client
     assert not later(again.key, 8, True)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_gate_is_told_whether_the_bottom_trains(client: Client, trains: bool) -> None:
+    chosen = settings()
+    gate = client.guard().open_gate(chosen, client.data(chosen), "cut 1", bottom_trains=trains)
+    assert gate.policy.bottom_trains == trains
+
+
 def test_records_are_named_by_the_clients_own_key(client: Client, tmp_path: Path) -> None:
     chosen = settings()
     _, gate = client.start(chosen)
@@ -170,9 +177,10 @@ def test_records_are_named_by_the_clients_own_key(client: Client, tmp_path: Path
 
 def test_a_report_takes_an_audit_of_this_very_ledger_alone(client: Client) -> None:
     guard, gate = client.start(settings())
+    gate.once.release(ReleaseKind.ACTIVATION, 0, refs(1), lambda: torch.randn(1, 8, 4))
     found: dict[str, Any] = {"rows": guard.ledger.count, "head": guard.ledger.head.hex()}
     path = client.state / "audit.json"
     path.write_text(json.dumps(found | {"recovery": 0.25, "interval": [0.2, 0.3]}))
     assert "recovered 25%" in guard.report(gate)["statement"]
-    gate.once.release(ReleaseKind.ACTIVATION, 0, refs(1), lambda: torch.randn(1, 8, 4))
+    gate.once.release(ReleaseKind.ACTIVATION, 0, refs(2), lambda: torch.randn(1, 8, 4))
     assert "Not audited yet" in guard.report(gate)["statement"]

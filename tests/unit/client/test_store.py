@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from client_model.store import KEPT_SNAPSHOTS, ClientStore, SessionRecord, Snapshot
+from client_model.store import KEPT_SNAPSHOTS, ClientStore, SessionRecord, Snapshot, Tally
 from splitfl.errors import StorageError
 
 
@@ -57,7 +57,6 @@ def test_server_that_lost_everything_brings_the_client_to_its_start(store: Clien
 def test_fresh_folder_holds_nothing(store: ClientStore) -> None:
     assert store.session() is None
     assert store.newest(9) is None
-    assert store.take_pause() is None
     assert store.rounds() == []
 
 
@@ -89,12 +88,13 @@ def test_damaged_snapshot_is_named_with_its_remedy(store: ClientStore, file: str
         store.newest(0)
 
 
-def test_pause_is_taken_once(store: ClientStore) -> None:
-    store.save_pause(snapshot(2, step=7))
-    back = store.take_pause()
-    assert back is not None
+def test_pause_is_kept_until_it_is_forgotten(store: ClientStore) -> None:
+    name = store.save_pause(snapshot(2, step=7))
+    back = store.read(name)
     assert (back.round, back.step) == (2, 7)
-    assert store.take_pause() is None
+    store.forget_pause()
+    with pytest.raises(StorageError, match="cannot be read"):
+        store.read(name)
 
 
 def test_pause_does_not_count_as_a_round(store: ClientStore) -> None:
@@ -120,7 +120,7 @@ def test_full_disk_leaves_the_older_snapshot_whole(
 
 
 def test_session_comes_back_as_it_was_saved(store: ClientStore) -> None:
-    record = SessionRecord("ward", "ws://127.0.0.1:7000", "token", 12, "incarnation", "ab" * 32)
+    record = SessionRecord("ward", "ws://127.0.0.1:7000", "token", "incarnation", "ab" * 32)
     store.save_session(record)
     assert ClientStore(store.folder).session() == record
 
@@ -169,3 +169,17 @@ def test_state_that_is_a_file_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
         ClientStore(tmp_path / "file")
+
+
+def test_closing_report_is_kept_with_what_is_counted_by_now_until_there_are_rounds_again(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path / "state")
+    assert store.closing() is None
+    store.save_closing({"client": "ward", "starts": 1, "bytes": {}})
+    store.save_tally(Tally(starts=2, uncounted_starts=1, open=True, bytes_sent=3, bytes_received=4))
+    counted = {"starts": 2, "uncounted_starts": 2, "bytes": {"bytes_sent": 3, "bytes_received": 4}}
+    assert ClientStore(tmp_path / "state").closing() == {"client": "ward"} | counted
+    (tmp_path / "state/closing.json").write_text("{")
+    with pytest.raises(StorageError, match=r"closing\.json cannot be read"):
+        store.closing()
+    store.forget_closing()
+    assert store.closing() is None

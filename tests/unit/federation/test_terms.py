@@ -80,11 +80,14 @@ def test_terms_say_who_what_and_what_privacy_means() -> None:
         assert said in text
     measured = "\n".join(terms(privacy={"mode": "measured"}).lines())
     assert "No guarantee" in measured
-    assert "gradients   not sent" in measured
+    assert line("gradients", {"mode": "measured"}).endswith("not sent; the trunk stays as published.")
+    assert "of every record, held-out ones too, are sent once, clipped and noised" in measured
+    assert "recurrence" in line("told too", {"mode": "measured"})
+    assert "are sent as they are" in line("activations", {"mode": "off"})
     certified = "\n".join(terms(privacy={"mode": "certified", "epsilon": 2.0}, merge={"share": "none"}).lines())
     assert "epsilon = 2, delta = 1e-05, for each record" in certified
     assert "allows 0.045 bits a record on average" in certified
-    assert "weights     stay here" in certified
+    assert "weights      stay here" in certified
 
 
 NOISED = {"mode": "measured", "gradients": "noised", "dp_sgd": True, "clip_norm": 2.0}

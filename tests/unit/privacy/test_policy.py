@@ -84,3 +84,9 @@ def test_noise_that_rounds_to_zero_is_refused() -> None:
 def test_a_clip_norm_that_nobody_settled_is_refused() -> None:
     with pytest.raises(ConfigError, match="clip_norm is not settled"):
         policy_of(private_settings(clip_norm=None), work())
+
+
+@pytest.mark.parametrize("settings", [Federation(), private_settings()])
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_policy_knows_whether_the_bottom_trains(settings: Federation, trains: bool) -> None:
+    assert policy_of(settings, work(), bottom_trains=trains).bottom_trains == trains

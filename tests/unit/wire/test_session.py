@@ -182,9 +182,9 @@ def test_client_asks_to_resume_once_it_knows_a_session() -> None:
     client = ClientSession(Hello(PROTOCOL_VERSIONS, "ward-a", fresh=True))
     assert decode(joined(client.hello())) == Hello(PROTOCOL_VERSIONS, "ward-a", fresh=True)
     assert client.receive(welcome(resumed=False, session="one")) == [Connected(client.welcome)]  # type: ignore[arg-type]
-    assert decode(joined(client.hello())) == Hello(PROTOCOL_VERSIONS, "ward-a", resume="one")
+    assert decode(joined(client.hello())) == Hello(PROTOCOL_VERSIONS, "ward-a", resume="one", next_seq=0)
     client.receive(welcome(resumed=False, session="two"))
-    assert decode(joined(client.hello())) == Hello(PROTOCOL_VERSIONS, "ward-a", resume="two")
+    assert decode(joined(client.hello())) == Hello(PROTOCOL_VERSIONS, "ward-a", resume="two", next_seq=0)
 
 
 def test_client_voids_its_requests_when_the_session_is_not_resumed() -> None:

@@ -50,7 +50,7 @@ def test_a_tainted_or_unbounded_row_leaves_activations_alone_with_an_epsilon(bad
     found = privacy_report(policy("measured"), ledger(tmp_path, row(ReleaseKind.ACTIVATION), bad))
     assert (found["epsilon"], found["mean_bits"], found["guess_bound"]) == (None, None, None)
     assert found["epsilon_activations"] == pytest.approx(epsilon_of(0.5, 1e-5))
-    assert found["statement"].endswith("whole transcript: none.")
+    assert found["statement"].endswith("whole transcript: none (no bound).")
     assert "no bound for the rest" in found["several_records"]
 
 
