@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from splitfl.cli import app
 from splitfl.errors import ConfigError
 from splitfl.federation.strategies import STRATEGIES
 from splitfl.lab.bench import federation
@@ -139,6 +142,20 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(trained) == 1 + 2 * (len(STRATEGIES) + 3)
     with pytest.raises(ConfigError, match="holds another run"):
         run(scale=QUICK, seeds=2, work=tmp_path)
+
+
+def test_command_writes_table_and_picture_and_says_what_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*, seeds: int, **_: Any) -> Result:
+        made_up = cells(seeds, fedavg=2.5)
+        return Result("federation", {}, table(made_up), bars(made_up))
+
+    monkeypatch.setattr(federation, "run", measured)
+    ended = CliRunner().invoke(app, ["bench", "federation", "--seeds", "2", "--out", str(tmp_path)])
+    assert ended.exit_code == 0
+    assert "FAILS: group: fedavg / best local-only client 1.019 <= 1" in ended.stdout
+    assert "model=local-only, client 1  union=2.9/2.9/2.9" in ended.stdout
+    assert len(json.loads((tmp_path / "federation.json").read_text())["bars"]) == 6
+    assert (tmp_path / "federation.png").exists()
 
 
 def test_no_seeds_are_refused() -> None:
