@@ -7,6 +7,7 @@ and centralised follow the federation's schedule and freezing. Everything runs i
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ import torch
 
 from client_model.records import ClientData, batches, open_tokenizer
 from splitfl.config import Federation, parse_federation
-from splitfl.data.notes import write_notes
+from splitfl.data.notes import SPECIALTIES, write_notes
 from splitfl.data.packing import Batch
 from splitfl.lab.federation import FederationResult, run_federation
 from splitfl.lab.simulate.inputs import Inputs, make_model, open_inputs
@@ -25,6 +26,7 @@ from splitfl.lab.simulate.settings import DataSource, ModelSource, PartitionSett
 from splitfl.lab.whole import WholeModel, central_steps, local_steps, train_like_federation
 from splitfl.split.loss import HeadLoss
 
+PUBLIC_SEED = 10_000  # of public notes: private ones have their own seed's
 CPU = torch.device("cpu")
 Kind = Literal["group", "dirichlet"]
 Tables = Mapping[str, Mapping[str, Any]]
@@ -41,14 +43,15 @@ class Scale:
     hidden: int = 64
     vocab: int = 1024
     record_tokens: int = 64
-    base_notes: int = 600  # public ones
-    base_steps: int = 200
+    base_notes: int = 2500  # public, general ones
+    base_specialty_notes: int = 200  # public ones of each specialty
+    base_steps: int = 800
     base_records: int = 8  # in one of those steps
     base_rate: float = 6e-3  # peak step size
-    rounds: int = 8
+    rounds: int = 12
     local_steps: int = 10
     records: int = 4  # in one step of one client
-    rate: float = 3e-3  # peak step size
+    rate: float = 1e-2  # peak step size
     held_out_fraction: float = 0.15
 
     def federation(self, seed: int, tables: Tables) -> Federation:
@@ -61,6 +64,11 @@ class Scale:
         }
         changed = {name: {**common.get(name, {}), **tables.get(name, {})} for name in {**common, **tables}}
         return parse_federation({"seed": seed, **changed}, "splitfl bench federation")
+
+    @property
+    def public_notes(self) -> dict[str, int]:
+        """What the base reads: general notes, and a few of each specialty, for a pretrained model knows the words."""
+        return {name: self.base_notes if name == "general" else self.base_specialty_notes for name in SPECIALTIES}
 
     def base_training(self) -> Federation:
         """How the base is trained on public notes: all of it, from random weights."""
@@ -80,12 +88,13 @@ def make_base(folder: Path, scale: Scale) -> Path:
     base = folder / "base"
     if (base / "model.safetensors").exists():
         return base
-    notes, settings = folder / "public.jsonl", scale.base_training()
+    notes, settings = folder / "public", scale.base_training()
     with tempfile.TemporaryDirectory(dir=folder) as raw:
         untrained = Path(raw) / "untrained"
         source = ModelSource(layers=scale.layers, hidden=scale.hidden, vocab=scale.vocab)
         make_model(source, untrained, scale.record_tokens)
-        write_notes(notes, "general", scale.base_notes, 0)
+        for specialty, count in scale.public_notes.items():
+            write_notes(notes / f"{specialty}.jsonl", specialty, count, PUBLIC_SEED)
         model = WholeModel(untrained, settings, CPU)
         data = ClientData.open(notes, settings, open_tokenizer(untrained))
         train_like_federation(model, local_steps(data, "public"))
@@ -131,8 +140,10 @@ class Hospitals:
 
     @cached_property
     def held_out(self) -> list[list[Batch]]:
-        """All that each client held out."""
-        return [held_out_batches(data) for data in self.data.values()]
+        """All that each client held out, in batches that are quick to measure."""
+        wide = self.scale.federation(self.seed, {"batch": {"records": 32}})
+        rows = [(data.held_out, data.pad_token_id) for data in self.data.values()]
+        return [batches(records[:], wide, pad) for records, pad in rows if records is not None]
 
     def untouched(self) -> dict[str, Any]:
         """The base as it is."""
@@ -161,7 +172,7 @@ class Hospitals:
         """All notes in one place."""
         model = self.open(self.base)
         train_like_federation(model, central_steps(self.data))
-        return self.measured([model], {"all": sum(path.stat().st_size for path in self.files.values())})
+        return self.measured([model], {"both ways": sum(path.stat().st_size for path in self.files.values())})
 
     def open(self, folder: Path) -> WholeModel:
         return WholeModel(folder, self.settings, CPU)
@@ -174,12 +185,6 @@ class Hospitals:
         return {"union": [mean(row) for row in losses], "own": mean(own), "bytes": dict(sent)}
 
 
-def held_out_batches(data: ClientData) -> list[Batch]:
-    """All of a client's held-out records."""
-    assert data.held_out is not None
-    return batches(data.held_out[:], data.settings, data.pad_token_id)
-
-
 def mean(losses: Sequence[HeadLoss]) -> float:
     """Nats per token over all of them."""
     return sum(loss.total for loss in losses) / sum(loss.tokens for loss in losses)
@@ -187,7 +192,7 @@ def mean(losses: Sequence[HeadLoss]) -> float:
 
 def traffic(result: FederationResult) -> dict[str, int]:
     """Bytes of all clients: both ways, and of these what left a client, by kind."""
-    reports = result.reports.values()
-    kinds = sorted({kind for report in reports for kind in report["privacy"]["left"]})
-    left = {kind: sum(report["privacy"]["left"].get(kind, {}).get("bytes", 0) for report in reports) for kind in kinds}
-    return {"all": sum(sum(report["bytes"].values()) for report in reports), **left}
+    left: Counter[str] = Counter()
+    for report in result.reports.values():
+        left.update({f"{kind} up": what["bytes"] for kind, what in report["privacy"]["left"].items()})
+    return {"both ways": sum(sum(report["bytes"].values()) for report in result.reports.values()), **left}

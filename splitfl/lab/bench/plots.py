@@ -74,7 +74,7 @@ def draw_partition(losses: dict[str, dict[str, float]], panel: Axes) -> None:
     alone = [losses[name]["median"] for name in losses if name.startswith("local-only, client")]
     panel.plot(alone, [len(shown)] * len(alone), "s", color=ORANGE, markersize=5)
     panel.set_yticks(range(len(shown) + 1), [*shown, "local-only, each"])
-    panel.invert_yaxis()
+    panel.set_ylim(len(shown) + 0.5, -0.5)  # the first on top, in panels that share the axis too
     panel.set_xlabel(f"{UNITS}, rows of all clients")
     panel.legend(frameon=False)
     tidy(panel, grid="x")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from splitfl.cli import app
 from splitfl.errors import ConfigError
 from splitfl.federation.strategies import STRATEGIES
 from splitfl.lab.bench import federation
@@ -23,6 +26,7 @@ QUICK = Scale(
     vocab=400,
     record_tokens=32,
     base_notes=40,
+    base_specialty_notes=5,
     base_steps=10,
     rounds=2,
     local_steps=3,
@@ -49,15 +53,15 @@ def test_training_together_beats_the_base_and_counts_what_it_sent(hospitals: Hos
     before, merged = hospitals.untouched(), hospitals.federated(SETTINGS["fedavg"])
     assert merged["union"][0] < before["union"][0]
     assert merged["own"] == merged["union"][0]
-    kinds = {name: count for name, count in merged["bytes"].items() if name != "all"}
-    assert set(kinds) == {"activations", "gradients", "weights"}
-    assert sum(kinds.values()) < merged["bytes"]["all"]
+    kinds = {name: count for name, count in merged["bytes"].items() if name != "both ways"}
+    assert set(kinds) == {"activations up", "gradients up", "weights up"}
+    assert sum(kinds.values()) < merged["bytes"]["both ways"]
 
 
 def test_personal_heads_give_every_client_a_model_and_send_no_weights(hospitals: Hospitals) -> None:
     found = hospitals.federated(SETTINGS[PERSONAL])
     assert len(set(found["union"])) == QUICK.clients
-    assert "weights" not in found["bytes"]
+    assert "weights up" not in found["bytes"]
 
 
 def test_alone_each_client_is_better_at_home_than_abroad(hospitals: Hospitals) -> None:
@@ -71,7 +75,7 @@ def test_one_client_that_has_everything_is_the_centralised_model(hospitals: Hosp
     alone = replace(hospitals, scale=replace(QUICK, clients=1), seed=2)
     found, central = alone.local_only(), alone.centralised()
     assert found["union"] == central["union"]
-    assert central["bytes"]["all"] == sum(path.stat().st_size for path in alone.files.values())
+    assert central["bytes"]["both ways"] == sum(path.stat().st_size for path in alone.files.values())
 
 
 def cells(seeds: int = 2, **union: float) -> list[dict[str, Any]]:
@@ -84,7 +88,7 @@ def cells(seeds: int = 2, **union: float) -> list[dict[str, Any]]:
             "model": way,
             "union": [2.7, 2.9] if way == LOCAL else [losses[way] * (1.1 if seed == seeds - 1 and way in union else 1)],
             "own": 2.0,
-            "bytes": {"all": 10 + seed} if way in SETTINGS else {},
+            "bytes": {"both ways": (10 + seed) * 10**6} if way in SETTINGS else {},
         }
         for kind in ("group", "dirichlet")
         for seed in reversed(range(seeds))
@@ -108,7 +112,7 @@ def test_table_has_a_row_for_every_way_and_each_client_alone() -> None:
     assert len(rows) == 2 * (len(WAYS) + 2)
     by_name = {row["model"]: row for row in rows if row["partition"] == "group"}
     assert by_name["fedavg"]["union"] == {"min": 2.0, "median": pytest.approx(2.1), "max": pytest.approx(2.2)}
-    assert by_name["fedavg"]["bytes"] == {"all": 10.5}
+    assert by_name["fedavg"]["MB both ways"] == 10.5
     assert by_name["local-only, client 1"]["union"]["median"] == 2.9
     assert by_name[LOCAL]["union"]["median"] == pytest.approx(2.8)
 
@@ -138,6 +142,20 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(trained) == 1 + 2 * (len(STRATEGIES) + 3)
     with pytest.raises(ConfigError, match="holds another run"):
         run(scale=QUICK, seeds=2, work=tmp_path)
+
+
+def test_command_writes_table_and_picture_and_says_what_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*, seeds: int, **_: Any) -> Result:
+        made_up = cells(seeds, fedavg=2.5)
+        return Result("federation", {}, table(made_up), bars(made_up))
+
+    monkeypatch.setattr(federation, "run", measured)
+    ended = CliRunner().invoke(app, ["bench", "federation", "--seeds", "2", "--out", str(tmp_path)])
+    assert ended.exit_code == 0
+    assert "FAILS: group: fedavg / best local-only client 1.019 <= 1" in ended.stdout
+    assert "model=local-only, client 1  union=2.9/2.9/2.9" in ended.stdout
+    assert len(json.loads((tmp_path / "federation.json").read_text())["bars"]) == 6
+    assert (tmp_path / "federation.png").exists()
 
 
 def test_no_seeds_are_refused() -> None:
