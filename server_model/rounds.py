@@ -90,6 +90,7 @@ class Rounds:
         self.finished = asyncio.Event()
         self._desk = Desk()
         self._opened = -1  # the newest round that was opened
+        self._rings_at: float | None = None  # the deadline that is set
         self._updates: dict[str, ClientUpdate] = {}
         self._late: dict[str, ClientUpdate] = {}  # for the next merge; a restart forgets them
 
@@ -214,6 +215,7 @@ class Rounds:
                     spawn(self._merge(members, action, self._to_merge(action)))
                 case Finish():
                     self._finish(action.round)
+        self._ring_at_deadline(members)
 
     def _open(self, members: Members, action: OpenRound) -> None:
         self.say("round_open", round=action.round, cohort=list(action.cohort))
@@ -224,11 +226,15 @@ class Rounds:
         self.engine.open_round(action.round, through_trunk)
         for name in action.cohort:
             resolve(self._desk.next_round.pop(name, None), RoundOpen(0, action.round, self.weights))
+
+    def _ring_at_deadline(self, members: Members) -> None:
+        """Once for each deadline: a round that has too few updates at it goes on."""
         deadline = self.machine.deadline()
-        if deadline is not None:
+        if deadline is not None and deadline != self._rings_at:
             delay = max(0.0, deadline - self.clock())
             loop = asyncio.get_running_loop()
             loop.call_later(delay, lambda: self._act(members, self.machine.tick(self.clock())))
+        self._rings_at = deadline
 
     def _trains_through_trunk(self, member: Member) -> bool:
         return trunk_needs_backward(self.settings, member.cut, self.layers)

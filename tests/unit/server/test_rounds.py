@@ -50,6 +50,19 @@ def test_round_that_everybody_left_opens_again_from_the_last_durable_trunk(model
     assert all(same.values())
 
 
+def test_deadline_rings_between_rounds_and_the_round_opens_without_who_is_on_its_way(model, tmp_path):
+    async def ask() -> object:
+        settings = parse_federation({"rounds": {"deadline_s": 0.05}}, "the test")
+        coordinator = Coordinator(model, settings, tmp_path / "s", device=torch.device("cpu"))
+        coordinator.rounds.machine.present.add("b")  # was in an earlier round, and never asks again
+        member, _ = coordinator.hello(Hello(PROTOCOL_VERSIONS, "a"))
+        opened = await asyncio.wait_for(coordinator.handle(member, NextRound(0, 0, -1)), 30)
+        coordinator.close()
+        return opened
+
+    assert isinstance(asyncio.run(ask()), RoundOpen)
+
+
 def test_merge_takes_late_updates_once_and_leaves_those_that_come_while_it_runs_to_the_next(model, tmp_path):
     async def merge() -> tuple[Coordinator, object]:
         settings = parse_federation({"rounds": {"deadline_s": 9.0, "staleness": "polynomial"}}, "the test")
