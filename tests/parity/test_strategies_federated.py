@@ -113,9 +113,22 @@ def test_strategy_is_not_fedavg(name: str, llama: Path, notes: dict[str, Path], 
     assert any(not torch.allclose(one[key], other[key], rtol=1e-3, atol=1e-5) for key in one)
 
 
+@pytest.mark.parametrize("idle_rounds", [(), (0,), (1, 2)])
 def test_scaffolds_servers_variate_is_the_mean_of_those_on_the_clients_disks(
-    llama: Path, notes: dict[str, Path], tmp_path: Path
+    idle_rounds: tuple[int, ...],
+    llama: Path,
+    notes: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Whatever tokens they have, and where one misses every step of a round."""
+    train_steps = Participant._train_steps
+
+    def idle(client: Participant, round_: int, first_step: int, tokens: int) -> int:
+        missed = client.name == NAMES[0] and round_ in idle_rounds
+        return 0 if missed else train_steps(client, round_, first_step, tokens)
+
+    monkeypatch.setattr(Participant, "_train_steps", idle)
     chosen = settings(merge={"strategy": "scaffold"})
     run(llama, notes, chosen, tmp_path)
     server = last_round(tmp_path).strategy
