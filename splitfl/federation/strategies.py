@@ -89,10 +89,12 @@ class Scaffold(Strategy):
 
     where c_i+ - c_i = (x - y_i) / K - c follows from what came up anyway, so c_i stays at home. K is the sum of the
     round's step sizes (the paper's K eta_l, under a schedule); a step that a client missed counts as a gradient of
-    zero, and who missed all of them is in neither S nor N. N counts the clients that have ever contributed; when new ones come, whose c_i is zero, c is the mean over
-    more. The average counts each client once, as the paper's does, and so must every average here: c is the mean of
-    the c_i, and the optimum that of the mean of the clients' losses, whatever their tokens. Weighted by tokens, y would
-    be corrected by a c of another loss, with no right optimum where cohorts are a part of the clients.
+    zero, and who missed all of them is in neither S nor N. N counts the clients that have ever contributed; when new
+    ones come, whose c_i is zero, c is the mean over more.
+
+    The average counts each client once, as the paper's does: c is the mean of the c_i, and the optimum that of the mean
+    of the clients' losses, whatever their tokens. Weighted by tokens, y would be corrected by a c of another loss, and
+    there would be no right optimum where cohorts are a part of the clients.
     """
 
     uses = ("server_learning_rate",)
