@@ -111,7 +111,9 @@ def clip_factors(products: Tensor, clip_norm: float) -> list[float]:
     """Factors that bring each update's L2 norm to ``clip_norm`` at most.
 
     Bound: the norm of the mean update is at most ``clip_norm``, whatever anybody sends and whatever tokens he claims,
-    where all clients hold the same tensors; else sqrt(clients) times that.
+    where all clients hold the same tensors; else sqrt(clients) times that, beside what the trunk's own copies moved.
+    Coordinate by coordinate, as the trimmed mean and the median choose, it is at most sqrt(2) ``clip_norm``: where one
+    is t, n - trim copies or more have a mean square of t^2 at least.
     """
     return [min(1.0, clip_norm / norm) if norm else 1.0 for norm in products.diagonal().sqrt().tolist()]
 

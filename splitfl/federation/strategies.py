@@ -95,6 +95,9 @@ class Scaffold(Strategy):
     The average counts each client once, as the paper's does: c is the mean of the c_i, and the optimum that of the mean
     of the clients' losses, whatever their tokens. Weighted by tokens, y would be corrected by a c of another loss, and
     there would be no right optimum where cohorts are a part of the clients.
+
+    It trusts everybody that it ever had. The c_i of a client that has left stays in c: of one that left with y = x + u,
+    the gradients of those who stay add up to u / K at the end, instead of to zero.
     """
 
     uses = ("server_learning_rate",)
@@ -153,7 +156,9 @@ class Adaptive(Strategy):
         m+ = beta_1 m + (1 - beta_1) d        x+ = x + eta m+ / (sqrt(v+) + tau)
 
     from m = 0 and v = tau^2; ``variance`` gives v+. eta is the distance that a coordinate moves in a round, about: its
-    default is 0.01, the paper's choice for text.
+    default is 0.01, the paper's choice for text. Whatever clients send, with FedAdam it is at most
+    eta (1 - beta_1) / sqrt((1 - beta_2) (1 - beta_1^2 / beta_2)), by Cauchy and Schwarz over the rounds, and with
+    FedAdagrad eta. Which way is not bounded, and v remembers a lie: docs/strategies.md.
     """
 
     uses: ClassVar[tuple[str, ...]] = ("server_learning_rate", "server_momentum", "server_beta2", "server_epsilon")

@@ -117,6 +117,20 @@ def test_scaffold_reaches_the_optimum_of_the_clients_mean_loss_however_many_toke
     assert error(late.mean(dim=0), clients) < 1e-3
 
 
+def test_scaffold_never_forgets_a_client_that_lied_and_left() -> None:
+    lie = 30.0
+
+    class Liar(Quadratics):
+        def local_steps(self, client: int, start: Tensor, correction: Correction | None) -> Tensor:
+            return start + lie if client == CLIENTS - 1 else super().local_steps(client, start, correction)
+
+    drawn, honest = Quadratics.draw(), list(range(CLIENTS - 1))
+    clients = Liar(drawn.curvatures, drawn.optima)
+    weight = trajectory("scaffold", clients, [[*honest, CLIENTS - 1]] + [honest] * 300)[-1]
+    gradients = (clients.curvatures * (weight - clients.optima))[honest].sum(dim=0)
+    torch.testing.assert_close(gradients, torch.full((SIZE,), lie / (STEPS * RATE)), rtol=1e-3, atol=1e-3)
+
+
 def test_fedprox_ends_where_the_closed_form_says() -> None:
     clients, mu = Quadratics.draw(), 2.0
     # the same steps on a loss whose gradient at y is A (y - b) + mu (y - x)

@@ -142,6 +142,24 @@ def test_clipped_mean_moves_no_further_than_the_norm(attack: str, seed: int, tok
     assert float(merged.norm()) <= 0.5 + 1e-6
 
 
+@examples(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10_000), clients=st.integers(1, 7), fraction=st.floats(0.01, 0.49), same_sign=st.booleans())
+def test_clipped_copies_move_median_and_trimmed_mean_no_further_than_root_two_norms(
+    seed: int, clients: int, fraction: float, same_sign: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    updates = torch.randn(clients, 12, generator=generator) * (torch.rand(clients, 12, generator=generator) > 0.5)
+    updates = updates.abs() if same_sign else updates
+    rows = [0.5 * row / row.norm() if row.any() else row for row in updates]
+    for merge in (Merge(aggregate="median"), Merge(aggregate="trimmed_mean", trim_fraction=fraction)):
+        assert float(average_of(merge)([Contribution(row, 1) for row in rows]).norm()) <= 0.5 * 2**0.5 + 1e-6
+
+
+def test_median_of_clipped_copies_may_move_further_than_the_norm() -> None:
+    rows = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
+    assert float(average_of(Merge(aggregate="median"))(copies(rows)).norm()) > 1.2 * float(rows[0].norm())
+
+
 def products(updates: Tensor) -> Tensor:
     """Inner products of updates (clients, size) to weights that were zero, in two tensors."""
     pairs = [(torch.zeros(part.shape[1]), list(part)) for part in updates.split([7, updates.shape[1] - 7], dim=1)]

@@ -195,6 +195,42 @@ def test_step_that_would_not_be_finite_leaves_weights_and_state_as_they_were(nam
     assert not torch.equal(merged, x)
 
 
+# what a lie does to the adaptive three, as docs/strategies.md says
+
+
+def steps_after(name: str, changes: list[float]) -> list[float]:
+    """What each of these mean updates moves one coordinate by, in server_learning_rates."""
+    rule, x, state = STRATEGIES[name](Merge(strategy=name)), torch.zeros(1, dtype=torch.float64), {}
+    steps = []
+    for change in changes:
+        merged, state = rule.merge(x, x + change, state, RoundFacts())
+        steps.append((merged - x).item() / rule.rate)
+        x = merged
+    return steps
+
+
+@examples(deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
+def test_adaptive_step_is_bounded_whatever_is_sent(changes: list[float]) -> None:
+    merge = Merge()
+    beta1, beta2 = merge.server_momentum, merge.server_beta2
+    bound = (1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5
+    assert max(map(abs, steps_after("fedadam", changes))) <= bound < 2.35
+    assert max(map(abs, steps_after("fedadagrad", changes))) <= 1
+
+
+@pytest.mark.parametrize("rounds", [200, 400])
+def test_honest_steps_are_short_for_long_after_one_lie(rounds: int) -> None:
+    beta2 = Merge().server_beta2
+    short = 1.0 / ((1 - beta2) ** 0.5 * beta2 ** (rounds / 2) * 1000.0)
+    assert steps_after("fedadam", [1000.0] + [1.0] * rounds)[-1] == pytest.approx(short, rel=0.1)
+    assert steps_after("fedadam", [1000.0] + [1.0] * 1500)[-1] > 0.9
+    assert steps_after("fedadagrad", [1000.0] + [1.0] * rounds)[-1] == pytest.approx(1e-3, rel=0.1)
+    assert (
+        steps_after("fedyogi", [30.0] + [1.0] * 400)[-1] < 0.5 < 0.9 < steps_after("fedyogi", [30.0] + [1.0] * 900)[-1]
+    )
+
+
 class Careless(Strategy):
     """Returns what its test wants."""
 
