@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from splitfl.errors import CheckpointError, RefusedError, StorageError
-from splitfl.federation.merging import Merger
+from splitfl.federation.merging import Merged, Merger
 from splitfl.federation.robust import Contribution, inner_products
 from splitfl.federation.strategies import State
 from splitfl.split.checkpoint import file_entries, hash_range
@@ -173,11 +173,9 @@ def merge_updates(
     previous: Weights,
     own: Mapping[str, Contribution],
     states: Callable[[str], State],
-) -> Iterator[tuple[str, Tensor, State]]:
-    """Merge tensor by tensor. ``own`` are the server's copies of blocks that clients hold as well.
-
-    Yields (name, merged fp32 tensor, what the strategy remembers of it) for every name that anybody sent.
-    """
+) -> Iterator[tuple[str, Merged]]:
+    """Merge tensor by tensor, every name that anybody sent. ``own`` are the server's copies of blocks that clients
+    hold as well."""
     with ExitStack() as stack:
         sent = [
             OpenUpdate(update, stack.enter_context(safe_open(update.path, framework="pt")), previous)
@@ -191,7 +189,7 @@ def merge_updates(
             parts = list(contributions(sent, name, start, factors))
             if name in own:
                 parts.append(own[name])
-            yield name, *merger(start, parts, states(name))
+            yield name, merger(name, start, parts, states(name))
 
 
 def screened(

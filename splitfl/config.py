@@ -41,7 +41,7 @@ class Rounds(Section):
         0.0,
         ge=0,
         description="seconds until a round merges what it has (unless merge.aggregate is the mean, min_clients updates "
-        "at least); 0 = wait for all",
+        "at least), and that min_clients wait for others between rounds; 0 = wait for all",
     )
     staleness: Literal["drop", "polynomial"] = Field(
         "drop",

@@ -68,7 +68,7 @@ def federate(name: str, clients: Quadratics, rounds: int, cohort: int = CLIENTS,
                 correction.end({"w": copies[-1]}, STEPS * RATE)
         facts = RoundFacts(STEPS * RATE, cohort, len(seen), len(seen.union(members)))
         seen |= set(members)
-        weight, state = Merger(rule, facts)(weight, [Contribution(copy, 5) for copy in copies], state)
+        weight, state, _ = Merger(rule, facts)("w", weight, [Contribution(copy, 5) for copy in copies], state)
     return weight
 
 
