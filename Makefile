@@ -24,7 +24,7 @@ test: $(VENV)/.installed-dev ## every test but the slow ones, and the notebooks
 	@$(TESTING) $(BIN)/pytest -m "not slow" -n $(TEST_JOBS) --dist loadfile --nbmake tests $(wildcard notebooks)
 
 test-slow: $(VENV)/.installed-dev ## the tests that take minutes
-	@$(TESTING) $(BIN)/pytest -m slow tests
+	@$(TESTING) $(BIN)/pytest -m slow -n $(TEST_JOBS) tests
 
 check: $(VENV)/.installed-dev ## lint, format, types, who may import whom
 	@$(BIN)/ruff check
