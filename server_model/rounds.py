@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -323,7 +323,7 @@ class Rounds:
             refused += [name] if part.refused else []
         trunk.load_weights(merged)
         self.merged, self.remembered = merged, remembered
-        self.contributors |= {update.client for update in updates}
+        self.contributors |= trained(updates)
         facts = {
             "updates": {update.client: update.tokens for update in updates if update.start is None},
             "contributors": sorted(self.contributors),
@@ -333,7 +333,7 @@ class Rounds:
         return RoundState(round_, trunk.weights(), moments, merged, facts, remembered), refused
 
     def _facts(self, round_: int, updates: list[ClientUpdate]) -> RoundFacts:
-        names = {update.client for update in updates}
+        names = trained(updates)
         before, clients = len(self.contributors), len(self.contributors | names)
         return RoundFacts(round_step_sizes(self.settings, round_), len(names), before, clients)
 
@@ -362,6 +362,11 @@ class Rounds:
         assert block is not None
         top = self.layers - self.settings.tops[-1]
         return self.settings.merge.share != "none" and (block >= top or block < self.settings.bottoms[-1])
+
+
+def trained(updates: Iterable[ClientUpdate]) -> set[str]:
+    """Whose copies count: a client that missed every step of the round has sent what it was given."""
+    return {update.client for update in updates if update.tokens}
 
 
 def check_fits(state: RoundState, trunk: dict[str, Tensor]) -> None:

@@ -153,11 +153,6 @@ class OpenUpdate:
     file: Any
     previous: Weights
 
-    @property
-    def tokens(self) -> float:
-        """Its weight."""
-        return self.update.tokens * self.update.discount
-
     def tensor(self, name: str) -> Tensor | None:
         """fp32; None when this client does not hold it. Of a late update its change, on top of the newest weights."""
         if name not in self.file.keys():  # noqa: SIM118 - safe_open is no dict
@@ -198,8 +193,8 @@ def screened(
     """What each client's update is multiplied by, None = left out: a first pass over all files, where it is needed."""
     if not merger.screens:
         return {}
-    trained = [update for update in sent if update.tokens]
-    pairs = ((start, [update.tensor(name) for update in trained]) for name, start in before)
+    trained = [one for one in sent if one.update.tokens]
+    pairs = ((start, [one.tensor(name) for one in trained]) for name, start in before)
     screen = merger.screen(inner_products(pairs, len(trained)))
     return {one.update.path: factor for one, factor in zip(trained, screen, strict=True)}
 
@@ -213,4 +208,4 @@ def contributions(
         if copy is None or factor is None:
             continue
         near = copy if factor == 1.0 else (start.double() + factor * (copy.double() - start.double())).float()
-        yield Contribution(near, update.tokens)
+        yield Contribution(near, update.update.tokens, update.update.discount)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -53,7 +53,8 @@ class Merger:
         if not trained:
             return Merged(previous, state)
         wide = {what: tensor.double() for what, tensor in state.items()}
-        average = average_of(self.strategy.settings)(trained)
+        counted = [replace(part, tokens=1) for part in trained] if self.strategy.weighs == "clients" else trained
+        average = average_of(self.strategy.settings)(counted)
         merged, kept = self.strategy.merge(previous.double(), average, wide, self.facts)
         self._check_returned(name, previous, {"the weights": merged, **kept})
         found = Merged(merged.float(), {what: tensor.float() for what, tensor in kept.items()})

@@ -140,6 +140,22 @@ def test_scaffolds_variate_counts_clients_that_stay_away_and_those_that_are_new(
     assert state["control"].item() == pytest.approx((4.0 + 3.0) / 3)
 
 
+@examples(deadline=None, max_examples=40)
+@given(x=vectors, rounds=round_lists(st.integers(1, 1000)))
+def test_scaffold_counts_each_client_once_whatever_its_tokens(x: Array, rounds: Rounds) -> None:
+    alike = [[(update, 1) for update, _ in updates] for updates in rounds]
+    merge = Merge(strategy="scaffold")
+    (found, state), (wanted, known) = (merged_over("scaffold", x, given, merge) for given in (rounds, alike))
+    assert torch.equal(found, wanted)
+    assert torch.equal(state["control"], known["control"])
+
+
+def test_client_that_is_counted_once_counts_less_when_it_is_late() -> None:
+    parts = [Contribution(torch.tensor([0.0]), 7), Contribution(torch.tensor([3.0]), 900, discount=0.5)]
+    merger = Merger(STRATEGIES["scaffold"](Merge()), RoundFacts())
+    assert merger("w", torch.zeros(1), parts, {}).tensor.item() == pytest.approx(1.0)  # 3 x 0.5 / 1.5
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_rule_changes_nothing_in_place(name: str) -> None:
     rule, x = STRATEGIES[name](Merge()), torch.ones(2, dtype=torch.float64)
