@@ -105,6 +105,8 @@ class Simulation(Section):
                 f"federation.rounds.min_clients = {self.federation.rounds.min_clients}, "
                 f"but partition.clients = {self.partition.clients}: no round would ever open"
             )
+        if self.federation.release.rank is not None and self.model.folder is None:
+            raise ValueError("federation.release.rank needs a model.folder that `splitfl adapt` wrote")
         return self
 
     @model_validator(mode="after")

@@ -53,6 +53,10 @@ def test_half_written_event_is_cut_off(tmp_path: Path) -> None:
         ({"data": {"group": "ward"}}, "the group of a note is its specialty"),
         ({"data": {"specialties": ["cardiology", "astrology"]}}, "specialties are, once each, some of general"),
         ({"model": {"folder": "base", "layers": 4}}, "leave out the other fields"),
+        (
+            {"federation": {"release": {"rank": 4}, "privacy": {"mode": "measured"}}},
+            "release.rank needs a model.folder",
+        ),
         ({"cuts": ["1,2"]}, "cuts: 1,2 is outside"),
         ({"cuts": ["1"]}, "is not two numbers"),
     ],
