@@ -163,6 +163,22 @@ def test_results_are_the_same_figures_in_every_file(result: SimulationResult) ->
     assert summary(result).keys() == everything.keys() - {"settings", "clients"}
 
 
+def test_table_of_clients_has_the_first_round_measured_and_the_baselines(tmp_path: Path) -> None:
+    federation = tomllib.loads(SETTINGS)["federation"]
+    federation["rounds"]["count"], federation["evaluation"]["baselines"] = 2, "ends"
+    done = simulate(settings(federation=federation), tmp_path / "out")
+    write_results(done)
+    found = {row["client"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["clients"]}
+    with (tmp_path / "out" / "clients.csv").open() as file:
+        for row in csv.DictReader(file):
+            client, cohorts = found[row["client"]], done.history.cohorts
+            first = next((number for number, cohort in cohorts.items() if row["client"] in cohort), 2)
+            assert int(row["first_held_out_round"]) == client["first_held_out_round"] == first
+            assert float(row["ends_only"]) == client["baselines"]["ends_only"]
+            assert row["top_only"] == ""
+            assert int(row["baseline_steps"]) == client["baselines"]["steps"] == 2 * int(row["rounds_taken"])
+
+
 def test_results_folder_holds_the_model_and_no_cache(result: SimulationResult) -> None:
     assert result.exported is not None
     assert (result.exported / "model.safetensors").exists()
