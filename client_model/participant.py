@@ -401,12 +401,13 @@ class Participant(Candidate):
         ends_too, top_too = wanted(self.settings, self.cut)
         if not (self.evaluation and self.measured.losses and (ends_too or top_too)) or self.ends.trunk_is_empty:
             return None
+        assert self.count is not None
         measured = (self.data, self.evaluation, self.link, self.gate)
-        run = BaselineRun(self.name, *measured, self._fresh_ends, self._say_baseline)
+        taken = self.count.tally.rounds_taken
+        run = BaselineRun(self.name, taken, *measured, self._fresh_ends, self._say_baseline)
         self._say("baselines")
-        return Baselines(
-            self.measured.losses[-1]["loss"], run.ends_only() if ends_too else None, run.top_only() if top_too else None
-        )
+        ends_only, top_only = run.ends_only() if ends_too else None, run.top_only() if top_too else None
+        return Baselines(self.measured.losses[-1]["loss"], ends_only, top_only, run.steps)
 
     def _say_baseline(self, which: str, step: int, steps: int) -> None:
         assert self.count is not None

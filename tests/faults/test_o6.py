@@ -255,6 +255,7 @@ def test_client_killed_when_its_part_was_not_merged_goes_on_with_the_variate_tha
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("after", [False, True])
 def test_client_killed_at_every_message_changes_no_bit(
     tmp_path: Path, small_model: Path, wards: dict[str, Path], whole: Path, after: bool
@@ -268,6 +269,7 @@ def test_client_killed_at_every_message_changes_no_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_server_killed_at_every_message_changes_no_bit(
     tmp_path: Path, small_model: Path, wards: dict[str, Path], whole: Path
 ) -> None:
