@@ -2,7 +2,8 @@
 
 *ends-only*: the client's own ends as a small model, the trunk left out; nothing leaves for it. *top-only*: the trunk as
 published and no gradient sent, the top trained on this client's own records alone; it names records that were released
-before, and nothing new leaves. Both get the federation's steps, schedule and order, from the base weights.
+before, and nothing new leaves. Both start from the base weights and get what this client got in the federation:
+as many rounds of local steps as it took part in, in its order of the data.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from client_model.asking import Asker
 from client_model.ends import Ends
@@ -26,11 +28,12 @@ from splitfl.split.modes import bottom_trains
 
 @dataclass(frozen=True)
 class Baselines:
-    """Held-out losses in nats per token; None = not measured."""
+    """Held-out losses in nats per token; None = not measured. ``steps`` each of them trained."""
 
     federated: float
     ends_only: float | None
     top_only: float | None
+    steps: int
 
     @property
     def earned(self) -> bool:
@@ -52,7 +55,8 @@ def wanted(settings: Federation, cut: Cut) -> tuple[bool, bool]:
 
 
 class BaselineRun:
-    """Trains baselines for the client ``name``; ``fresh`` gives ends with the base weights.
+    """Trains baselines for the client ``name``, which took part in ``rounds`` rounds; ``fresh`` gives ends with the
+    base weights.
 
     ``say`` hears of every step: which baseline, how many steps are done, and of how many.
     """
@@ -60,6 +64,7 @@ class BaselineRun:
     def __init__(
         self,
         name: str,
+        rounds: int,
         data: ClientData,
         evaluation: Sequence[Batch],
         link: Asker,
@@ -69,6 +74,8 @@ class BaselineRun:
     ) -> None:
         self.name = name
         self.data = data
+        self.rounds = spread(rounds, data.settings.rounds.count)
+        self.steps = rounds * data.settings.rounds.local_steps
         self.evaluation = evaluation
         self.link = link
         self.gate = gate
@@ -89,10 +96,9 @@ class BaselineRun:
         settings, trainer = self.data.settings, Trainer(ends, self.link, self.gate)
         order, rounds = self.data.order(self.name), settings.rounds
         try:
-            for round_ in range(rounds.count):
-                for step in range(rounds.local_steps):
-                    trainer.step(round_, step, self.data.step(order, spend))
-                    self.say(which, round_ * rounds.local_steps + step + 1, rounds.count * rounds.local_steps)
+            for done, (round_, step) in enumerate(product(self.rounds, range(rounds.local_steps)), 1):
+                trainer.step(round_, step, self.data.step(order, spend))
+                self.say(which, done, self.steps)
             loss = trainer.evaluate(rounds.count, self.evaluation)
         except (MissedStepError, PrivacyError):  # or too few records whose release is paid for
             return None
@@ -104,3 +110,8 @@ class BaselineRun:
         if not self.gate.policy.private:
             return None
         return lambda key, length, _: self.gate.once.is_paid(RecordRef(key, length))
+
+
+def spread(taken: int, count: int) -> list[int]:
+    """``taken`` of ``count`` rounds, evenly spaced: the step sizes of a client that was now here, now not."""
+    return [number * count // taken for number in range(taken)]

@@ -449,7 +449,8 @@ def beside(baselines: dict[str, Any] | None) -> list[str]:
         return []
     said = {"federated": baselines["federated"], "ends-only": baselines["ends_only"], "top-only": baselines["top_only"]}
     figures = [f"{name} {loss:.3f}" if loss is not None else f"{name} not measured" for name, loss in said.items()]
-    return [f"  on this client's held-out records: {', '.join(figures)} (nats per token)"]
+    steps = f"these two with this client's {baselines['steps']} steps"
+    return [f"  on this client's held-out records: {', '.join(figures)} (nats per token; {steps})"]
 
 
 def beside_personal(report: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,7 @@ class Participant(Candidate):
         if unfinished.step < self.settings.rounds.local_steps:
             self._train_round(unfinished.round, unfinished.step, unfinished.tokens)
         else:
-            self._send_update(unfinished, {})
+            self._send_update(unfinished)
 
     def _take_merge(self, weights: str) -> None:
         """Load the newest merge, unless it is what we hold. Personal weights stay."""
@@ -227,11 +227,10 @@ class Participant(Candidate):
         finally:
             self.in_step = False
         self.notary.settle()
-        unmerged = self.ends.correction_tensors()
         self.ends.end_round(round_step_sizes(self.settings, round_))
         snapshot = self._snapshot(round_, self.settings.rounds.local_steps, tokens)
         self._begin_journal(self.store.save(snapshot), in_round=True)
-        self._send_update(snapshot, unmerged)
+        self._send_update(snapshot)
 
     def _train_steps(self, round_: int, first_step: int, tokens: int) -> int:
         """The local steps from ``first_step`` on; returns the tokens of the whole round. Raises PausedError."""
@@ -266,11 +265,8 @@ class Participant(Candidate):
         numbers = self.data.pick(self.order, self.guard.spend(self.gate))
         return numbers, self.order.cursor
 
-    def _send_update(self, snapshot: Snapshot, unmerged: Mapping[str, Tensor]) -> None:
-        """The update of a round whose snapshot is on disk, and the wait until the merge is durable.
-
-        ``unmerged`` is the correction as it was, for a round whose merge was missed.
-        """
+    def _send_update(self, snapshot: Snapshot) -> None:
+        """The update of a round whose snapshot is on disk, and the wait until the merge is durable."""
         if self.stop():  # else it would wait for everybody first
             raise PausedError(in_round=True)
         round_ = snapshot.round
@@ -285,14 +281,20 @@ class Participant(Candidate):
         self.measured.shared = None
         if not isinstance(answer, RoundDurable):
             raise ProtocolError(f"{type(answer).__name__} instead of a merged round")
-        if unmerged and not answer.merged:  # too late: the server's side of the strategy does not know of this round
-            self.ends.load_correction_tensors(unmerged)
-            self.store.save(replace(snapshot, correction=unmerged))
+        if snapshot.correction and not (answer.merged and snapshot.tokens):
+            self._take_correction_back(snapshot)  # the server's side of the strategy does not know of this round
         self._take_merge(answer.weights)
         assert self.count is not None
         taken = self.count.tally.rounds_taken + answer.merged
         self.count.set_rounds(self.link.journal.once(f"taken {round_}", lambda: taken))
         self._say("round_durable", round=round_, merged=answer.merged)
+
+    def _take_correction_back(self, snapshot: Snapshot) -> None:
+        """To what it was before the round of ``snapshot``, on disk too: as after a kill, this may be done twice."""
+        before = self.store.before(snapshot.round)
+        correction = {} if before is None or before.terms != snapshot.terms else before.correction
+        self.ends.load_correction_tensors(correction)
+        self.store.save(replace(snapshot, correction=correction))
 
     def _upload(self, data: bytes) -> str:
         """Send a blob in pieces; returns its hash."""
@@ -400,12 +402,13 @@ class Participant(Candidate):
         ends_too, top_too = wanted(self.settings, self.cut)
         if not (self.evaluation and self.measured.losses and (ends_too or top_too)) or self.ends.trunk_is_empty:
             return None
+        assert self.count is not None
         measured = (self.data, self.evaluation, self.link, self.gate)
-        run = BaselineRun(self.name, *measured, self._fresh_ends, self._say_baseline)
+        taken = self.count.tally.rounds_taken
+        run = BaselineRun(self.name, taken, *measured, self._fresh_ends, self._say_baseline)
         self._say("baselines")
-        return Baselines(
-            self.measured.losses[-1]["loss"], run.ends_only() if ends_too else None, run.top_only() if top_too else None
-        )
+        ends_only, top_only = run.ends_only() if ends_too else None, run.top_only() if top_too else None
+        return Baselines(self.measured.losses[-1]["loss"], ends_only, top_only, run.steps)
 
     def _say_baseline(self, which: str, step: int, steps: int) -> None:
         assert self.count is not None

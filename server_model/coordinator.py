@@ -22,6 +22,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from server_model.blobs import Blobs
 from server_model.calibration import settled
@@ -44,7 +45,7 @@ from splitfl.files import write_file
 from splitfl.privacy.witness import Mark
 from splitfl.split.checkpoint import CheckpointFolder, is_tied
 from splitfl.split.export import COPIED_FILES
-from splitfl.split.modes import bottom_trains, training_policy
+from splitfl.split.modes import bottom_trains, check_record_length, training_policy
 from splitfl.split.narrow import load_release
 from splitfl.split.shares import Shapes, ends_names, shared_shapes
 from splitfl.split.training import check_policy, stays_tied
@@ -112,7 +113,7 @@ class Coordinator:
         self.layers: int = self.source.config.num_hidden_layers
         self.device = device
         self.report = report
-        check_settings(settings, self.source, device)
+        check_settings(settings, self.source.config, device)
         self.settings = settings = settled(settings, self.source)
         rank = settings.release.rank
         self.decoder = None if rank is None else load_release(model).decoder.to(device)
@@ -389,14 +390,15 @@ class Coordinator:
             self.report(Progress(event, facts))
 
 
-def check_settings(settings: Federation, source: CheckpointFolder, device: torch.device) -> None:
-    """Raise ConfigError for settings that this model cannot be trained with."""
-    layers = source.config.num_hidden_layers
+def check_settings(settings: Federation, config: PreTrainedConfig, device: torch.device) -> None:
+    """Raise ConfigError for settings that a model of this config cannot be trained with."""
+    layers = config.num_hidden_layers
     settings.check_layers(layers)
+    check_record_length(settings, config)
     choose_strategy(settings)
     policy = training_policy(settings, layers, device)
-    check_policy(policy, tied=is_tied(source.config))
-    if stays_tied(source.config, policy) and settings.merge.share == "top":
+    check_policy(policy, tied=is_tied(config))
+    if stays_tied(config, policy) and settings.merge.share == "top":
         raise ConfigError(
             'merge.share = "top" on a model whose head is its embedding, and both train',
             'Set merge.share = "ends", or freeze the embedding with model.freeze_below = 1 or more.',

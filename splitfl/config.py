@@ -21,10 +21,11 @@ Line = Annotated[str, Field(max_length=500, pattern=r"^[^\x00-\x1f\x7f]*$")]  # 
 class Section(BaseModel):
     """Base of the tables: frozen; a field that does not exist is an error, and so is an infinite number.
 
-    TOML can write ``inf``, the JSON that clients receive cannot.
+    TOML can write ``inf``, the JSON that clients receive cannot. ``true`` and ``"3"`` are no numbers. Fields with
+    ``strict=False`` are those whose type TOML does not have: an array becomes a tuple, a text a path.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
 S = TypeVar("S", bound=Section)
@@ -41,7 +42,7 @@ class Rounds(Section):
         0.0,
         ge=0,
         description="seconds until a round merges what it has (unless merge.aggregate is the mean, min_clients updates "
-        "at least); 0 = wait for all",
+        "at least), and that min_clients wait for others between rounds; 0 = wait for all",
     )
     staleness: Literal["drop", "polynomial"] = Field(
         "drop",
@@ -70,6 +71,7 @@ class Batch(Section):
     )
     buckets: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (),
+        strict=False,
         description="tokens; with privacy on a record is padded to the next of these public lengths; "
         "none = powers of two from 32 to max_length",
     )
@@ -153,8 +155,8 @@ class Merge(Section):
     proximal_mu: float = Field(0.01, ge=0, description="fedprox: pull towards the round's start, per step size")
     aggregate: Literal["mean", "median", "trimmed_mean", "krum"] = Field(
         "mean",
-        description="a round's average: mean weighted by label tokens, or robust: coordinate median, trimmed mean, or "
-        "Krum's one update",
+        description="a round's average: mean weighted by label tokens (scaffold: each client once), or robust: "
+        "coordinate median, trimmed mean, or Krum's one update",
     )
     trim_fraction: float = Field(
         0.1, gt=0, lt=0.5, description="trimmed_mean: share of the copies that is cut off at each end, rounded up"
@@ -216,7 +218,9 @@ class Agreement(Section):
     owner: Line = Field("", description="who answers for the federation, no unit")
     contact: Line = Field("", description="whom to ask, no unit")
     purpose: Line = Field("", description="what the model is for, no unit")
-    exporters: tuple[Line, ...] = Field(("operator",), description="who may export the trained model, no unit")
+    exporters: tuple[Line, ...] = Field(
+        ("operator",), strict=False, description="who may export the trained model, no unit"
+    )
 
 
 #: named levels of mode "measured": sigma of the activations' noise, in clip norms

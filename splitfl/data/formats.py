@@ -65,7 +65,8 @@ class Scanned(NamedTuple):
 
 
 class RowFile(ABC):
-    """One data file; its rows hold the columns of ``COLUMNS``, and ``extra`` where one is named.
+    """One data file; its rows hold the columns of ``COLUMNS``, and ``extra`` where one is named. ``header`` are all
+    columns of the file, empty in a format where each row names its own.
 
     Raises ``DataError`` when it cannot be opened, is empty, or is of another kind than its name says.
     """
@@ -73,6 +74,7 @@ class RowFile(ABC):
     def __init__(self, path: Path, extra: str = "") -> None:
         self.path = path
         self.columns = (*COLUMNS, extra) if extra else COLUMNS
+        self.header: Sequence[str] = ()
         self._stat = _stat(path)
         with self._open() as handle:
             start = handle.read(len(_BOM) + 1)
@@ -150,7 +152,7 @@ class CommaSeparated(RowFile):
         super().__init__(path, extra)
         # The standard library's limit of 128 KiB a field is process-wide; long notes go over it.
         csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
-        self._delimiter, self._header = self._find_header()
+        self._delimiter, self.header = self._find_header()
 
     def scan(self) -> Iterator[Scanned]:
         with self._open() as handle:
@@ -192,7 +194,7 @@ class CommaSeparated(RowFile):
             if is_usable(frozenset(columns) - {"messages"}):
                 return delimiter, columns
         raise DataError(
-            f"{self.path} has no text column, only {_columns_shown(header)}",
+            f"{self.path} has no text column, only {columns_shown(header)}",
             "Name a column text, or two columns prompt and response, in the first line",
         )
 
@@ -208,13 +210,13 @@ class CommaSeparated(RowFile):
         return [known_column(name.strip()) for name in names]
 
     def _named(self, fields: Sequence[str]) -> RawRow:
-        if len(fields) > len(self._header):
+        if len(fields) > len(self.header):
             # Most often a comma in text without quotes: taking the first part would train on half a sentence.
-            raise BadRowError(f"has {len(fields)} fields where the header has {len(self._header)}")
+            raise BadRowError(f"has {len(fields)} fields where the header has {len(self.header)}")
         # An empty cell is an absent one; a CSV cannot say which was meant. Its messages column is not read.
         return {
             name: field
-            for name, field in zip(self._header, fields, strict=False)
+            for name, field in zip(self.header, fields, strict=False)
             if field and name in self.columns and name != "messages"
         }
 
@@ -252,11 +254,12 @@ class Parquet(RowFile):
     def _find_columns(self) -> list[str]:
         with self._open() as handle, _parquet_file(self.path, handle) as file:
             names = list(file.schema_arrow.names)
+            self.header = names
             columns = [name for name in self.columns if name in names]
             largest = max(_group_sizes(file.metadata, columns), default=0)
         if not is_usable(frozenset(columns)):
             raise DataError(
-                f"{self.path} has no text column, only {_columns_shown(names)}",
+                f"{self.path} has no text column, only {columns_shown(names)}",
                 "Name a column text, or two columns prompt and response, or one messages",
             )
         if largest > MAX_ROW_GROUP_BYTES:
@@ -425,7 +428,7 @@ def known_column(name: str) -> str:
     return name.lower() if name.lower() in COLUMNS else name
 
 
-def _columns_shown(names: Sequence[str]) -> str:
+def columns_shown(names: Sequence[str]) -> str:
     """Column names for an error. A file without a header has its first row there: show plain words alone."""
     shown = [name for name in names if re.fullmatch(r"[A-Za-z]\w{0,31}", name)]
     hidden = len(names) - len(shown)

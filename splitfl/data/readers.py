@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitfl.data.examples import BadRowError, Example, example_from_row
-from splitfl.data.formats import FORMATS, NOT_UTF8, SAVE_AS_UTF8, RowFile, Scanned
+from splitfl.data.formats import FORMATS, NOT_UTF8, SAVE_AS_UTF8, RowFile, Scanned, columns_shown
 from splitfl.errors import ConfigError, DataError
 
 IntArray = NDArray[np.int64]
@@ -157,8 +157,10 @@ def _judge(scanned: Scanned) -> tuple[Example | None, str]:
 def _group(file: RowFile, scanned: Scanned, column: str) -> str:
     value = scanned.values.get(column)
     if not isinstance(value, str | int | float) or str(value) == "":
+        there = columns_shown(file.header or list(scanned.values))
         raise DataError(
-            f"{file.path}, {scanned.name} does not say its {column!r}", "Name a column that every row has a value in"
+            f"{file.path}, {scanned.name} does not say its {column!r}",
+            f"Name a column that every row has a value in, its letters in the same case; there are {there}",
         )
     return str(value)
 

@@ -20,7 +20,7 @@ from splitfl.federation.schedule import learning_rate
 from splitfl.split.checkpoint import CheckpointFolder, load_segment
 from splitfl.split.export import TrainedWeights, export_checkpoint
 from splitfl.split.loss import HeadLoss, head_loss
-from splitfl.split.modes import arithmetic, optimizer_spec, training_policy
+from splitfl.split.modes import arithmetic, check_record_length, optimizer_spec, training_policy
 from splitfl.split.optimizer import PartOptimizer
 from splitfl.split.segment import Piece
 from splitfl.split.training import set_up_training, stays_tied, tie_head
@@ -34,6 +34,7 @@ class WholeModel:
         self.settings = settings
         self.device = device
         self.source = CheckpointFolder(folder)
+        check_record_length(settings, self.source.config)
         self.layers: int = self.source.config.num_hidden_layers
         self.segment = load_segment(self.source, Piece(0, self.layers, embedding=True, head=True))
         policy = training_policy(settings, self.layers, device)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from transformers import PreTrainedConfig
 
 from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError
 from splitfl.split.optimizer import OptimizerSpec
+from splitfl.split.segment import learned_positions
 from splitfl.split.training import TrainingPolicy
 
 
@@ -51,6 +53,16 @@ def training_policy(settings: Federation, layers: int, device: torch.device) -> 
         train_a_blocks=range(first, max(first, layers - settings.tops[-1])),
         mixed=computes_bf16(settings, device),
     )
+
+
+def check_record_length(settings: Federation, config: PreTrainedConfig) -> None:
+    """Raise ConfigError where a record may be longer than the positions that the model has learned."""
+    positions = learned_positions(config)
+    if positions is not None and settings.batch.max_length > positions:
+        raise ConfigError(
+            f"batch.max_length = {settings.batch.max_length}, but this model has learned {positions} positions",
+            f"Set batch.max_length to {positions} or less.",
+        )
 
 
 def optimizer_spec(settings: Federation) -> OptimizerSpec:

@@ -173,6 +173,17 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     )
 
 
+def learned_positions(config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest sequence for which the model has learned positions; None where it computes them (rope).
+
+    Raises CheckpointError for a config that is not of a plain decoder.
+    """
+    model = one_block(config)
+    anatomy = find_anatomy(model)
+    tables = [getattr(getattr(model, anatomy.prefix), name) for name in anatomy.positions]
+    return min((table.num_embeddings for table in tables), default=None)
+
+
 def named_children(module: nn.Module | None) -> list[tuple[str, nn.Module]]:
     return list(module.named_children()) if module is not None else []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -163,6 +164,22 @@ def test_results_are_the_same_figures_in_every_file(result: SimulationResult) ->
     )  # the last measurement is in none
     assert everything["settings"]["partition"]["alpha"] == 0.1
     assert summary(result).keys() == everything.keys() - {"settings", "clients"}
+
+
+def test_table_of_clients_has_the_first_round_measured_and_the_baselines(tmp_path: Path) -> None:
+    federation = tomllib.loads(SETTINGS)["federation"]
+    federation["rounds"]["count"], federation["evaluation"]["baselines"] = 2, "ends"
+    done = simulate(settings(federation=federation), tmp_path / "out")
+    write_results(done)
+    found = {row["client"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["clients"]}
+    with (tmp_path / "out" / "clients.csv").open() as file:
+        for row in csv.DictReader(file):
+            client, cohorts = found[row["client"]], done.history.cohorts
+            first = next((number for number, cohort in cohorts.items() if row["client"] in cohort), 2)
+            assert int(row["first_held_out_round"]) == client["first_held_out_round"] == first
+            assert float(row["ends_only"]) == client["baselines"]["ends_only"]
+            assert row["top_only"] == ""
+            assert int(row["baseline_steps"]) == client["baselines"]["steps"] == 2 * int(row["rounds_taken"])
 
 
 def test_results_folder_holds_the_model_and_no_cache(result: SimulationResult) -> None:
@@ -326,11 +343,37 @@ def test_folder_in_use_is_refused_and_left_alone(result: SimulationResult, tmp_p
         simulate(settings(partition={"clients": 5}), result.folder, resume=True)
 
 
-def test_nothing_is_left_when_the_data_cannot_be_dealt(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="24 rows are too few for 20 clients with at least 2 each"):
-        simulate(settings(partition={"clients": 20}), tmp_path / "out")
+@pytest.mark.parametrize(
+    ("tables", "says"),
+    [
+        ({"federation": {"merge": {"strategy": "fedsgd"}}}, "'fedsgd' does not exist"),
+        ({"federation": {"merge": {"aggregate": "krum"}}}, "needs 5 updates"),
+        ({"federation": {"merge": {"proximal_mu": 0.1}}}, "proximal_mu is set"),
+        ({"model": {"layers": 1}}, "cut 1,1 keeps 2 blocks"),
+        (
+            {"cuts": ["1,1", "0,3"], "federation": {"model": {"min_bottom": 0, "max_top": 3}}, "model": {"layers": 2}},
+            "max_top = 3 is above the model's 2 blocks",
+        ),
+        (
+            {"cuts": ["1,1", "1,2"], "federation": {"model": {"max_top": 2}}, "model": {"layers": 2}},
+            "cut 1,2 keeps 3 blocks",
+        ),
+        ({"model": {"family": "gpt5"}}, "unknown model family 'gpt5'"),
+        ({"model": {"hidden": 7}}, "hidden size 7"),
+        ({"partition": {"clients": 20}}, "24 rows are too few for 20 clients with at least 2 each"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+    tables: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        simulate(settings(**tables), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_without_their_group_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n')
     source = {"path": tmp_path / "rows.jsonl", "group": "ward"}
     with pytest.raises(DataError, match="does not say its 'ward'"):
         simulate(settings(data=source), tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+    assert not (tmp_path / "out").exists()

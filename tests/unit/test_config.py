@@ -210,3 +210,28 @@ def test_public_lengths_are_powers_of_two_up_to_the_longest() -> None:
     assert parse_federation({"batch": {"max_length": 100}}, "x").batch.padded_lengths == (32, 64, 100)
     assert parse_federation({"batch": {"max_length": 16}}, "x").batch.padded_lengths == (16,)
     assert parse_federation({"batch": {"max_length": 100, "buckets": [50, 100]}}, "x").batch.padded_lengths == (50, 100)
+
+
+@pytest.mark.parametrize(
+    ("table", "field"),
+    [
+        ({"rounds": {"count": True}}, "rounds.count"),
+        ({"rounds": {"count": "3"}}, "rounds.count"),
+        ({"rounds": {"count": 3.0}}, "rounds.count"),
+        ({"optimizer": {"learning_rate": "1e-3"}}, "optimizer.learning_rate"),
+        ({"merge": {"clip_norm": True}}, "merge.clip_norm"),
+        ({"batch": {"pack": "yes"}}, "batch.pack"),
+        ({"batch": {"pack": 1}}, "batch.pack"),
+        ({"batch": {"buckets": ["32", 256]}}, "batch.buckets.0"),
+        ({"agreement": {"exporters": [7]}}, "agreement.exporters.0"),
+        ({"seed": "5"}, "seed"),
+    ],
+)
+def test_value_of_another_type_is_refused_by_its_field(table: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError, match=f"here: {re.escape(field)}: Input should be a valid"):
+        parse_federation(table, "here")
+
+
+def test_whole_number_is_a_number_and_an_array_a_list() -> None:
+    settings = parse_federation({"merge": {"clip_norm": 2}, "batch": {"buckets": [32, 256]}}, "here")
+    assert (settings.merge.clip_norm, settings.batch.buckets) == (2.0, (32, 256))

@@ -21,7 +21,7 @@ from splitfl.config import Federation, parse_federation
 from splitfl.data.notes import SPECIALTIES, write_notes
 from splitfl.data.packing import Batch
 from splitfl.lab.federation import FederationResult, run_federation
-from splitfl.lab.simulate.inputs import Inputs, make_model, open_inputs
+from splitfl.lab.simulate.inputs import Inputs, deal_rows, make_model, write_inputs
 from splitfl.lab.simulate.settings import DataSource, ModelSource, PartitionSettings, Simulation
 from splitfl.lab.whole import WholeModel, central_steps, local_steps, train_like_federation
 from splitfl.split.loss import HeadLoss
@@ -119,7 +119,10 @@ class Hospitals:
             kind=self.kind, clients=self.scale.clients, alpha=self.scale.alpha, seed=self.seed, min_rows=20
         )
         simulation = Simulation(model=ModelSource(folder=self.base), data=specialties, partition=dealt)
-        return open_inputs(simulation, self.work / f"{self.kind}-{self.seed}")
+        inputs = Inputs(simulation, self.work / f"{self.kind}-{self.seed}" / "input")
+        if not inputs.folder.exists():
+            write_inputs(inputs, deal_rows(simulation))
+        return inputs
 
     @cached_property
     def files(self) -> dict[str, Path]:

@@ -5,7 +5,8 @@
     input/client-0000.jsonl     a client's rows
     input/groups.json           rows of each group, by client
 
-The folder is whole or not there, so that a run which was killed while it was written begins anew.
+What can be refused is refused before it is written. The folder is whole or not there, so that a run which was killed
+while it was written begins anew.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
 
+import torch
+
+from server_model.calibration import as_published
+from server_model.coordinator import check_settings
+from splitfl.cut import Cut
 from splitfl.data.examples import Example
 from splitfl.data.notes import generate_notes
 from splitfl.data.partitions import Partition, by_group, dirichlet, iid, quantity_skew
@@ -24,7 +30,10 @@ from splitfl.data.readers import Corpus, open_corpus, read_groups
 from splitfl.errors import ConfigError, StorageError
 from splitfl.files import new_folder
 from splitfl.lab.simulate.settings import DataSource, ModelSource, PartitionSettings, Simulation
+from splitfl.split.checkpoint import CheckpointFolder, read_config
 from splitfl.split.create import create_checkpoint
+from splitfl.split.families import small_config
+from splitfl.split.selfcheck import check_family_splits
 
 PUBLIC_NOTES = 400  # that the tokenizer of a made model is trained on
 
@@ -55,13 +64,33 @@ class Inputs:
         return found
 
 
-def open_inputs(simulation: Simulation, out: Path) -> Inputs:
-    """The inputs in ``out``, written now unless they are there. Raises ConfigError, DataError, and nothing is left."""
-    inputs = Inputs(simulation, out / "input")
-    if not inputs.folder.exists():
-        with new_folder(inputs.folder) as work:
-            write_inputs(simulation, work)
-    return inputs
+@dataclass(frozen=True)
+class Dealt:
+    """All rows, the group of each ("" where there are none), and who gets which."""
+
+    rows: Corpus | Sequence[Example]
+    groups: Sequence[str]
+    partition: Partition
+
+
+def deal_rows(simulation: Simulation) -> Dealt:
+    """Read the rows and deal them; nothing is written. Raises ConfigError, DataError."""
+    rows, groups = read_rows(simulation.data)
+    return Dealt(rows, groups, deal(simulation.partition, groups))
+
+
+def write_inputs(inputs: Inputs, dealt: Dealt) -> None:
+    """Write everything that a simulation starts from, or nothing. Raises ConfigError, DataError, StorageError."""
+    simulation = inputs.simulation
+    with new_folder(inputs.folder) as work:
+        held = {}
+        for name, numbers in zip(simulation.partition.names, dealt.partition, strict=True):
+            write_rows(work / f"{name}.jsonl", (dealt.rows[int(number)] for number in numbers))
+            held[name] = Counter(dealt.groups[number] for number in numbers)
+        if simulation.model.folder is None:
+            make_model(simulation.model, work / "model", simulation.federation.batch.max_length)
+        (work / "groups.json").write_text(json.dumps(held, sort_keys=True))
+        (work / "simulation.json").write_text(as_json(simulation))
 
 
 def check_out(out: Path, simulation: Simulation, *, resume: bool) -> None:
@@ -79,20 +108,6 @@ def check_out(out: Path, simulation: Simulation, *, resume: bool) -> None:
             )
     elif out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
         raise ConfigError(f"{out} is in use", "Name a new or empty folder with --out.")
-
-
-def write_inputs(simulation: Simulation, folder: Path) -> None:
-    """Write everything that a simulation starts from into ``folder``."""
-    rows, groups = read_rows(simulation.data)
-    partition = deal(simulation.partition, groups)
-    held = {}
-    for name, numbers in zip(simulation.partition.names, partition, strict=True):
-        write_rows(folder / f"{name}.jsonl", (rows[int(number)] for number in numbers))
-        held[name] = Counter(groups[number] for number in numbers)
-    if simulation.model.folder is None:
-        make_model(simulation.model, folder / "model", simulation.federation.batch.max_length)
-    (folder / "groups.json").write_text(json.dumps(held, sort_keys=True))
-    (folder / "simulation.json").write_text(as_json(simulation))
 
 
 def read_rows(source: DataSource) -> tuple[Corpus | Sequence[Example], list[str]]:
@@ -123,6 +138,27 @@ def write_rows(path: Path, rows: Iterable[Example]) -> None:
     """A client's data file, as JSON lines."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row.as_row(), ensure_ascii=False) + "\n" for row in rows)
+
+
+def check_model(simulation: Simulation, device: torch.device) -> None:
+    """Raise SplitFLError unless the model can be had and can be trained as the settings say. Nothing is written."""
+    source, federation = simulation.model, simulation.federation
+    if source.folder is None:
+        config = small_config(
+            source.family,
+            layers=source.layers,
+            hidden=source.hidden,
+            vocab=source.vocab,
+            max_length=federation.batch.max_length,
+        )
+    else:
+        config = read_config(source.folder)
+        check_family_splits(config)
+    check_settings(federation, config, device)
+    for cut in map(Cut.parse, simulation.cuts):
+        cut.check(config.num_hidden_layers)
+    if source.folder is not None and federation.release.rank is not None:
+        as_published(federation, CheckpointFolder(source.folder))
 
 
 def make_model(source: ModelSource, folder: Path, max_length: int) -> None:

@@ -15,7 +15,7 @@ from splitfl.lab.simulate.run import SimulationResult
 
 Row = dict[str, Any]
 
-ELSEWHERE = ("groups", "held_out_losses", "baselines", "privacy")  # of a client's row: too deep for a cell
+ELSEWHERE = ("groups", "held_out_losses", "baselines", "privacy")  # of a client's row: too deep for a cell as they are
 
 
 def write_results(result: SimulationResult) -> None:
@@ -73,6 +73,7 @@ def client_row(result: SimulationResult, name: str, report: Mapping[str, Any]) -
         "groups": {group: count for group, count in sorted(result.groups[name].items()) if group},
         "rounds_taken": report["rounds_taken"],
         "held_out_losses": measured,
+        "first_held_out_round": min(measured, default=None),
         "bytes_sent": report["bytes"]["bytes_sent"],
         "bytes_received": report["bytes"]["bytes_received"],
         "uncounted_starts": report["uncounted_starts"],
@@ -82,12 +83,14 @@ def client_row(result: SimulationResult, name: str, report: Mapping[str, Any]) -
 
 
 def flat(row: Row) -> Row:
-    """A client's row for a CSV: groups in one cell, the first and the last held-out loss, and none of ``ELSEWHERE``."""
+    """A client's row for a CSV: groups in one cell, the first and the last held-out loss, a cell for each baseline."""
     losses = list(row["held_out_losses"].values())
     cells = {name: value for name, value in row.items() if name not in ELSEWHERE}
     cells["groups"] = " ".join(f"{group}:{count}" for group, count in row["groups"].items())
     cells["first_held_out_loss"], cells["last_held_out_loss"] = (losses[0], losses[-1]) if losses else (None, None)
-    return cells
+    baselines = row["baselines"] or {}
+    names = {"ends_only": "ends_only", "top_only": "top_only", "baseline_steps": "steps"}
+    return cells | {cell: baselines.get(name) for cell, name in names.items()}
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -33,12 +33,10 @@ from splitfl.files import claimed, clear_unfinished
 from splitfl.lab.federation import FederationEvent, Reporter, client_folder, run_together, server_folder
 from splitfl.lab.memory import MemoryService
 from splitfl.lab.simulate.history import History, Journal
-from splitfl.lab.simulate.inputs import Inputs, check_out, open_inputs
+from splitfl.lab.simulate.inputs import Inputs, check_model, check_out, deal_rows, write_inputs
 from splitfl.lab.simulate.settings import Simulation
 from splitfl.lab.simulate.turns import TurnClient
-from splitfl.split.checkpoint import read_config
 from splitfl.split.modes import choose_device
-from splitfl.split.selfcheck import check_family_splits
 
 
 @dataclass(frozen=True)
@@ -68,23 +66,26 @@ def simulate(
     ``splitfl.lab.federation.run_federation`` does. ``report`` hears every event as it happens, one at a time, and how
     things stand. With many clients ``torch.set_num_threads(1)`` is fastest.
 
-    Raises ConfigError for settings that cannot be used or an ``out`` that is not free, and whatever the first failing
+    Raises ConfigError, DataError or CheckpointError for settings, data or a model that cannot be used, and ConfigError
+    for an ``out`` that is not free, all of them before anything is written; and whatever the first failing
     client or the service raised.
     """
     began = time.monotonic()
     check_out(out, simulation, resume=resume)
-    if simulation.model.folder is not None:
-        check_family_splits(read_config(simulation.model.folder))
+    place, inputs = choose_device(device), Inputs(simulation, out / "input")
+    check_model(simulation, place)
+    dealt = None if inputs.folder.exists() else deal_rows(simulation)
     with claimed(out, "--out"):
         clear_unfinished(out)
-        inputs = open_inputs(simulation, out)
+        if dealt is not None:
+            write_inputs(inputs, dealt)
         journal = Journal(out / "events.jsonl")
 
         def hear(told: FederationEvent) -> None:
             journal.write(told)
             report(told, journal.history)
 
-        reports = federate(inputs, out, choose_device(device), Reporter(hear), resume=resume)
+        reports = federate(inputs, out, place, Reporter(hear), resume=resume)
         shutil.rmtree(out / ".cache", ignore_errors=True)
         exported = export(simulation.federation, out)
     seconds = time.monotonic() - began

@@ -6,7 +6,7 @@ The federation's own settings stand under ``[federation]``, unchanged: both have
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,13 +20,15 @@ from splitfl.errors import ConfigError
 class ModelSource(Section):
     """The model that is trained: a folder, or a small one that is made with random weights."""
 
-    folder: Path | None = Field(None, description="folder of a Hugging Face checkpoint; none = one is made")
+    folder: Path | None = Field(
+        None, strict=False, description="folder of a Hugging Face checkpoint; none = one is made"
+    )
     family: str = Field("llama", description="of the model that is made; no unit")
     layers: int = Field(4, ge=1, description="blocks of the model that is made")
     hidden: int = Field(64, ge=1, description="width of its hidden states, in numbers")
     vocab: int = Field(1024, ge=1, description="tokens in its vocabulary")
-    corpus: tuple[Path, ...] = Field(
-        (), description="public texts that its tokenizer is trained on; none = synthetic general notes"
+    corpus: tuple[Annotated[Path, Field(strict=False)], ...] = Field(
+        (), strict=False, description="public texts that its tokenizer is trained on; none = synthetic general notes"
     )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="draws its weights; no unit")
 
@@ -40,10 +42,15 @@ class ModelSource(Section):
 class DataSource(Section):
     """The rows that are dealt: of a file, or synthetic clinical notes."""
 
-    path: Path | None = Field(None, description=".jsonl, .csv, .txt, .parquet or a folder; none = notes are made")
+    path: Path | None = Field(
+        None, strict=False, description=".jsonl, .csv, .txt, .parquet or a folder; none = notes are made"
+    )
     group: str = Field("", description="column that says a row's group (its label); none = rows have no groups")
     specialties: tuple[str, ...] = Field(
-        ("cardiology", "oncology", "paediatrics"), min_length=1, description="of the notes that are made: their groups"
+        ("cardiology", "oncology", "paediatrics"),
+        strict=False,
+        min_length=1,
+        description="of the notes that are made: their groups",
     )
     rows: int = Field(400, ge=1, description="notes of each specialty")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="draws the notes; no unit")
@@ -89,7 +96,9 @@ class Simulation(Section):
     """Everything that one simulation is made of."""
 
     cuts: tuple[str, ...] = Field(
-        (), description='blocks kept, as "BOTTOM,TOP", dealt to the clients in turn; none = the federation\'s cut'
+        (),
+        strict=False,
+        description='blocks kept, as "BOTTOM,TOP", dealt to the clients in turn; none = the federation\'s cut',
     )
     model: ModelSource = ModelSource()
     data: DataSource = DataSource()
@@ -105,6 +114,8 @@ class Simulation(Section):
                 f"federation.rounds.min_clients = {self.federation.rounds.min_clients}, "
                 f"but partition.clients = {self.partition.clients}: no round would ever open"
             )
+        if self.federation.release.rank is not None and self.model.folder is None:
+            raise ValueError("federation.release.rank needs a model.folder that `splitfl adapt` wrote")
         return self
 
     @model_validator(mode="after")

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from client_model.baselines import Baselines, wanted
+from client_model.baselines import Baselines, spread, wanted
 from client_model.cli import beside, not_earned
 from splitfl.config import Federation, parse_federation
 from splitfl.cut import Cut
@@ -64,6 +66,32 @@ def test_baselines_release_nothing_and_leave_the_federation_as_it_is(model: Path
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_baselines_train_as_many_steps_as_the_client_did(model: Path, tmp_path: Path) -> None:
+    chosen = settings("all", clip_norm=1.0)
+    chosen = chosen.model_copy(update={"rounds": chosen.rounds.model_copy(update={"count": 3, "client_fraction": 0.5})})
+    data = {name: tmp_path / f"{name}.jsonl" for name in "ab"}
+    for name, path in data.items():
+        write_notes(path, "cardiology", 30, ord(name))
+    result = run_federation(model, data, chosen, tmp_path / "run", noise_seed=3)
+    taken = {name: result.reports[name]["rounds_taken"] for name in "ab"}
+    assert sorted(taken.values()) in ([0, 3], [1, 2])
+    for name, rounds in taken.items():
+        told = [event.facts for event in result.events if (event.client, event.event) == (name, "baseline_step")]
+        assert [facts["step"] for facts in told] == [*range(1, 3 * rounds + 1)] * 2
+        assert {facts["steps"] for facts in told} <= {3 * rounds}
+        assert result.reports[name]["baselines"]["steps"] == 3 * rounds
+
+
+@given(count=st.integers(1, 60), taken=st.integers(0, 60))
+def test_rounds_are_spread_over_the_schedule(count: int, taken: int) -> None:
+    chosen = spread(min(taken, count), count)
+    assert len(set(chosen)) == min(taken, count)
+    assert chosen == sorted(chosen)
+    assert all(0 <= round_ < count for round_ in chosen)
+    assert chosen[:1] in ([], [0])
+    assert spread(count, count) == list(range(count))
+
+
 def test_top_only_is_not_measured_where_the_trunk_has_moved(model: Path, tmp_path: Path) -> None:
     found = run(model, tmp_path / "run", settings("all", gradients="noised")).reports["a"]["baselines"]
     assert found["top_only"] is None
@@ -79,8 +107,9 @@ def test_auto_means_all_with_privacy_on_and_none_else() -> None:
 
 @pytest.mark.parametrize(("ends_only", "top_only", "earned"), [(3.0, 3.1, True), (3.0, 1.9, False), (1.9, None, False)])
 def test_report_says_first_when_the_split_did_not_pay(ends_only: float, top_only: float | None, earned: bool) -> None:
-    found = Baselines(2.0, ends_only, top_only)
+    found = Baselines(2.0, ends_only, top_only, 6)
     assert found.earned == earned
-    report = {"federated": 2.0, "ends_only": ends_only, "top_only": top_only, "earned": found.earned}
+    report = {"federated": 2.0, "ends_only": ends_only, "top_only": top_only, "earned": found.earned, "steps": 6}
     assert [line.startswith("Splitting did NOT pay") for line in not_earned(report)] == [True] * (not earned)
     assert "federated 2.000, ends-only" in beside(report)[0]
+    assert "with this client's 6 steps" in beside(report)[0]

@@ -248,7 +248,7 @@ def test_unusable_file_is_refused_even_when_skipping(tmp_path: Path, case: str) 
     assert "SECRET" not in str(caught.value)
 
 
-@pytest.mark.parametrize("case", UNUSABLE.keys() - {"blank lines", "header alone", "bad rows alone"})
+@pytest.mark.parametrize("case", sorted(UNUSABLE.keys() - {"blank lines", "header alone", "bad rows alone"}))
 def test_unusable_file_shows_at_its_beginning(tmp_path: Path, case: str) -> None:
     name, content, says = UNUSABLE[case]
     if content is not None:
@@ -441,3 +441,14 @@ def test_row_without_its_group_is_refused_with_its_place_and_not_its_text(tmp_pa
     with pytest.raises(DataError, match=r"a\.jsonl, line 2 does not say its 'ward'") as refused:
         read_groups(path, "ward")
     assert "SECRET" not in str(refused.value)
+
+
+def test_columns_that_exist_are_named_where_the_group_does_not(tmp_path: Path) -> None:
+    row = {"text": "SECRET", "Ward": "north", "age": 7}
+    write(tmp_path / "a.jsonl", json.dumps(row))
+    write(tmp_path / "b.csv", "text,Ward,age\nSECRET,north,7")
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "c.parquet")
+    for name in ("a.jsonl", "b.csv", "c.parquet"):
+        with pytest.raises(DataError, match="does not say its 'ward'") as refused:
+            read_groups(tmp_path / name, "ward")
+        assert "there are text, Ward, age" in refused.value.remedy

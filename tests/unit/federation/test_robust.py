@@ -41,7 +41,7 @@ PREVIOUS = torch.tensor([9.0, 9.0])
 
 
 def fedavg(previous: Tensor, given: list[Contribution]) -> Tensor:
-    return Merger(STRATEGIES["fedavg"](Merge()), RoundFacts())(previous, given, {})[0]
+    return Merger(STRATEGIES["fedavg"](Merge()), RoundFacts())("w", previous, given, {}).tensor
 
 
 # the mean
@@ -56,7 +56,7 @@ def test_mean_is_weighted_by_label_tokens() -> None:
 @pytest.mark.parametrize("aggregate", ["mean", "median", "trimmed_mean"])
 def test_copy_that_no_token_trained_does_not_count(aggregate: str) -> None:
     merger = Merger(STRATEGIES["fedavg"](Merge.model_validate({"aggregate": aggregate})), RoundFacts())
-    merged, _ = merger(PREVIOUS, parts(([1.0, 2.0], 10), ([100.0, 100.0], 0), ([100.0, 100.0], 0)), {})
+    merged, *_ = merger("w", PREVIOUS, parts(([1.0, 2.0], 10), ([100.0, 100.0], 0), ([100.0, 100.0], 0)), {})
     assert merged.tolist() == [1.0, 2.0]
 
 

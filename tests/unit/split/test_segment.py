@@ -17,6 +17,7 @@ from splitfl.split.segment import (
     Piece,
     Segment,
     find_anatomy,
+    learned_positions,
     one_block,
     padding_mask,
     slice_config,
@@ -172,3 +173,9 @@ def test_padding_mask_is_absent_when_no_row_is_padded() -> None:
     mask = padding_mask(torch.tensor([3, 1]), 3, here)
     assert mask is not None
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_learned_positions_bound_a_sequence(family: str) -> None:
+    expected = {"gpt2": tiny_config("gpt2").n_positions}
+    assert learned_positions(tiny_config(family)) == expected.get(family)
