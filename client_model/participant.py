@@ -137,7 +137,8 @@ class Participant(Candidate):
         if self.link.journal.doing_again and head.data != self._fingerprint():
             raise ConfigError(
                 f"{self.data_path} has changed in the middle of a round",
-                f"Put it back as it was, or delete {self.store.journal} to go on with the next round.",
+                "Put it back as it was, time of change included (cp -p), "
+                f"or delete {self.store.journal} to go on with the next round.",
             )
         return self.store.read(head.base) if head.base else None
 

@@ -102,8 +102,8 @@ class Place:
         client, link = self.start(service, name)
         client.run(link, link.open(), URL)
 
-    def run_killed(self, service: MemoryService, dies_at: int, *, after: bool) -> int:
-        """Client ``a``, killed and started again; returns how many messages it lived to see."""
+    def run_to_death(self, service: MemoryService, dies_at: int, *, after: bool) -> tuple[int, bool]:
+        """Client ``a``, killed; returns how many messages it lived to see, and whether it died of the last one."""
         store = ClientStore(self.folder / "a")
         journal = open_journal(store, None, None, floor=repr(Floor()), url=URL)
         journal.__class__, journal.dies_at, journal.after = Doomed, dies_at, after  # type: ignore[assignment, attr-defined]
@@ -112,8 +112,15 @@ class Place:
             client.run(link, link.open(), URL)
         except DeadError:
             link.close()
+            return journal.seen, True  # type: ignore[attr-defined]
+        return journal.seen, False  # type: ignore[attr-defined]
+
+    def run_killed(self, service: MemoryService, dies_at: int, *, after: bool) -> int:
+        """Client ``a``, killed and started again; returns how many messages it lived to see."""
+        seen, died = self.run_to_death(service, dies_at, after=after)
+        if died:
             self.run(service, "a")
-        return journal.seen  # type: ignore[attr-defined, no-any-return]
+        return seen
 
     def whole(self) -> Path:
         """An undisturbed run; returns the server's state."""
