@@ -21,7 +21,7 @@ from splitfl.split.modes import arithmetic, bottom_trains, optimizer_spec, train
 from splitfl.split.narrow import NarrowRelease
 from splitfl.split.optimizer import PartOptimizer
 from splitfl.split.segment import Segment
-from splitfl.split.shares import choose_shared, ends_pieces
+from splitfl.split.shares import ends_pieces, shared_shapes
 from splitfl.split.training import set_up_training, stays_tied, tie_head
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Ends:
         top = {name: weight for name, weight in top.items() if id(weight) not in own}
         self.bottom_optimizer = PartOptimizer(bottom, spec)
         self.top_optimizer = PartOptimizer(top, spec)
-        self.shared = list(choose_shared(settings, shapes(bottom), shapes(top)))
+        self.shared = list(shared_shapes(source.config, settings, cut))
         self.correction = choose_strategy(settings).correction()
         self.narrow = None if narrow is None else narrow.to(device)  # the publisher's, frozen
         self.bottom_trains = bottom_trains(settings, cut)
@@ -223,7 +223,3 @@ class Ends:
 def trainable(segment: Segment) -> dict[str, nn.Parameter]:
     """Global name -> trainable weight."""
     return {name: weight for name, weight in segment.named_weights() if weight.requires_grad}
-
-
-def shapes(named: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(weight.shape) for name, weight in named.items()}
