@@ -90,7 +90,8 @@ class Trainer:
         once = gate.policy.private and not ends.bottom_trains
         self.entry: Entry = OnceEntry(link, gate.once) if once else DirectEntry(link, gate)
         # With a deadline a step can be refused at its very end; only without one may the top move on before.
-        self._top_may_run_ahead = ends.settings.trunk.step_deadline_s == 0
+        settings = ends.settings
+        self._top_may_run_ahead = settings.trunk.step_deadline_s == 0 == settings.rounds.deadline_s
 
     def step(self, round_: int, step: int, micro_batches: Sequence[Batch]) -> HeadLoss:
         """One optimizer step over its micro-batches. Raises MissedStepError; then its gradients are gone."""

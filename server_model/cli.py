@@ -186,10 +186,12 @@ def in_words(event: str, facts: Mapping[str, object]) -> str:
         case "late_update":
             becomes = "the next merge takes its change" if facts["kept"] else "dropped"
             return f"{facts['client']}: its update of round {as_number(facts['round'])} came late: {becomes}"
+        case "late_in_step":
+            return f"round {as_number(facts['round'])} goes on without {facts['client']}: its steps came too late"
         case "merge_refused":
             names = ", ".join(as_names(facts["tensors"]))
             place = f"round {as_number(facts['round'])}"
-            return f"{place}: the merge of {names} would not be finite, so they stay as they were"
+            return f"{place}: {names} stay as they were: {facts['reason']}"
         case "waiting_for":
             more = [f"{facts['missing']} more to open a round"] if facts["missing"] else []
             return "waiting for " + ", ".join(as_names(facts["clients"]) + more)

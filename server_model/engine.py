@@ -53,7 +53,7 @@ class Engine:
         self.round = round_
         self.cohort = set(cohort)
         self.next_step = dict.fromkeys(self.cohort, 0)
-        self.trunk.round_tokens.clear()
+        self.queue(lambda: self.trunk.round_tokens.clear())  # behind whatever the last round still runs
         self._advance()
 
     def end_round(self) -> None:
@@ -61,8 +61,11 @@ class Engine:
         self.cohort = set()
         self._refuse_waiting(lambda arrival: arrival.train)
         work, self.work = self.work, None
-        if work is None or work.applying:
-            return
+        if work is not None and not work.applying:
+            self._void(work)
+
+    def _void(self, work: StepWork) -> None:
+        """A step that will not be finished: whoever waits for an answer misses it, and its gradients are forgotten."""
         if work.timer is not None:
             work.timer.cancel()
         for joint in work.joints:
@@ -225,6 +228,14 @@ class Engine:
         work = self.work
         return None if work is None else {client for client in work.members if not self._is_owed(work, client)}
 
+    def holding_up(self) -> frozenset[str]:
+        """Those whom others wait for, in the step in work or to begin theirs."""
+        awaited = self.awaited()
+        if self.work is None or awaited is None:
+            return frozenset()
+        others = self.work.members | {arrival.client for arrival in self.waiting if arrival.train}
+        return frozenset(awaited if others - awaited else ())
+
     def _is_owed(self, work: StepWork, client: str) -> bool:
         """Whether it is not this client's turn: it waits for an answer, or has finished."""
         asked = any(arrival.client == client and arrival.train for arrival in self.waiting)
@@ -326,10 +337,21 @@ class Engine:
         except Exception as error:  # noqa: BLE001
             for reply in joint.replies.values():
                 fail(reply, error)
+            self._give_up(work)
         for member in joint.members:
             work.done[member.client] = work.done.get(member.client, 0) + 1
         self._release(joint)
         self._advance()
+
+    def _give_up(self, work: StepWork) -> None:
+        """A backward failed: what has accumulated is part of a step, so its members go on with the next one."""
+        if self.work is not work:
+            return
+        self.work = None
+        self._refuse_waiting(lambda a: a.train and a.client in work.members and a.key.step <= work.step)
+        for client in work.members:
+            self.next_step[client] = work.step + 1
+        self._void(work)
 
     def _backward_now(self, joint: Joint, delivered: list[Arrival]) -> list[Tensor]:
         """On the compute thread: gradients at the inputs of those who delivered.

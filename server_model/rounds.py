@@ -7,16 +7,15 @@ is on disk; only then is any client told, and only then may it forget older stat
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from server_model.blobs import Blobs
+from server_model.disk import once_there_is_room
 from server_model.engine import Engine
 from server_model.members import Member, Members
 from server_model.store import RoundState, Store
@@ -24,22 +23,16 @@ from server_model.tasks import spawn
 from server_model.updates import ClientUpdate, Inbox, merge_updates
 from splitfl.config import Federation
 from splitfl.errors import ConfigError, RefusedError, StorageError
-from splitfl.federation.merging import Merger, choose_strategy
+from splitfl.federation.merging import TOO_FEW, Merger, choose_strategy
 from splitfl.federation.robust import Contribution
-from splitfl.federation.rounds import Action, Finish, LateUpdate, MergeRound, OpenRound, Phase, RoundMachine
+from splitfl.federation.rounds import Action, Finish, LateUpdate, LeaveSteps, MergeRound, OpenRound, Phase, RoundMachine
 from splitfl.federation.schedule import round_step_sizes
 from splitfl.federation.strategies import RoundFacts
 from splitfl.split.checkpoint import CheckpointFolder, embedding_name, file_entries, is_tied
 from splitfl.split.modes import trunk_needs_backward
 from splitfl.wire.messages import Answer, Finished, NextRound, RoundDurable, RoundOpen, Update
 
-log = logging.getLogger("splitfl.server.rounds")
-
-RETRY_S = 10.0  # between attempts to write a round to a full disk
-
 Say = Callable[..., None]
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 @dataclass
@@ -213,6 +206,9 @@ class Rounds:
                 case MergeRound():
                     self.engine.end_round()
                     spawn(self._merge(members, action, self._to_merge(action)))
+                case LeaveSteps():
+                    self.say("late_in_step", client=action.client, round=self.machine.round)
+                    self.engine.leave_round(action.client)
                 case Finish():
                     self._finish(action.round)
         self._ring_at_deadline(members)
@@ -228,13 +224,18 @@ class Rounds:
             resolve(self._desk.next_round.pop(name, None), RoundOpen(0, action.round, self.weights))
 
     def _ring_at_deadline(self, members: Members) -> None:
-        """Once for each deadline: a round that has too few updates at it goes on."""
+        """Once for each deadline that is set."""
         deadline = self.machine.deadline()
         if deadline is not None and deadline != self._rings_at:
-            delay = max(0.0, deadline - self.clock())
-            loop = asyncio.get_running_loop()
-            loop.call_later(delay, lambda: self._act(members, self.machine.tick(self.clock())))
+            asyncio.get_running_loop().call_later(max(0.0, deadline - self.clock()), self._ring, members, deadline)
         self._rings_at = deadline
+
+    def _ring(self, members: Members, deadline: float) -> None:
+        """A deadline that changed nothing rings again after as long: somebody may hold the others up by then."""
+        self._act(members, self.machine.tick(self.clock(), self.engine.holding_up()))
+        if self.machine.deadline() == deadline:
+            limit = self.settings.rounds.deadline_s
+            asyncio.get_running_loop().call_later(limit, self._ring, members, deadline)
 
     def _trains_through_trunk(self, member: Member) -> bool:
         return trunk_needs_backward(self.settings, member.cut, self.layers)
@@ -265,8 +266,10 @@ class Rounds:
     async def _merge(self, members: Members, action: MergeRound, updates: list[ClientUpdate]) -> None:
         """Merge, make it durable, tell everybody."""
         state, refused = await self.engine.call(self._merge_now, action.round, updates)
-        if refused:
-            self.say("merge_refused", round=action.round, tensors=refused)
+        for reason in sorted(set(refused.values())):
+            names = [name for name in refused if refused[name] == reason]
+            self.say("merge_refused", round=action.round, tensors=names, reason=reason)
+        merged = () if TOO_FEW in refused.values() else action.contributors
         await self._save(state)
         await asyncio.to_thread(self._offer_weights, action.round)
         self.durable = action.round
@@ -275,25 +278,19 @@ class Rounds:
         for update in updates:
             self.inbox.forget(update)
         late = [update.client for update in action.late]
-        self.say("round_durable", round=action.round, clients=list(action.contributors), late=late)
+        self.say("round_durable", round=action.round, clients=list(merged), late=late)
         done, self._desk.update = self._desk.update, {}
         for name, future in done.items():
-            resolve(future, RoundDurable(0, action.round, self.weights, merged=name in action.contributors))
+            resolve(future, RoundDurable(0, action.round, self.weights, merged=name in merged))
         self._act(members, self.machine.merged(self.clock()))
 
     async def _save(self, state: RoundState) -> None:
         """Make a round durable."""
-        await self.once_there_is_room(self.store.save, state)
+        await once_there_is_room(self.held_up, self.store.save, state)
 
-    async def once_there_is_room(self, write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Write something; a full disk holds the federation up, and loses nothing, until there is room."""
-        while True:
-            try:
-                return await asyncio.to_thread(write, *args, **kwargs)
-            except StorageError as error:
-                log.error("%s; trying again in %.0f s", error, RETRY_S)
-                self.say("storage_error", round=self.machine.round, error=str(error))
-                await asyncio.sleep(RETRY_S)
+    def held_up(self, error: StorageError) -> None:
+        """The disk is full."""
+        self.say("storage_error", round=self.machine.round, error=str(error))
 
     def _finish(self, round_: int) -> None:
         self.say("finished", round=round_)
@@ -304,28 +301,28 @@ class Rounds:
 
     # -- merging, on the compute thread ------------------------------------------------------------------------
 
-    def _merge_now(self, round_: int, updates: list[ClientUpdate]) -> tuple[RoundState, list[str]]:
+    def _merge_now(self, round_: int, updates: list[ClientUpdate]) -> tuple[RoundState, dict[str, str]]:
         """Merge tensor by tensor and hand merged blocks to the trunk; returns what is to be made durable, and the
-        tensors that stayed as they were because their merge was not finite."""
+        tensors that stayed as they were, with the reason."""
         trunk = self.engine.trunk
         own = {
             name: Contribution(tensor, trunk.tokens_through(name))
             for name, tensor in trunk.weights().items()
-            if trunk.tokens_through(name)
+            if self._held(name) and trunk.tokens_through(name)
         }
-        merged = self.merged | {name: part.tensor.clone() for name, part in own.items() if self._held(name)}
-        remembered = dict(self.remembered)
+        merged, remembered = dict(self.merged), dict(self.remembered)
         merger = Merger(self.strategy, self._facts(round_, updates))
-        refused = []
+        refused: dict[str, str] = {}
         for name, part in merge_updates(updates, merger, partial(self._before, round_), own, self._state_of):
             merged[name] = part.tensor
             remembered |= {f"{name}/{what}": value for what, value in part.state.items()}
-            refused += [name] if part.refused else []
+            refused |= {name: part.refused} if part.refused else {}
         trunk.load_weights(merged)
         self.merged, self.remembered = merged, remembered
-        self.contributors |= trained(updates)
+        counted = [] if TOO_FEW in refused.values() else updates
+        self.contributors |= trained(counted)
         facts = {
-            "updates": {update.client: update.tokens for update in updates if update.start is None},
+            "updates": {update.client: update.tokens for update in counted if update.start is None},
             "contributors": sorted(self.contributors),
             "seed": self.settings.seed,
         }

@@ -23,7 +23,7 @@ class StepKey:
     micro: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Arrival:
     """A forward that waits for its turn."""
 
@@ -40,7 +40,7 @@ class Arrival:
         return self.rows.hidden.shape[0] * self.rows.hidden.shape[1]
 
 
-@dataclass
+@dataclass(eq=False)
 class Joint:
     """A joint forward whose gradients are still coming."""
 
@@ -56,7 +56,7 @@ class Joint:
         return all(member.client in self.gradients for member in self.members)
 
 
-@dataclass
+@dataclass(eq=False)
 class StepWork:
     """One optimizer step in work: who takes part, which graphs wait, who has finished which micro-batch."""
 

@@ -11,6 +11,7 @@ releases/                   released activations, so that clients send them once
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -168,8 +169,9 @@ def check_same(before: Federation, now: Federation) -> None:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """One safetensors file. Raises OSError when the disk is full."""
+    """One safetensors file. Raises OSError, with its number, when the disk is full."""
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
-        raise OSError(str(error)) from error
+        number = re.search(r"\(os error (\d+)\)", str(error))  # all that safetensors says of it
+        raise OSError(int(number[1]) if number else 0, str(error)) from error

@@ -6,6 +6,7 @@ divided, per block, by the tokens that crossed it in the step.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from splitfl.split.segment import Piece
 from splitfl.split.training import set_up_training
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """What one client brings into a joint batch: hidden states (B, T, D), true lengths (B,) or None."""
 
@@ -29,7 +30,7 @@ class Rows:
     lengths: Tensor | None
 
 
-@dataclass
+@dataclass(eq=False)
 class Graph:
     """A joint forward that waits for its gradients: inputs and outputs (sum of B, longest T, D)."""
 
@@ -48,7 +49,7 @@ class Trunk:
     blocks: range
     device: torch.device
     tokens: Counter[int] = field(default_factory=Counter)  # block -> label tokens in the current step
-    round_tokens: Counter[int] = field(default_factory=Counter)  # the same over the round
+    round_tokens: Counter[int] = field(default_factory=Counter)  # the same over the round, of steps that were applied
 
     def __post_init__(self) -> None:
         self.reset()
@@ -88,7 +89,6 @@ class Trunk:
         delivered = sum(count for count, gradient in zip(tokens, gradients, strict=True) if gradient is not None)
         for block in graph.blocks:
             self.tokens[block] += delivered
-            self.round_tokens[block] += delivered
         assert graph.inputs.grad is not None
         return part(graph.inputs.grad, graph.shapes)
 
@@ -104,6 +104,8 @@ class Trunk:
     def step(self, learning_rate: float) -> float:
         """Apply the step's gradients; returns their norm (not finite: nothing moved)."""
         norm = self.optimizer.step(learning_rate, lambda name: self.tokens[self._block(name)])
+        if math.isfinite(norm):
+            self.round_tokens += self.tokens
         self.tokens.clear()
         return norm
 

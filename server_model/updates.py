@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from splitfl.errors import CheckpointError, RefusedError, StorageError
-from splitfl.federation.merging import Merged, Merger
+from splitfl.federation.merging import TOO_FEW, Merged, Merger
 from splitfl.federation.robust import Contribution, inner_products
 from splitfl.federation.strategies import State
 from splitfl.split.checkpoint import file_entries, hash_range
@@ -169,8 +169,8 @@ def merge_updates(
     own: Mapping[str, Contribution],
     states: Callable[[str], State],
 ) -> Iterator[tuple[str, Merged]]:
-    """Merge tensor by tensor, every name that anybody sent. ``own`` are the server's copies of blocks that clients
-    hold as well."""
+    """Merge tensor by tensor, every name that anybody sent, and every one of ``own``: the server's copies of blocks
+    that clients may hold as well."""
     with ExitStack() as stack:
         sent = [
             OpenUpdate(update, stack.enter_context(safe_open(update.path, framework="pt")), previous)
@@ -179,8 +179,12 @@ def merge_updates(
         ]
         shapes = {name: torch.Size(one.file.get_slice(name).get_shape()) for one in sent for name in one.file.keys()}  # noqa: SIM118
         factors = screened(sent, merger, ((name, previous(name, shape)) for name, shape in shapes.items()))
-        for name, shape in sorted(shapes.items()):
+        all_left_out = bool(factors) and all(factor is None for factor in factors.values())
+        for name, shape in sorted((shapes | {name: part.tensor.shape for name, part in own.items()}).items()):
             start = previous(name, shape)
+            if all_left_out:
+                yield name, Merged(start, states(name), TOO_FEW)
+                continue
             parts = list(contributions(sent, name, start, factors))
             if name in own:
                 parts.append(own[name])

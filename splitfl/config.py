@@ -42,7 +42,8 @@ class Rounds(Section):
         0.0,
         ge=0,
         description="seconds until a round merges what it has (unless merge.aggregate is the mean, min_clients updates "
-        "at least), and that min_clients wait for others between rounds; 0 = wait for all",
+        "at least) or goes on without whom a step waits for, and that min_clients wait for others between rounds; "
+        "0 = wait for all",
     )
     staleness: Literal["drop", "polynomial"] = Field(
         "drop",

@@ -18,14 +18,17 @@ from splitfl.federation.strategies import STRATEGIES, RoundFacts, State, Strateg
 AVERAGE_USES = {"trimmed_mean": ("trim_fraction",), "krum": ("byzantine",)}
 ALWAYS_USED = {"strategy", "share", "aggregate", "clip_norm"}
 
+NOT_FINITE = "their merge would not be finite"
+TOO_FEW = "these are too few updates for Krum to tell liars from others"
+
 
 class Merged(NamedTuple):
-    """A tensor's next value and what the strategy remembers of it, fp32. ``refused``: those would not have been finite
-    in fp32, so these are the ones before the round."""
+    """A tensor's next value and what the strategy remembers of it, fp32. ``refused``: why these are still the ones
+    before the round."""
 
     tensor: Tensor
     state: State
-    refused: bool = False
+    refused: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Merger:
         self._check_returned(name, previous, {"the weights": merged, **kept})
         found = Merged(merged.float(), {what: tensor.float() for what, tensor in kept.items()})
         finite = all(torch.isfinite(tensor).all() for tensor in (found.tensor, *found.state.values()))
-        return found if finite else Merged(previous, state, refused=True)
+        return found if finite else Merged(previous, state, NOT_FINITE)
 
     def _check_returned(self, name: str, previous: Tensor, returned: State) -> None:
         found = {what: tuple(tensor.shape) for what, tensor in returned.items()}

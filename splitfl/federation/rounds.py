@@ -3,7 +3,9 @@
 A round opens when at least ``min_clients`` wait and nobody who has been there before is still on its way; a
 newcomer that is still fetching its ends holds nobody up. A cohort is drawn from those who wait. The round is
 merged when every member that has not left has sent its update, or at the deadline: with whatever is there, but where
-somebody may lie with ``min_clients`` updates at least, so that nobody decides alone by being early. As long a deadline
+somebody may lie with ``min_clients`` updates at least, so that nobody decides alone by being early. A deadline that
+finds too few because a step waits for somebody takes him out of the steps: the others get as long again, and the round
+is merged when they have sent. As long a deadline
 runs between rounds, from when enough clients wait: then the round opens without those who are still on their way. An
 update that missed its deadline is dropped, or counts in the next merge at a discount, unless its client has sent a
 newer one by then.
@@ -68,13 +70,20 @@ class MergeRound:
 
 
 @dataclass(frozen=True)
+class LeaveSteps:
+    """No step of the open round waits for ``client`` any more; the update that it sends still counts."""
+
+    client: str
+
+
+@dataclass(frozen=True)
 class Finish:
     """The federation has ended after ``round``."""
 
     round: int
 
 
-Action = OpenRound | LateUpdate | MergeRound | Finish
+Action = OpenRound | LateUpdate | MergeRound | LeaveSteps | Finish
 
 
 @dataclass
@@ -88,6 +97,7 @@ class RoundMachine:
     waiting: set[str] = field(default_factory=set)
     cohort: set[str] = field(default_factory=set)
     updates: dict[str, int] = field(default_factory=dict)  # client -> label tokens
+    slow: set[str] = field(default_factory=set)  # of the cohort: a deadline has taken them out of the steps
     owed: dict[str, int] = field(default_factory=dict)  # client -> the round whose deadline it missed
     late: dict[str, int] = field(default_factory=dict)  # client -> its update's round; the next merge may take it
     since: float | None = None  # when the deadline began to run: the round opened, or enough clients waited for it
@@ -151,9 +161,15 @@ class RoundMachine:
             return [Finish(self.round - 1)]
         return self._advance(now)
 
-    def tick(self, now: float) -> list[Action]:
-        """Time has passed."""
-        return self._advance(now)
+    def tick(self, now: float, holding_up: frozenset[str] = frozenset()) -> list[Action]:
+        """Time has passed. ``holding_up`` are those whom others wait for in a step."""
+        actions = self._advance(now)
+        late = holding_up & self.cohort - self.slow - self.updates.keys()
+        if self.phase is not Phase.TRAINING or not self._is_late(now) or not late:
+            return actions
+        self.slow |= late
+        self.since = now
+        return [LeaveSteps(client) for client in sorted(late)] + self._advance(now)
 
     def deadline(self) -> float | None:
         """When ``tick`` should be called at the latest, or None."""
@@ -189,6 +205,7 @@ class RoundMachine:
             return []
         cohort = draw_cohort(self.settings, self.round, self.waiting)
         self.phase, self.cohort, self.updates, self.since = Phase.TRAINING, set(cohort), {}, now
+        self.slow = set()
         self.waiting -= self.cohort
         return [OpenRound(self.round, cohort)]
 
@@ -196,8 +213,8 @@ class RoundMachine:
         if not self.cohort:  # everybody left: nothing to merge, the same round opens again
             self.phase, self.since = Phase.GATHERING, None
             return self._open(now)
-        enough_at_deadline = len(self.updates) >= self._least_at_deadline()
-        if self.cohort <= self.updates.keys() or (self._is_late(now) and enough_at_deadline):
+        sent, enough = self.updates.keys(), len(self.updates) >= self._least_at_deadline()
+        if self.cohort <= sent or (enough and (self.cohort - self.slow <= sent or self._is_late(now))):
             self.phase, self.since = Phase.MERGING, None
             missed = self.cohort - self.updates.keys()
             self.present -= missed  # nobody waits for who was late, until it asks again

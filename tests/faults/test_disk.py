@@ -11,7 +11,7 @@ import torch
 from disturbing import assert_same, final_weights
 from gates import agree
 
-import server_model.rounds
+import server_model.disk
 import server_model.store
 from client_model.participant import Participant
 from client_model.store import ClientStore
@@ -66,7 +66,7 @@ def test_round_that_cannot_be_written_is_written_once_there_is_room(
             assert [path.name for path in rounds.iterdir()] == ["round-000000"]  # whole, and nothing half-written
 
     monkeypatch.setattr(server_model.store, "write_tensors", full_at_first)
-    monkeypatch.setattr(server_model.rounds, "RETRY_S", 0.01)
+    monkeypatch.setattr(server_model.disk, "RETRY_S", 0.01)
     run(small_model, wards["a"], tmp_path, note)
     assert len(told) == failures
     assert "No space left on device" in told[0]

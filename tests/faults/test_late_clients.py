@@ -67,9 +67,12 @@ def test_round_deadline_merges_without_the_late_client_which_takes_part_in_the_n
 
 
 def test_round_deadline_alone_frees_those_who_wait_in_a_step(place: Place, wards: dict[str, Path]) -> None:
-    settings = few_rounds(rounds={"count": 2, "local_steps": 10, "min_clients": 2, "deadline_s": 1.5})
+    settings = few_rounds(rounds={"count": 2, "local_steps": 10, "min_clients": 2, "deadline_s": 3.0})
     server, (first, second) = start(place, wards, settings)
     second.wait_for("step", round=0, step=1)
     with frozen(second):  # no deadline for steps: the first client waits for it, and neither can send an update
-        first.wait_for("step", round=0, step=1)
+        server.command.wait_for("round_durable", round=0)
     assert_all_end(first, second, server.command)
+    assert server.command.named("late_in_step", round=0)[0]["client"] == "b"
+    assert server.command.named("round_durable", round=0)[0]["clients"] == ["a"]
+    assert len(first.named("step", round=0)) == 10

@@ -17,6 +17,7 @@ from splitfl.federation.rounds import (
     Discounted,
     Finish,
     LateUpdate,
+    LeaveSteps,
     MergeRound,
     OpenRound,
     Phase,
@@ -186,6 +187,31 @@ def test_deadline_without_any_update_waits_for_the_first() -> None:
     machine = opened("ab")
     assert machine.tick(11.0) == []
     assert machine.update("b", 0, 5, 12.0) == [MergeRound(0, ("b",))]
+
+
+def test_deadline_takes_who_holds_the_others_up_out_of_the_steps_and_they_get_as_long_again() -> None:
+    machine = opened("abc")
+    assert machine.tick(9.9, frozenset("c")) == []
+    assert machine.tick(10.0, frozenset("c")) == [LeaveSteps("c")]
+    assert machine.deadline() == 20.0
+    assert machine.update("a", 0, 5, 12.0) == []
+    assert machine.update("b", 0, 5, 13.0) == [MergeRound(0, ("a", "b"))]  # at once
+    assert machine.update("c", 0, 2, 13.1) == [LateUpdate("c", 0, kept=False)]
+
+
+def test_update_of_who_is_out_of_the_steps_counts_and_closes_no_round() -> None:
+    machine = opened("abc")
+    machine.tick(10.0, frozenset("c"))
+    assert machine.update("c", 0, 2, 11.0) == []
+    assert machine.tick(20.0, frozenset("b")) == [MergeRound(0, ("c",))]  # but the next deadline does
+
+
+def test_those_who_go_on_without_the_slow_are_enough_where_somebody_may_lie() -> None:
+    machine = opened("abc", min_clients=3, aggregate="median")
+    machine.tick(10.0, frozenset("c"))
+    machine.update("a", 0, 5, 12.0)
+    assert machine.update("b", 0, 5, 13.0) == []
+    assert machine.update("c", 0, 2, 14.0) == [MergeRound(0, ("a", "b", "c"))]
 
 
 def test_round_without_a_deadline_waits_for_ever() -> None:
@@ -408,6 +434,8 @@ class Watcher:
                     assert client in self.cohorts[round_]
                     assert client not in self.late
                     self.late |= {client: round_} if kept else {}
+                case LeaveSteps(client=client):
+                    assert client in self.machine.cohort - self.machine.updates.keys()
                 case MergeRound(round=round_, contributors=contributors, late=late):
                     taken = {part.client: part.round for part in late}
                     assert taken == {name: old for name, old in self.late.items() if name not in contributors}
@@ -467,7 +495,7 @@ def happen(watcher: Watcher, event: str, client: str, round_: int, now: float) -
             owes = client in machine.cohort and client not in machine.updates
             assert machine.phase is not Phase.TRAINING or round_ != machine.round or not owes
     elif event == "tick":
-        watcher.see(machine.tick(now), now)
+        watcher.see(machine.tick(now, frozenset({client} if round_ else ())), now)
     elif event == "wait":
         watcher.there.add(client)
         watcher.see(machine.wait(client, now), now)

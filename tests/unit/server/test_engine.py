@@ -249,6 +249,19 @@ def test_evaluation_passes_while_a_step_is_in_work(source: MemorySource) -> None
     run(work)
 
 
+def test_evaluation_at_the_place_of_a_forward_that_waits_disturbs_nobody(source: MemorySource) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(), "ab") as bench:
+            waits = asyncio.ensure_future(bench.forward("a"))
+            await asyncio.sleep(0)
+            other = PIECES["b"]
+            await bench.engine.forward("a", StepKey(0, 0, 0), BLOCKS, other.rows, other.tokens, False)
+            await asyncio.gather(waits, bench.forward("b"))
+            assert bench.engine.waiting == []
+
+    run(work)
+
+
 # clients that are late, leave, or skip
 
 
@@ -302,6 +315,33 @@ def test_deadline_comes_again_for_those_who_stop_later(source: MemorySource) -> 
             await bench.backward("a")  # and b stops here
             await bench.settled()
             assert bench.engine.steps_applied == 1
+
+    run(work)
+
+
+def test_those_whom_others_wait_for_are_known(source: MemorySource) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(), "ab") as bench:
+            assert bench.engine.holding_up() == frozenset()  # no step is in work
+            waits = asyncio.ensure_future(bench.forward("a"))
+            await asyncio.sleep(0)
+            assert bench.engine.holding_up() == {"b"}
+            await asyncio.gather(waits, bench.forward("b"))
+            assert bench.engine.holding_up() == frozenset()  # both compute
+
+    run(work)
+
+
+def test_in_turn_the_others_wait_for_the_one_whose_step_it_is(source: MemorySource) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(mode="sequential"), "ab") as bench:
+            await bench.forward("a")
+            assert bench.engine.holding_up() == frozenset()
+            waits = asyncio.ensure_future(bench.forward("b"))
+            await asyncio.sleep(0)
+            assert bench.engine.holding_up() == {"a"}
+            await bench.backward("a")
+            await waits
 
     run(work)
 
@@ -470,6 +510,41 @@ def test_gradient_that_overflows_leaves_the_trunk_as_it_was(source: MemorySource
     run(work)
 
 
+def test_only_tokens_that_trained_the_trunk_weigh_its_copy(source: MemorySource) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(micro=2), "a") as bench:
+            huge = Piece(PIECES["a"].rows, 13, torch.full_like(PIECES["a"].gradient, 3e38))
+            for micro in range(2):
+                await bench.both("a", 0, micro, huge)
+            for micro in range(2):
+                await bench.both("a", 1, micro)
+            await bench.both("a", 2, 0)  # and the round ends in mid-step
+            bench.engine.end_round()
+            await bench.settled()
+            assert bench.trunk.round_tokens == dict.fromkeys(BLOCKS, 2 * PIECES["a"].tokens)
+
+    run(work)
+
+
+def test_tokens_of_a_step_that_ends_while_a_new_round_opens_count_in_neither(source: MemorySource) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(), "a") as bench:
+            await bench.forward("a")
+            blocker = threading.Event()
+            held = asyncio.ensure_future(bench.engine.call(blocker.wait, 10.0))
+            backward = asyncio.ensure_future(bench.backward("a"))
+            await asyncio.sleep(0.01)
+            applied = asyncio.ensure_future(bench.engine.call(bench.trunk.step, RATE))
+            await asyncio.sleep(0.01)
+            bench.engine.open_round(1, "a")
+            blocker.set()
+            await asyncio.wait([held, backward, applied])
+            await bench.settled()
+            assert not bench.trunk.round_tokens
+
+    run(work)
+
+
 # rounds
 
 
@@ -537,10 +612,14 @@ def test_backward_never_waits_behind_admission(source: MemorySource) -> None:
 class FakeTrunk:
     """Arithmetic in place of a model: output = 2 x, gradient = 2 g. It notes how much memory graphs hold."""
 
-    def __init__(self, *, fails: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, *, fails: Callable[[], bool] = lambda: False, backward_fails: Callable[[], bool] = lambda: False
+    ) -> None:
         self.round_tokens: dict[int, int] = {}
         self.steps = 0
+        self.cleared = 0
         self.fails = fails
+        self.backward_fails = backward_fails
 
     def forward(self, blocks: range, clients: Sequence[Rows], *, train: bool) -> tuple[list[Tensor], Graph | None]:
         if self.fails():
@@ -551,6 +630,8 @@ class FakeTrunk:
 
     def backward(self, graph: Graph, gradients: Sequence[Tensor | None], tokens: Sequence[int]) -> list[Tensor]:
         assert len(gradients) == len(graph.shapes) == len(tokens)
+        if self.backward_fails():
+            raise RuntimeError("out of memory")
         return [torch.zeros(1) if gradient is None else 2 * gradient for gradient in gradients]
 
     def step(self, rate: float) -> float:
@@ -558,7 +639,7 @@ class FakeTrunk:
         return rate
 
     def clear(self) -> None:
-        pass
+        self.cleared += 1
 
 
 async def play(engine: Engine, name: str, steps: int, micro: int, blocks: range, behave: random.Random) -> int:
@@ -641,6 +722,41 @@ def test_forward_that_fails_inside_holds_nobody_up(mode: str) -> None:
         stories = await asyncio.gather(client("a"), client("b"))
         assert stories in ([["failed", "done"]] * 2, [["failed", "done"], ["done", "done"]])
         assert engine.tokens_held == 0
+        engine.close()
+
+    run(work)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_step_whose_backward_fails_is_void_for_all_of_it(failing: int) -> None:
+    """Of two micro-batches' gradients one would be missing."""
+
+    async def work() -> None:
+        failures = iter([number == failing for number in range(2)])
+        trunk = FakeTrunk(backward_fails=lambda: next(failures, False))
+        engine = Engine(trunk, federation(micro=2))  # type: ignore[arg-type]
+        engine.open_round(0, "ab")
+        rows = Rows(torch.ones(2, 3, 1), None)
+
+        async def hops(name: str, step: int, micro: int) -> str:
+            key = StepKey(0, step, micro)
+            try:
+                await engine.forward(name, key, range(1, 2), rows, 1, True)
+                await engine.backward(name, key, rows.hidden)
+            except (RuntimeError, MissedError) as error:
+                return type(error).__name__
+            return "done"
+
+        async def client(name: str, step: int) -> list[str]:
+            return [await hops(name, step, micro) for micro in range(2)]
+
+        story = ["done"] * failing + ["RuntimeError"] + ["MissedError"] * (1 - failing)
+        assert await asyncio.gather(client("a", 0), client("b", 0)) == [story] * 2
+        assert trunk.steps == 0
+        assert await asyncio.gather(client("a", 1), client("b", 1)) == [["done"] * 2] * 2
+        while engine.work is not None:
+            await asyncio.sleep(0.001)
+        assert (trunk.steps, trunk.cleared, engine.tokens_held) == (1, 1, 0)
         engine.close()
 
     run(work)

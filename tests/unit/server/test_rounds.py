@@ -107,7 +107,66 @@ def test_tensor_whose_merge_is_not_finite_stays_and_the_operator_hears_its_name(
         return coordinator
 
     assert asyncio.run(merge()).rounds.remembered == {}
-    assert ("merge_refused", {"round": 0, "tensors": ["lm_head.weight"]}) in said
+    refused = {"round": 0, "tensors": ["lm_head.weight"], "reason": "their merge would not be finite"}
+    assert ("merge_refused", refused) in said
+
+
+def test_krum_of_too_few_updates_merges_nobody_and_says_so(model, tmp_path):
+    said: list[tuple[str, dict[str, object]]] = []
+
+    async def merge() -> tuple[Coordinator, bool]:
+        tables = {"merge": {"aggregate": "krum"}, "rounds": {"min_clients": 5}}
+        coordinator = Coordinator(
+            model, parse_federation(tables, "the test"), tmp_path / "s", device=torch.device("cpu")
+        )
+        rounds = coordinator.rounds
+        rounds.say = lambda event, **facts: said.append((event, facts))
+        rounds.machine = RoundMachine(coordinator.settings, 0, Phase.MERGING)
+        head = coordinator.source.read("lm_head.weight").float()
+        save_file({"lm_head.weight": head + 1.0}, tmp_path / "upload")
+        rounds._updates = {"a": ClientUpdate("a", 5, tmp_path / "upload")}  # the others have left
+        answer = rounds._desk.update["a"] = asyncio.get_running_loop().create_future()
+        rounds._act(coordinator.members, [MergeRound(0, ("a",))])
+        heard = await answer
+        coordinator.close()
+        assert torch.equal(rounds.merged["lm_head.weight"], head)
+        return coordinator, heard.merged
+
+    coordinator, counts = asyncio.run(merge())
+    assert not counts
+    assert coordinator.rounds.contributors == set()
+    facts = dict(said)
+    assert facts["merge_refused"]["tensors"] == ["lm_head.weight"]
+    assert "too few updates" in str(facts["merge_refused"]["reason"])
+    assert facts["round_durable"]["clients"] == []
+
+
+def test_block_that_nobody_holds_in_a_round_moves_by_the_strategy_too(model, tmp_path):
+    async def merge() -> tuple[Coordinator, dict[str, torch.Tensor]]:
+        tables = {"merge": {"strategy": "fedavgm", "server_learning_rate": 0.5}, "model": {"max_top": 2}}
+        coordinator = Coordinator(
+            model, parse_federation(tables, "the test"), tmp_path / "s", device=torch.device("cpu")
+        )
+        trunk, rounds = coordinator.engine.trunk, coordinator.rounds
+        before = {name: weight.clone() for name, weight in trunk.weights().items()}
+        for weight in trunk.trainable().values():
+            weight.data.add_(1.0)
+        trunk.round_tokens.update(dict.fromkeys(trunk.blocks, 7))
+        rounds.machine = RoundMachine(coordinator.settings, 0, Phase.MERGING)
+        rounds._updates = {"a": ClientUpdate("a", 5, None)}
+        rounds._act(coordinator.members, [MergeRound(0, ("a",))])
+        while rounds.durable < 0:
+            await asyncio.sleep(0.001)
+        coordinator.close()
+        return coordinator, before
+
+    coordinator, before = asyncio.run(merge())
+    held = {name for name in before if name.startswith("model.layers.2.")}  # in the top of Cut(1, 2)
+    assert held == set(coordinator.rounds.merged)
+    assert {name.rpartition("/")[0] for name in coordinator.rounds.remembered} == held
+    after = coordinator.engine.trunk.weights()
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight + (0.5 if name in held else 1.0))
 
 
 @pytest.mark.parametrize(("share", "part"), [("none", "head"), ("top", "bottom")])

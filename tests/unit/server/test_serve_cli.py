@@ -36,10 +36,11 @@ def test_line_for_the_operator_begins_with_its_time(capsys: pytest.CaptureFixtur
             "b: its update of round 1 came late: the next",
         ),
         ("late_update", {"client": "b", "round": 0, "kept": False}, "b: its update of round 1 came late: dropped"),
+        ("late_in_step", {"client": "b", "round": 0}, "round 1 goes on without b"),
         (
             "merge_refused",
-            {"round": 1, "tensors": ["x", "y"]},
-            "round 2: the merge of x, y would not be finite, so they stay as they were",
+            {"round": 1, "tensors": ["x", "y"], "reason": "their merge would not be finite"},
+            "round 2: x, y stay as they were: their merge would not be finite",
         ),
         ("disconnected", {"client": "b", "grace_s": 9.0}, "b disconnected"),
     ],

@@ -239,7 +239,7 @@ def test_merge_counts_the_servers_own_copy(inbox: Inbox) -> None:
     merged = merged_by_mean([sent], own)
     assert merged["norm.weight"].tolist() == [4.0, 4.0]
     assert merged["head.weight"].unique().tolist() == [1.0]
-    assert "other" not in merged
+    assert merged["other"].tolist() == [1.0]  # which nobody sent
 
 
 def test_merge_of_clients_with_different_cuts_takes_each_tensor_from_those_who_have_it(inbox: Inbox) -> None:

@@ -1,0 +1,55 @@
+"""A full disk is waited for; what is damaged is said at once."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+import server_model.disk
+import server_model.store
+from server_model.disk import once_there_is_room
+from server_model.store import write_tensors
+from splitfl.errors import StorageError
+from splitfl.files import storage_errors
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_model.disk, "RETRY_S", 0.0)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_write_to_a_full_disk_is_tried_until_there_is_room(number: int) -> None:
+    failures, told = [number, number], []
+
+    def write(what: str) -> str:
+        with storage_errors(Path(what)):
+            if failures:
+                raise OSError(failures.pop(), "full")
+        return what
+
+    assert asyncio.run(once_there_is_room(told.append, write, "x")) == "x"
+    assert len(told) == 2
+
+
+def test_tensors_that_find_no_room_are_known_by_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(server_model.store, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        write_tensors({}, tmp_path / "x")
+    assert error.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("cause", [OSError(errno.EIO, "Input/output error"), PermissionError(), ValueError(), None])
+def test_what_no_room_mends_is_raised_at_once(cause: Exception | None) -> None:
+    def write() -> None:
+        raise StorageError("the note cannot be read") from cause
+
+    with pytest.raises(StorageError, match="note"):
+        asyncio.run(once_there_is_room(pytest.fail, write))
