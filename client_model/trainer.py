@@ -195,7 +195,7 @@ class Trainer:
             own = partial(row_of, run_bottom, one)
             loss = ends.run_top(hidden[one], own, None if lengths is None else lengths[one], labels[one], train=False)
             done.add(loss)
-            done.each.append(loss.total / max(1, loss.tokens))
+            done.each.append(loss.mean)
 
     def _cross(
         self, kind: ReleaseKind, place: Place, batch: Batch, hidden: Callable[[], Tensor], *, keep_graph: bool
