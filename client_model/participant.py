@@ -22,7 +22,7 @@ from client_model.candidate import Candidate, Connection, preparation
 from client_model.ends import Ends
 from client_model.journal import Head
 from client_model.link import SessionLostError
-from client_model.measuring import Measurements, due, mean
+from client_model.measuring import Measurements, due
 from client_model.notary import Notary
 from client_model.store import Snapshot
 from client_model.trainer import MissedStepError, Trainer
@@ -249,7 +249,7 @@ class Participant(Candidate):
             self.labels |= {int(label) for batch in batches for label in batch.labels.flat}
             tokens, seen = tokens + told(batches), seen + loss.tokens
             rate = seen / max(1e-9, time.monotonic() - began)
-            self._say("step", round=round_, step=step, loss=mean(loss), tokens_per_s=rate, **self.count.traffic())
+            self._say("step", round=round_, step=step, loss=loss.mean, tokens_per_s=rate, **self.count.traffic())
         return tokens
 
     def _next_batches(self, round_: int, step: int) -> list[Batch]:
@@ -391,7 +391,7 @@ class Participant(Candidate):
             return None
         self.ends.load_weights(own.weights)
         try:
-            loss = mean(self.trainer.evaluate(round_ + 1, self.evaluation))
+            loss = self.trainer.evaluate(round_ + 1, self.evaluation).mean
         except (MissedStepError, NumericalError):
             return None
         self.notary.mark()
