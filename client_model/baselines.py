@@ -102,8 +102,7 @@ class BaselineRun:
             loss = trainer.evaluate(rounds.count, self.evaluation)
         except (MissedStepError, PrivacyError):  # or too few records whose release is paid for
             return None
-        mean = loss.total / max(1, loss.tokens)
-        return mean if math.isfinite(mean) else None
+        return loss.mean if math.isfinite(loss.mean) else None
 
     def _paid_for(self) -> Spend | None:
         """With privacy on, only records that were released before take part: a baseline costs nothing."""

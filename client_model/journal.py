@@ -138,10 +138,11 @@ class Journal:
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What ``make`` gave (JSON) when this round came here first; else it is made and written down now."""
-        if name not in self._notes:
-            self._notes[name] = made = make()
+        notes = self._notes  # the link's thread forgets them when the session is lost
+        if name not in notes:
+            made = notes[name] = make()
             self._append(bytes([NOTE]), json.dumps([name, made]).encode())
-        return self._notes[name]
+        return notes[name]
 
     # -- done again --------------------------------------------------------------------------------------------
 

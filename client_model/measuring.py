@@ -56,9 +56,9 @@ class Measurements:
         """
         check_finite(torch.tensor(loss.total), "the loss")
         self.losses = [entry for entry in self.losses if entry["round"] < round_]
-        entry = {"round": round_, "loss": mean(loss), "tokens": loss.tokens}
+        entry = {"round": round_, "loss": loss.mean, "tokens": loss.tokens}
         self.losses.append(entry)
-        return {**entry, "perplexity": math.exp(min(50.0, mean(loss)))}
+        return {**entry, "perplexity": math.exp(min(50.0, loss.mean))}
 
 
 def shared_metric(gate: Gate, round_: int, each: Sequence[float], records: Sequence[RecordRef]) -> float | None:
@@ -73,8 +73,3 @@ def due(settings: Federation, round_: int) -> bool:
     """Whether the weights that ``round_`` starts from are to be measured."""
     every = settings.evaluation.every_rounds
     return round_ in (0, settings.rounds.count) or bool(every and round_ % every == 0)
-
-
-def mean(loss: HeadLoss) -> float:
-    """Nats a token."""
-    return loss.total / max(1, loss.tokens)

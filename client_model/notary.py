@@ -6,6 +6,7 @@ from collections import deque
 from concurrent.futures import Future
 
 from client_model.asking import Asker
+from client_model.link import SessionLostError
 from splitfl.errors import LinkError, ProtocolError
 from splitfl.privacy.ledger import Ledger
 from splitfl.privacy.witness import Mark, check_signature
@@ -40,6 +41,8 @@ class Notary:
         """Raises RefusedError when the server has seen a longer ledger, ProtocolError for a signature that is none."""
         try:
             answer = reply.result()
+        except SessionLostError:
+            raise  # it is said once: to whoever waits
         except LinkError:
             return  # the server went away; whoever asks next hears of it
         if not isinstance(answer, Countersigned):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from client_model.candidate import Candidate, Connection, preparation
 from client_model.ends import Ends
 from client_model.journal import Head
 from client_model.link import SessionLostError
-from client_model.measuring import Measurements, due, mean
+from client_model.measuring import Measurements, due
 from client_model.notary import Notary
 from client_model.store import Snapshot
 from client_model.trainer import MissedStepError, Trainer
@@ -137,7 +137,8 @@ class Participant(Candidate):
         if self.link.journal.doing_again and head.data != self._fingerprint():
             raise ConfigError(
                 f"{self.data_path} has changed in the middle of a round",
-                f"Put it back as it was, or delete {self.store.journal} to go on with the next round.",
+                "Put it back as it was, time of change included (cp -p), "
+                f"or delete {self.store.journal} to go on with the next round.",
             )
         return self.store.read(head.base) if head.base else None
 
@@ -208,7 +209,7 @@ class Participant(Candidate):
         if unfinished.step < self.settings.rounds.local_steps:
             self._train_round(unfinished.round, unfinished.step, unfinished.tokens)
         else:
-            self._send_update(unfinished, {})
+            self._send_update(unfinished)
 
     def _take_merge(self, weights: str) -> None:
         """Load the newest merge, unless it is what we hold. Personal weights stay."""
@@ -226,11 +227,10 @@ class Participant(Candidate):
         finally:
             self.in_step = False
         self.notary.settle()
-        unmerged = self.ends.correction_tensors()
         self.ends.end_round(round_step_sizes(self.settings, round_))
         snapshot = self._snapshot(round_, self.settings.rounds.local_steps, tokens)
         self._begin_journal(self.store.save(snapshot), in_round=True)
-        self._send_update(snapshot, unmerged)
+        self._send_update(snapshot)
 
     def _train_steps(self, round_: int, first_step: int, tokens: int) -> int:
         """The local steps from ``first_step`` on; returns the tokens of the whole round. Raises PausedError."""
@@ -249,7 +249,7 @@ class Participant(Candidate):
             self.labels |= {int(label) for batch in batches for label in batch.labels.flat}
             tokens, seen = tokens + told(batches), seen + loss.tokens
             rate = seen / max(1e-9, time.monotonic() - began)
-            self._say("step", round=round_, step=step, loss=mean(loss), tokens_per_s=rate, **self.count.traffic())
+            self._say("step", round=round_, step=step, loss=loss.mean, tokens_per_s=rate, **self.count.traffic())
         return tokens
 
     def _next_batches(self, round_: int, step: int) -> list[Batch]:
@@ -265,11 +265,8 @@ class Participant(Candidate):
         numbers = self.data.pick(self.order, self.guard.spend(self.gate))
         return numbers, self.order.cursor
 
-    def _send_update(self, snapshot: Snapshot, unmerged: Mapping[str, Tensor]) -> None:
-        """The update of a round whose snapshot is on disk, and the wait until the merge is durable.
-
-        ``unmerged`` is the correction as it was, for a round whose merge was missed.
-        """
+    def _send_update(self, snapshot: Snapshot) -> None:
+        """The update of a round whose snapshot is on disk, and the wait until the merge is durable."""
         if self.stop():  # else it would wait for everybody first
             raise PausedError(in_round=True)
         round_ = snapshot.round
@@ -284,14 +281,20 @@ class Participant(Candidate):
         self.measured.shared = None
         if not isinstance(answer, RoundDurable):
             raise ProtocolError(f"{type(answer).__name__} instead of a merged round")
-        if unmerged and not answer.merged:  # too late: the server's side of the strategy does not know of this round
-            self.ends.load_correction_tensors(unmerged)
-            self.store.save(replace(snapshot, correction=unmerged))
+        if snapshot.correction and not (answer.merged and snapshot.tokens):
+            self._take_correction_back(snapshot)  # the server's side of the strategy does not know of this round
         self._take_merge(answer.weights)
         assert self.count is not None
         taken = self.count.tally.rounds_taken + answer.merged
         self.count.set_rounds(self.link.journal.once(f"taken {round_}", lambda: taken))
         self._say("round_durable", round=round_, merged=answer.merged)
+
+    def _take_correction_back(self, snapshot: Snapshot) -> None:
+        """To what it was before the round of ``snapshot``, on disk too: as after a kill, this may be done twice."""
+        before = self.store.before(snapshot.round)
+        correction = {} if before is None or before.terms != snapshot.terms else before.correction
+        self.ends.load_correction_tensors(correction)
+        self.store.save(replace(snapshot, correction=correction))
 
     def _upload(self, data: bytes) -> str:
         """Send a blob in pieces; returns its hash."""
@@ -388,7 +391,7 @@ class Participant(Candidate):
             return None
         self.ends.load_weights(own.weights)
         try:
-            loss = mean(self.trainer.evaluate(round_ + 1, self.evaluation))
+            loss = self.trainer.evaluate(round_ + 1, self.evaluation).mean
         except (MissedStepError, NumericalError):
             return None
         self.notary.mark()

@@ -170,6 +170,11 @@ class ClientStore:
             shutil.rmtree(self.snapshots / f"round-{number:06d}", ignore_errors=True)
         return self._read(self.snapshots / f"round-{kept[-1]:06d}") if kept else None
 
+    def before(self, round_: int) -> Snapshot | None:
+        """The newest snapshot of a round before ``round_``: what a client with one of ``round_`` began that from."""
+        earlier = [number for number in self.rounds() if number < round_]
+        return self.read(self.name_of(earlier[-1])) if earlier else None
+
     def save_pause(self, snapshot: Snapshot) -> str:
         """Remember the middle of a round; returns its name. Raises StorageError."""
         self._write(self.pause_folder, snapshot)

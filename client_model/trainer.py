@@ -54,7 +54,7 @@ class MissedStepError(Exception):
 
 
 @dataclass(frozen=True)
-class Place:
+class StepPlace:
     """Where in the federation a micro-batch is: round, step and micro-batch, from 0."""
 
     round: int
@@ -96,7 +96,7 @@ class Trainer:
         """One optimizer step over its micro-batches. Raises MissedStepError; then its gradients are gone."""
         rate = learning_rate(self.ends.settings, round_, step)
         done, norm = Sum(), 0.0
-        crossings = (self._train(Place(round_, step, micro), b, done) for micro, b in enumerate(micro_batches))
+        crossings = (self._train(StepPlace(round_, step, micro), b, done) for micro, b in enumerate(micro_batches))
         try:
             top_moved = False
             for _ in in_turn(crossings, self.in_flight):
@@ -135,12 +135,12 @@ class Trainer:
         ``each`` takes every record's own mean loss, in order.
         """
         done = Sum(each=each)
-        crossings = (self._judge(Place(round_, 0, number), batch, done) for number, batch in enumerate(batches))
+        crossings = (self._judge(StepPlace(round_, 0, number), batch, done) for number, batch in enumerate(batches))
         for _ in in_turn(crossings, self.in_flight):
             pass
         return HeadLoss(done.loss, done.tokens)
 
-    def _train(self, place: Place, batch: Batch, done: Sum) -> Crossing:
+    def _train(self, place: StepPlace, batch: Batch, done: Sum) -> Crossing:
         """All hops of one micro-batch: its gradients are in the ends when it is over."""
         ends = self.ends
         input_ids, labels, lengths = on_device(batch, ends.device)
@@ -168,7 +168,7 @@ class Trainer:
             gradient = self._like(batch, answer.gradient, "the gradient that the trunk returned")
             ends.backward_bottom(run_bottom(), gradient, input_ids, lengths)
 
-    def _send_gradient(self, place: Place, batch: Batch, returned: Tensor, gradient: Tensor) -> Future[Answer]:
+    def _send_gradient(self, place: StepPlace, batch: Batch, returned: Tensor, gradient: Tensor) -> Future[Answer]:
         """The gradient (B, T, D) at what the trunk returned; one that was sent before a crash is not drawn anew."""
         unsent = Backward(0, 0, place.round, place.step, place.micro, NO_TENSOR)
         if (reply := self.link.again(unsent)) is not None:
@@ -177,7 +177,7 @@ class Trainer:
         payload = self.gate.release(ReleaseKind.GRADIENT, place.round, gradient, records_of(batch))
         return self.link.request(replace(unsent, gradient=payload))
 
-    def _judge(self, place: Place, batch: Batch, done: Sum) -> Crossing:
+    def _judge(self, place: StepPlace, batch: Batch, done: Sum) -> Crossing:
         """The hops of one held-out batch."""
         ends = self.ends
         input_ids, labels, lengths = on_device(batch, ends.device)
@@ -195,10 +195,10 @@ class Trainer:
             own = partial(row_of, run_bottom, one)
             loss = ends.run_top(hidden[one], own, None if lengths is None else lengths[one], labels[one], train=False)
             done.add(loss)
-            done.each.append(loss.total / max(1, loss.tokens))
+            done.each.append(loss.mean)
 
     def _cross(
-        self, kind: ReleaseKind, place: Place, batch: Batch, hidden: Callable[[], Tensor], *, keep_graph: bool
+        self, kind: ReleaseKind, place: StepPlace, batch: Batch, hidden: Callable[[], Tensor], *, keep_graph: bool
     ) -> Generator[None, None, Answer]:
         """Activations into the trunk, and what comes back; it keeps its graph for a Backward if asked."""
         forward = Forward(0, 0, place.round, place.step, place.micro, keep_graph, batch.told_tokens, (), None)

@@ -186,6 +186,10 @@ def in_words(event: str, facts: Mapping[str, object]) -> str:
         case "late_update":
             becomes = "the next merge takes its change" if facts["kept"] else "dropped"
             return f"{facts['client']}: its update of round {as_number(facts['round'])} came late: {becomes}"
+        case "merge_refused":
+            names = ", ".join(as_names(facts["tensors"]))
+            place = f"round {as_number(facts['round'])}"
+            return f"{place}: the merge of {names} would not be finite, so they stay as they were"
         case "waiting_for":
             more = [f"{facts['missing']} more to open a round"] if facts["missing"] else []
             return "waiting for " + ", ".join(as_names(facts["clients"]) + more)

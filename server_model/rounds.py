@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -90,6 +90,7 @@ class Rounds:
         self.finished = asyncio.Event()
         self._desk = Desk()
         self._opened = -1  # the newest round that was opened
+        self._rings_at: float | None = None  # the deadline that is set
         self._updates: dict[str, ClientUpdate] = {}
         self._late: dict[str, ClientUpdate] = {}  # for the next merge; a restart forgets them
 
@@ -214,6 +215,7 @@ class Rounds:
                     spawn(self._merge(members, action, self._to_merge(action)))
                 case Finish():
                     self._finish(action.round)
+        self._ring_at_deadline(members)
 
     def _open(self, members: Members, action: OpenRound) -> None:
         self.say("round_open", round=action.round, cohort=list(action.cohort))
@@ -224,11 +226,15 @@ class Rounds:
         self.engine.open_round(action.round, through_trunk)
         for name in action.cohort:
             resolve(self._desk.next_round.pop(name, None), RoundOpen(0, action.round, self.weights))
+
+    def _ring_at_deadline(self, members: Members) -> None:
+        """Once for each deadline: a round that has too few updates at it goes on."""
         deadline = self.machine.deadline()
-        if deadline is not None:
+        if deadline is not None and deadline != self._rings_at:
             delay = max(0.0, deadline - self.clock())
             loop = asyncio.get_running_loop()
             loop.call_later(delay, lambda: self._act(members, self.machine.tick(self.clock())))
+        self._rings_at = deadline
 
     def _trains_through_trunk(self, member: Member) -> bool:
         return trunk_needs_backward(self.settings, member.cut, self.layers)
@@ -258,7 +264,9 @@ class Rounds:
 
     async def _merge(self, members: Members, action: MergeRound, updates: list[ClientUpdate]) -> None:
         """Merge, make it durable, tell everybody."""
-        state = await self.engine.call(self._merge_now, action.round, updates)
+        state, refused = await self.engine.call(self._merge_now, action.round, updates)
+        if refused:
+            self.say("merge_refused", round=action.round, tensors=refused)
         await self._save(state)
         await asyncio.to_thread(self._offer_weights, action.round)
         self.durable = action.round
@@ -296,8 +304,9 @@ class Rounds:
 
     # -- merging, on the compute thread ------------------------------------------------------------------------
 
-    def _merge_now(self, round_: int, updates: list[ClientUpdate]) -> RoundState:
-        """Merge tensor by tensor and hand merged blocks to the trunk; returns what is to be made durable."""
+    def _merge_now(self, round_: int, updates: list[ClientUpdate]) -> tuple[RoundState, list[str]]:
+        """Merge tensor by tensor and hand merged blocks to the trunk; returns what is to be made durable, and the
+        tensors that stayed as they were because their merge was not finite."""
         trunk = self.engine.trunk
         own = {
             name: Contribution(tensor, trunk.tokens_through(name))
@@ -307,21 +316,24 @@ class Rounds:
         merged = self.merged | {name: part.tensor.clone() for name, part in own.items() if self._held(name)}
         remembered = dict(self.remembered)
         merger = Merger(self.strategy, self._facts(round_, updates))
-        for name, tensor, kept in merge_updates(updates, merger, partial(self._before, round_), own, self._state_of):
-            merged[name] = tensor
-            remembered |= {f"{name}/{what}": value for what, value in kept.items()}
+        refused = []
+        for name, part in merge_updates(updates, merger, partial(self._before, round_), own, self._state_of):
+            merged[name] = part.tensor
+            remembered |= {f"{name}/{what}": value for what, value in part.state.items()}
+            refused += [name] if part.refused else []
         trunk.load_weights(merged)
         self.merged, self.remembered = merged, remembered
-        self.contributors |= {update.client for update in updates}
+        self.contributors |= trained(updates)
         facts = {
             "updates": {update.client: update.tokens for update in updates if update.start is None},
             "contributors": sorted(self.contributors),
             "seed": self.settings.seed,
         }
-        return RoundState(round_, trunk.weights(), trunk.optimizer.state_tensors(), merged, facts, remembered)
+        moments = trunk.optimizer.state_tensors()
+        return RoundState(round_, trunk.weights(), moments, merged, facts, remembered), refused
 
     def _facts(self, round_: int, updates: list[ClientUpdate]) -> RoundFacts:
-        names = {update.client for update in updates}
+        names = trained(updates)
         before, clients = len(self.contributors), len(self.contributors | names)
         return RoundFacts(round_step_sizes(self.settings, round_), len(names), before, clients)
 
@@ -350,6 +362,11 @@ class Rounds:
         assert block is not None
         top = self.layers - self.settings.tops[-1]
         return self.settings.merge.share != "none" and (block >= top or block < self.settings.bottoms[-1])
+
+
+def trained(updates: Iterable[ClientUpdate]) -> set[str]:
+    """Whose copies count: a client that missed every step of the round has sent what it was given."""
+    return {update.client for update in updates if update.tokens}
 
 
 def check_fits(state: RoundState, trunk: dict[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from splitfl.errors import CheckpointError, RefusedError, StorageError
-from splitfl.federation.merging import Merger
+from splitfl.federation.merging import Merged, Merger
 from splitfl.federation.robust import Contribution, inner_products
 from splitfl.federation.strategies import State
 from splitfl.split.checkpoint import file_entries, hash_range
@@ -153,11 +153,6 @@ class OpenUpdate:
     file: Any
     previous: Weights
 
-    @property
-    def tokens(self) -> float:
-        """Its weight."""
-        return self.update.tokens * self.update.discount
-
     def tensor(self, name: str) -> Tensor | None:
         """fp32; None when this client does not hold it. Of a late update its change, on top of the newest weights."""
         if name not in self.file.keys():  # noqa: SIM118 - safe_open is no dict
@@ -173,11 +168,9 @@ def merge_updates(
     previous: Weights,
     own: Mapping[str, Contribution],
     states: Callable[[str], State],
-) -> Iterator[tuple[str, Tensor, State]]:
-    """Merge tensor by tensor. ``own`` are the server's copies of blocks that clients hold as well.
-
-    Yields (name, merged fp32 tensor, what the strategy remembers of it) for every name that anybody sent.
-    """
+) -> Iterator[tuple[str, Merged]]:
+    """Merge tensor by tensor, every name that anybody sent. ``own`` are the server's copies of blocks that clients
+    hold as well."""
     with ExitStack() as stack:
         sent = [
             OpenUpdate(update, stack.enter_context(safe_open(update.path, framework="pt")), previous)
@@ -191,7 +184,7 @@ def merge_updates(
             parts = list(contributions(sent, name, start, factors))
             if name in own:
                 parts.append(own[name])
-            yield name, *merger(start, parts, states(name))
+            yield name, merger(name, start, parts, states(name))
 
 
 def screened(
@@ -200,8 +193,8 @@ def screened(
     """What each client's update is multiplied by, None = left out: a first pass over all files, where it is needed."""
     if not merger.screens:
         return {}
-    trained = [update for update in sent if update.tokens]
-    pairs = ((start, [update.tensor(name) for update in trained]) for name, start in before)
+    trained = [one for one in sent if one.update.tokens]
+    pairs = ((start, [one.tensor(name) for one in trained]) for name, start in before)
     screen = merger.screen(inner_products(pairs, len(trained)))
     return {one.update.path: factor for one, factor in zip(trained, screen, strict=True)}
 
@@ -215,4 +208,4 @@ def contributions(
         if copy is None or factor is None:
             continue
         near = copy if factor == 1.0 else (start.double() + factor * (copy.double() - start.double())).float()
-        yield Contribution(near, update.tokens)
+        yield Contribution(near, update.update.tokens, update.update.discount)

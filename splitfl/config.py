@@ -42,7 +42,7 @@ class Rounds(Section):
         0.0,
         ge=0,
         description="seconds until a round merges what it has (unless merge.aggregate is the mean, min_clients updates "
-        "at least); 0 = wait for all",
+        "at least), and that min_clients wait for others between rounds; 0 = wait for all",
     )
     staleness: Literal["drop", "polynomial"] = Field(
         "drop",
@@ -155,8 +155,8 @@ class Merge(Section):
     proximal_mu: float = Field(0.01, ge=0, description="fedprox: pull towards the round's start, per step size")
     aggregate: Literal["mean", "median", "trimmed_mean", "krum"] = Field(
         "mean",
-        description="a round's average: mean weighted by label tokens, or robust: coordinate median, trimmed mean, or "
-        "Krum's one update",
+        description="a round's average: mean weighted by label tokens (scaffold: each client once), or robust: "
+        "coordinate median, trimmed mean, or Krum's one update",
     )
     trim_fraction: float = Field(
         0.1, gt=0, lt=0.5, description="trimmed_mean: share of the copies that is cut off at each end, rounded up"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from splitfl.config import Federation, Merge
@@ -15,6 +17,15 @@ from splitfl.federation.strategies import STRATEGIES, RoundFacts, State, Strateg
 #: fields of [merge] that belong to one average, by merge.aggregate
 AVERAGE_USES = {"trimmed_mean": ("trim_fraction",), "krum": ("byzantine",)}
 ALWAYS_USED = {"strategy", "share", "aggregate", "clip_norm"}
+
+
+class Merged(NamedTuple):
+    """A tensor's next value and what the strategy remembers of it, fp32. ``refused``: those would not have been finite
+    in fp32, so these are the ones before the round."""
+
+    tensor: Tensor
+    state: State
+    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,16 +44,33 @@ class Merger:
         """What becomes of updates with these inner products."""
         return screen_of(self.strategy.settings, products)
 
-    def __call__(self, previous: Tensor, parts: Sequence[Contribution], state: State) -> tuple[Tensor, State]:
-        """The merged tensor and what the strategy remembers of it, fp32. With no copy that a token trained both stay
-        as they were."""
+    def __call__(self, name: str, previous: Tensor, parts: Sequence[Contribution], state: State) -> Merged:
+        """Merge the copies of the tensor ``name``. With no copy that a token trained all stays as it was.
+
+        Raises ConfigError when the strategy returns something else than it should.
+        """
         trained = [part for part in parts if part.tokens]
         if not trained:
-            return previous, state
-        wide = {name: tensor.double() for name, tensor in state.items()}
-        average = average_of(self.strategy.settings)(trained)
+            return Merged(previous, state)
+        wide = {what: tensor.double() for what, tensor in state.items()}
+        counted = [replace(part, tokens=1) for part in trained] if self.strategy.weighs == "clients" else trained
+        average = average_of(self.strategy.settings)(counted)
         merged, kept = self.strategy.merge(previous.double(), average, wide, self.facts)
-        return merged.float(), {name: tensor.float() for name, tensor in kept.items()}
+        self._check_returned(name, previous, {"the weights": merged, **kept})
+        found = Merged(merged.float(), {what: tensor.float() for what, tensor in kept.items()})
+        finite = all(torch.isfinite(tensor).all() for tensor in (found.tensor, *found.state.values()))
+        return found if finite else Merged(previous, state, refused=True)
+
+    def _check_returned(self, name: str, previous: Tensor, returned: State) -> None:
+        found = {what: tuple(tensor.shape) for what, tensor in returned.items()}
+        wanted = dict.fromkeys(("the weights", *self.strategy.state_names), tuple(previous.shape))
+        for what in sorted(found.keys() | wanted.keys()):
+            if found.get(what) != wanted.get(what):
+                raise ConfigError(
+                    f'merge.strategy = "{self.strategy.settings.strategy}" returned for {name!r}: {what!r} '
+                    f"{found.get(what, 'missing')}, expected {wanted.get(what, 'none')}",
+                    "Mend its merge(): weights of the tensor's shape, and as much of each of its state_names.",
+                )
 
 
 def choose_strategy(settings: Federation) -> Strategy:

@@ -22,10 +22,17 @@ COLUMNS = 1 << 20  # of all updates that are widened to float64 at once
 
 @dataclass(frozen=True)
 class Contribution:
-    """One holder's copy of a tensor after the round, and the label tokens that trained it."""
+    """One holder's copy of a tensor after the round, and the label tokens that trained it; below 1, the ``discount``
+    of a late one."""
 
     tensor: Tensor
-    tokens: float  # discounted if it is late
+    tokens: int
+    discount: float = 1.0
+
+    @property
+    def weight(self) -> float:
+        """In the mean."""
+        return self.tokens * self.discount
 
 
 Average = Callable[[Sequence[Contribution]], Tensor]  # at least one, each with tokens -> float64
@@ -35,10 +42,10 @@ Screen = tuple[float | None, ...]  # what each update is multiplied by; None = i
 def token_mean(parts: Sequence[Contribution]) -> Tensor:
     """Mean weighted by label tokens, float64 (McMahan et al. 2017). No bound: one copy can move it anywhere, unless
     updates are clipped: see ``clip_factors``."""
-    total = sum(part.tokens for part in parts)
+    total = sum(part.weight for part in parts)
     mean = torch.zeros(parts[0].tensor.shape, dtype=torch.float64)
     for part in parts:
-        mean.add_(part.tensor.to(torch.float64), alpha=part.tokens / total)
+        mean.add_(part.tensor.to(torch.float64), alpha=part.weight / total)
     return mean
 
 
@@ -104,7 +111,9 @@ def clip_factors(products: Tensor, clip_norm: float) -> list[float]:
     """Factors that bring each update's L2 norm to ``clip_norm`` at most.
 
     Bound: the norm of the mean update is at most ``clip_norm``, whatever anybody sends and whatever tokens he claims,
-    where all clients hold the same tensors; else sqrt(clients) times that.
+    where all clients hold the same tensors; else sqrt(clients) times that, beside what the trunk's own copies moved.
+    Coordinate by coordinate, as the trimmed mean and the median choose, it is at most sqrt(2) ``clip_norm``: where one
+    is t, n - trim copies or more have a mean square of t^2 at least.
     """
     return [min(1.0, clip_norm / norm) if norm else 1.0 for norm in products.diagonal().sqrt().tolist()]
 

@@ -2,10 +2,11 @@
 
 A round opens when at least ``min_clients`` wait and nobody who has been there before is still on its way; a
 newcomer that is still fetching its ends holds nobody up. A cohort is drawn from those who wait. The round is
-merged when every member that has not left has sent its update, or at
-the deadline: with whatever is there, but where somebody may lie with ``min_clients`` updates at least, so that nobody
-decides alone by being early. An update that missed its deadline is dropped, or counts in the next merge at a
-discount, unless its client has sent a newer one by then.
+merged when every member that has not left has sent its update, or at the deadline: with whatever is there, but where
+somebody may lie with ``min_clients`` updates at least, so that nobody decides alone by being early. As long a deadline
+runs between rounds, from when enough clients wait: then the round opens without those who are still on their way. An
+update that missed its deadline is dropped, or counts in the next merge at a discount, unless its client has sent a
+newer one by then.
 It knows names and numbers, no weights and no sockets.
 """
 
@@ -89,7 +90,7 @@ class RoundMachine:
     updates: dict[str, int] = field(default_factory=dict)  # client -> label tokens
     owed: dict[str, int] = field(default_factory=dict)  # client -> the round whose deadline it missed
     late: dict[str, int] = field(default_factory=dict)  # client -> its update's round; the next merge may take it
-    opened_at: float = 0.0
+    since: float | None = None  # when the deadline began to run: the round opened, or enough clients waited for it
 
     def __post_init__(self) -> None:
         if self.round >= self.settings.rounds.count:
@@ -157,7 +158,7 @@ class RoundMachine:
     def deadline(self) -> float | None:
         """When ``tick`` should be called at the latest, or None."""
         limit = self.settings.rounds.deadline_s
-        return self.opened_at + limit if limit and self.phase is Phase.TRAINING else None
+        return self.since + limit if limit and self.since is not None else None
 
     def awaited(self) -> set[str]:
         """Who owes the open round an update, or is still on its way to the next one."""
@@ -178,27 +179,35 @@ class RoundMachine:
         return []
 
     def _open(self, now: float) -> list[Action]:
-        everybody_waits = self.present <= self.waiting
-        if len(self.waiting) < self.settings.rounds.min_clients or not self.waiting or not everybody_waits:
+        if len(self.waiting) < self.settings.rounds.min_clients:
+            self.since = None
+            return []
+        self.since = now if self.since is None else self.since
+        if self._is_late(now):
+            self.present &= self.waiting  # nobody waits for who is still on its way, until it asks
+        if not self.present <= self.waiting:
             return []
         cohort = draw_cohort(self.settings, self.round, self.waiting)
-        self.phase, self.cohort, self.updates, self.opened_at = Phase.TRAINING, set(cohort), {}, now
+        self.phase, self.cohort, self.updates, self.since = Phase.TRAINING, set(cohort), {}, now
         self.waiting -= self.cohort
         return [OpenRound(self.round, cohort)]
 
     def _close(self, now: float) -> list[Action]:
         if not self.cohort:  # everybody left: nothing to merge, the same round opens again
-            self.phase = Phase.GATHERING
+            self.phase, self.since = Phase.GATHERING, None
             return self._open(now)
-        deadline = self.deadline()
-        late = deadline is not None and now >= deadline
-        if self.cohort <= self.updates.keys() or (late and len(self.updates) >= self._least_at_deadline()):
-            self.phase = Phase.MERGING
+        enough_at_deadline = len(self.updates) >= self._least_at_deadline()
+        if self.cohort <= self.updates.keys() or (self._is_late(now) and enough_at_deadline):
+            self.phase, self.since = Phase.MERGING, None
             missed = self.cohort - self.updates.keys()
             self.present -= missed  # nobody waits for who was late, until it asks again
             self.owed |= dict.fromkeys(missed, self.round)
             return [MergeRound(self.round, tuple(sorted(self.updates)), self._take_late())]
         return []
+
+    def _is_late(self, now: float) -> bool:
+        deadline = self.deadline()
+        return deadline is not None and now >= deadline
 
     def _least_at_deadline(self) -> int:
         """The bounds of robust averages are those of so many copies; a mean has none to lose."""

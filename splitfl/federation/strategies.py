@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,11 +37,13 @@ class RoundFacts:
 
 class Strategy:
     """A rule. ``uses`` names the fields of [merge] that it reads, ``state_names`` what it remembers of each tensor,
-    ``sent_names`` the part of that which clients get beside the merged weights."""
+    ``sent_names`` the part of that which clients get beside the merged weights. ``weighs`` says what counts in the
+    mean: label tokens, or every copy once."""
 
     uses: ClassVar[tuple[str, ...]] = ()
     state_names: ClassVar[tuple[str, ...]] = ()
     sent_names: ClassVar[tuple[str, ...]] = ()
+    weighs: ClassVar[Literal["tokens", "clients"]] = "tokens"
     step_size: ClassVar[float] = 1.0  # where server_learning_rate is not set
 
     def __init__(self, merge: Merge) -> None:
@@ -87,13 +89,21 @@ class Scaffold(Strategy):
 
     where c_i+ - c_i = (x - y_i) / K - c follows from what came up anyway, so c_i stays at home. K is the sum of the
     round's step sizes (the paper's K eta_l, under a schedule); a step that a client missed counts as a gradient of
-    zero. N counts the clients that have ever contributed; when new ones come, whose c_i is zero, c is the mean over
-    more. The average is weighted by label tokens where the paper's weights are equal: c belongs to the weighted loss.
+    zero, and who missed all of them is in neither S nor N. N counts the clients that have ever contributed; when new
+    ones come, whose c_i is zero, c is the mean over more.
+
+    The average counts each client once, as the paper's does: c is the mean of the c_i, and the optimum that of the mean
+    of the clients' losses, whatever their tokens. Weighted by tokens, y would be corrected by a c of another loss, and
+    there would be no right optimum where cohorts are a part of the clients.
+
+    It trusts everybody that it ever had. The c_i of a client that has left stays in c: of one that left with y = x + u,
+    the gradients of those who stay add up to u / K at the end, instead of to zero.
     """
 
     uses = ("server_learning_rate",)
     state_names = ("control",)
     sent_names = ("control",)
+    weighs = "clients"
 
     def merge(self, previous: Tensor, average: Tensor, state: State, facts: RoundFacts) -> tuple[Tensor, State]:
         control = state.get("control", torch.zeros_like(previous))
@@ -146,7 +156,9 @@ class Adaptive(Strategy):
         m+ = beta_1 m + (1 - beta_1) d        x+ = x + eta m+ / (sqrt(v+) + tau)
 
     from m = 0 and v = tau^2; ``variance`` gives v+. eta is the distance that a coordinate moves in a round, about: its
-    default is 0.01, the paper's choice for text.
+    default is 0.01, the paper's choice for text. Whatever clients send, with FedAdam it is at most
+    eta (1 - beta_1) / sqrt((1 - beta_2) (1 - beta_1^2 / beta_2)), by Cauchy and Schwarz over the rounds, and with
+    FedAdagrad eta. Which way is not bounded, and v remembers a lie: docs/strategies.md.
     """
 
     uses: ClassVar[tuple[str, ...]] = ("server_learning_rate", "server_momentum", "server_beta2", "server_epsilon")

@@ -275,12 +275,11 @@ def train(
     optimizers = [PartOptimizer(part, optimizer_spec(settings)) for part in parts]
     for step, batch in enumerate(batches_):
         loss = loss_of(batch)
-        mean = loss.total / max(1, loss.tokens)
-        if not math.isfinite(mean):
+        if not math.isfinite(loss.mean):
             raise NumericalError(f"the loss is not a number at step {step}", "Lower --learning-rate.")
         for optimizer in optimizers:
             optimizer.step(learning_rate(settings, 0, step), constantly(loss.tokens))
-        report(step, mean)
+        report(step, loss.mean)
 
 
 def constantly(tokens: int) -> Callable[[str], int]:

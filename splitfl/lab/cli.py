@@ -59,12 +59,11 @@ def evaluate(
         from splitfl.split.modes import choose_device
 
         loss = evaluate_folder(model, data, load_federation(federation), choose_device(device), skip_bad)
-        mean = loss.total / max(1, loss.tokens)
-        facts = {"loss": mean, "perplexity": math.exp(min(50.0, mean)), "tokens": loss.tokens}
+        facts = {"loss": loss.mean, "perplexity": math.exp(min(50.0, loss.mean)), "tokens": loss.tokens}
         if as_json:
             print_json(facts)
         else:
-            print(f"loss {mean:.4f} nats per token, perplexity {facts['perplexity']:.2f}, {loss.tokens} tokens")
+            print(f"loss {loss.mean:.4f} nats per token, perplexity {facts['perplexity']:.2f}, {loss.tokens} tokens")
 
 
 def adapt(

@@ -21,8 +21,8 @@ from scipy.special import log_ndtr, ndtr, ndtri
 
 from splitfl.errors import ConfigError
 
-LEAST_MU, MOST_MU = 1e-7, 1e5
-MOST_EPSILON = 1e9
+LEAST_MU, MOST_MU = 1e-9, 1e5  # at any delta, epsilon is below and above what follows
+LEAST_EPSILON, MOST_EPSILON = 1e-6, 1e9
 
 
 def mu_squared(sensitivity: float, sigma: float) -> float:
@@ -56,7 +56,7 @@ def epsilon_of(mu: float, delta: float) -> float:
     while delta_of(mu, high) > delta:
         high *= 2
     # in logarithms, for delta changes by orders of magnitude
-    root: float = brentq(lambda eps: log_delta(mu, eps) - math.log(delta), 0.0, high, xtol=1e-12, rtol=1e-13)
+    root: float = brentq(lambda eps: log_delta(mu, eps) - math.log(delta), 0.0, high, xtol=1e-15, rtol=1e-13)
     return root
 
 
@@ -69,11 +69,12 @@ def log_delta(mu: float, epsilon: float) -> float:
 def mu_for(epsilon: float, delta: float) -> float:
     """The largest mu that is (epsilon, delta)-DP. Raises ConfigError for targets that no noise can reach."""
     check_delta(delta)
-    if not 0 < epsilon < MOST_EPSILON:
-        raise ConfigError(f"epsilon = {epsilon:g} cannot be reached", f"Choose one above 0 and below {MOST_EPSILON:g}.")
-    if epsilon_of(MOST_MU, delta) <= epsilon:
-        raise ConfigError(f"epsilon = {epsilon:g} asks for no noise at all", 'Choose a smaller one, or mode = "off".')
-    root: float = brentq(lambda mu: epsilon_of(mu, delta) - epsilon, LEAST_MU, MOST_MU, xtol=1e-12, rtol=1e-13)
+    if not LEAST_EPSILON <= epsilon < MOST_EPSILON:
+        raise ConfigError(
+            f"epsilon = {epsilon:g} cannot be reached",
+            f"Choose one from {LEAST_EPSILON:g} up to below {MOST_EPSILON:g}.",
+        )
+    root: float = brentq(lambda mu: epsilon_of(mu, delta) - epsilon, LEAST_MU, MOST_MU, xtol=1e-15, rtol=1e-13)
     return root
 
 
@@ -85,9 +86,10 @@ def sigma_for(
     Raises ConfigError for numbers that no noise fits, and for a sampling rate below 1: the server sees the ids of each
     batch, and batches are parts of a shuffled epoch rather than Poisson samples, so no amplification theorem applies.
     """
-    if not (0 < sensitivity < math.inf) or releases < 1:
+    if not (0 < sensitivity < math.inf and 1 <= releases < math.inf):
         raise ConfigError(
-            f"no noise fits {releases} releases of sensitivity {sensitivity}", "Set clip norms above 0 and finite."
+            f"no noise fits {releases} releases of sensitivity {sensitivity}",
+            "Set clip norms above 0 and finite, and count at least one release.",
         )
     if sampling_rate != 1:
         raise ConfigError(

@@ -26,6 +26,11 @@ class HeadLoss:
     total: float
     tokens: int
 
+    @property
+    def mean(self) -> float:
+        """Nats a token; 0 over none."""
+        return self.total / max(1, self.tokens)
+
 
 def chunk_tokens(vocab: int, logit_bytes: int = LOGIT_BYTES) -> int:
     """How many tokens a chunk may have when its logits are kept below ``logit_bytes``."""

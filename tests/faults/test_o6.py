@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,7 @@ from client_model.floor import Floor
 from client_model.journal import Journal
 from client_model.link import SessionLostError
 from client_model.participant import Participant
-from client_model.store import ClientStore
+from client_model.store import ClientStore, Snapshot
 from server_model.coordinator import Coordinator
 from server_model.members import Member
 from splitfl.config import Federation, parse_federation
@@ -101,8 +102,8 @@ class Place:
         client, link = self.start(service, name)
         client.run(link, link.open(), URL)
 
-    def run_killed(self, service: MemoryService, dies_at: int, *, after: bool) -> int:
-        """Client ``a``, killed and started again; returns how many messages it lived to see."""
+    def run_to_death(self, service: MemoryService, dies_at: int, *, after: bool) -> tuple[int, bool]:
+        """Client ``a``, killed; returns how many messages it lived to see, and whether it died of the last one."""
         store = ClientStore(self.folder / "a")
         journal = open_journal(store, None, None, floor=repr(Floor()), url=URL)
         journal.__class__, journal.dies_at, journal.after = Doomed, dies_at, after  # type: ignore[assignment, attr-defined]
@@ -111,8 +112,15 @@ class Place:
             client.run(link, link.open(), URL)
         except DeadError:
             link.close()
+            return journal.seen, True  # type: ignore[attr-defined]
+        return journal.seen, False  # type: ignore[attr-defined]
+
+    def run_killed(self, service: MemoryService, dies_at: int, *, after: bool) -> int:
+        """Client ``a``, killed and started again; returns how many messages it lived to see."""
+        seen, died = self.run_to_death(service, dies_at, after=after)
+        if died:
             self.run(service, "a")
-        return journal.seen  # type: ignore[attr-defined, no-any-return]
+        return seen
 
     def whole(self) -> Path:
         """An undisturbed run; returns the server's state."""
@@ -213,7 +221,48 @@ def test_server_killed_at_a_message_changes_no_bit(
     assert_same(final_weights(tmp_path / "server"), final_weights(whole))
 
 
+def test_client_killed_when_its_part_was_not_merged_goes_on_with_the_variate_that_the_server_knows(
+    tmp_path: Path, small_model: Path, wards: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = {"count": 2, "local_steps": 1, "min_clients": 2, "deadline_s": 1000.0}
+    chosen = settings(rounds=rounds, merge={"strategy": "scaffold"}, optimizer={"name": "sgd", "learning_rate": 0.1})
+    here, late, killed = Place(tmp_path, small_model, wards, chosen), threading.Event(), threading.Event()
+    train_steps, take_back = Participant._train_steps, Participant._take_correction_back
+    with here.service() as service, ThreadPoolExecutor() as pool:
+        on_server = service.coordinator.rounds
+        on_server.clock = lambda: time.monotonic() + 2000.0 * late.is_set()
+
+        def train_late(client: Participant, round_: int, *args: int) -> int:
+            if (client.name, round_) != ("a", 1):
+                return train_steps(client, round_, *args)
+            late.set()  # b sends its update after a step with this client
+            tokens = train_steps(client, round_, *args)
+            while on_server.durable < 1:
+                time.sleep(0.001)
+            return tokens
+
+        def die_once(client: Participant, snapshot: Snapshot) -> None:
+            if not killed.is_set():
+                killed.set()
+                raise DeadError
+            take_back(client, snapshot)
+
+        monkeypatch.setattr(Participant, "_train_steps", train_late)
+        monkeypatch.setattr(Participant, "_take_correction_back", die_once)
+        other = pool.submit(here.run, service, "b")
+        client, link = here.start(service, "a")
+        with pytest.raises(DeadError):
+            client.run(link, link.open(), URL)
+        link.close()
+        here.run(service, "a")
+        other.result()
+    first, second = (ClientStore(tmp_path / "a").read(ClientStore.name_of(round_)).correction for round_ in (0, 1))
+    assert any(own.any() for own in first.values())
+    assert_same(dict(second), dict(first))
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("after", [False, True])
 def test_client_killed_at_every_message_changes_no_bit(
     tmp_path: Path, small_model: Path, wards: dict[str, Path], whole: Path, after: bool
@@ -227,6 +276,7 @@ def test_client_killed_at_every_message_changes_no_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_server_killed_at_every_message_changes_no_bit(
     tmp_path: Path, small_model: Path, wards: dict[str, Path], whole: Path
 ) -> None:

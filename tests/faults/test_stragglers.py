@@ -61,13 +61,18 @@ def first_round(
     service: ServiceThread, stack: ExitStack, cuts: tuple[Cut, Cut] = (Cut(1, 1), Cut(1, 1))
 ) -> tuple[Ward, Ward]:
     """Two clients in round 0."""
-    service.coordinator.rounds.machine.present.update("ab")
+    machine, chosen = service.coordinator.rounds.machine, service.coordinator.settings
+    both = chosen.rounds.model_copy(
+        update={"min_clients": 2}
+    )  # else the deadline may open the round without the second
+    machine.settings = chosen.model_copy(update={"rounds": both})
     wards = tuple(Ward(service, name, cut) for name, cut in zip("ab", cuts, strict=True))
     for ward in wards:
         stack.enter_context(ward.raw)
         ward.raw.send(NextRound(0, 0, -1))
     for ward in wards:
         assert isinstance(ward.raw.hear(), RoundOpen)
+    machine.settings = chosen
     return wards  # type: ignore[return-value]
 
 

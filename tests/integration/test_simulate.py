@@ -28,12 +28,15 @@ from splitfl.cli import app
 from splitfl.config import parse_section
 from splitfl.errors import ConfigError, DataError
 from splitfl.federation.strategies import STRATEGIES, FedAvg
-from splitfl.lab.federation import FederationEvent, run_federation, server_folder
+from splitfl.lab.federation import FederationEvent, client_folder, run_federation, server_folder
 from splitfl.lab.simulate.history import History
 from splitfl.lab.simulate.plots import draw_curves
 from splitfl.lab.simulate.results import summary, write_results
 from splitfl.lab.simulate.run import SimulationResult, simulate
 from splitfl.lab.simulate.settings import Simulation, load_simulation
+from splitfl.privacy.accounting import mu_for
+from splitfl.privacy.budget import ROUNDING
+from splitfl.privacy.ledger import Ledger
 
 SETTINGS = """
 [model]
@@ -222,6 +225,65 @@ def test_example_of_the_page_simulates_a_strategy_of_its_own(tmp_path: Path, mon
     assert found["settings"]["federation"]["merge"]["server_momentum"] == 0.5
     assert found["rounds"][2]["held_out_loss"] < found["rounds"][0]["held_out_loss"]
     assert (tmp_path / "partway" / "curves.png").exists()
+
+
+# -- privacy -----------------------------------------------------------------------------------------------------------
+
+PRIVACY = {
+    "measured": {"mode": "measured", "gradients": "noised"},
+    "certified": {"mode": "certified", "epsilon": 8.0, "gradients": "noised", "dp_sgd": True},
+}
+
+
+def private(mode: str) -> Simulation:
+    """Two clients with noise; the second round's cohort is another draw."""
+    federation = {**tomllib.loads(SETTINGS)["federation"], "privacy": {**PRIVACY[mode], "clip_norm": 5.0}}
+    federation["rounds"] = {"count": 2, "local_steps": 2, "client_fraction": 0.5}
+    return settings(federation=federation, partition={"clients": 2})
+
+
+def said(report: Any) -> dict[str, Any]:
+    """The privacy section without what hangs on noise that is never the same twice."""
+    return {key: value for key, value in report["privacy"].items() if key != "ledger"}
+
+
+@pytest.mark.parametrize("mode", PRIVACY)
+def test_private_simulation_charges_ledgers_and_says_what_a_joined_run_says(mode: str, tmp_path: Path) -> None:
+    simulation, out = private(mode), tmp_path / "out"
+    done = simulate(simulation, out)
+    write_results(done)
+    data = {name: out / "input" / f"{name}.jsonl" for name in simulation.partition.names}
+    stayed = run_federation(out / "input" / "model", data, simulation.federation, tmp_path / "stayed")
+    for row in json.loads((out / "results.json").read_text())["clients"]:
+        name = row["client"]
+        assert row["privacy"] == done.reports[name]["privacy"]
+        assert said(row) == said(stayed.reports[name])
+        ledger = Ledger(client_folder(out, name) / "ledger.sqlite")
+        assert (row["privacy"]["mode"], row["privacy"]["ledger"]["rows"]) == (mode, ledger.count)
+        assert row["privacy"]["ledger"]["head"] == ledger.head.hex()
+        ledger.close()
+    statements = [row["privacy"]["statement"] for row in json.loads((out / "results.json").read_text())["clients"]]
+    assert all(text.startswith({"measured": "No guarantee", "certified": "epsilon = 8"}[mode]) for text in statements)
+
+
+def test_private_simulation_that_goes_on_releases_no_record_twice_and_keeps_its_budget(tmp_path: Path) -> None:
+    def fail(told: FederationEvent, _history: History) -> None:
+        if told.client and told.event == "step" and told.facts["round"] == 1:
+            raise ZeroDivisionError("as planned")
+
+    simulation = private("certified")
+    with pytest.raises(ZeroDivisionError, match="as planned"):
+        simulate(simulation, tmp_path / "out", report=fail)
+    done = simulate(simulation, tmp_path / "out", resume=True)
+    for name, report in done.reports.items():
+        ledger = Ledger(client_folder(tmp_path / "out", name) / "ledger.sqlite")
+        once = [row.record for row, _, _ in ledger.rows() if row.kind.startswith("activations")]
+        bound = mu_for(8.0, 1e-5) ** 2 * ROUNDING
+        assert once
+        assert len(set(once)) == len(once)
+        assert all(spent <= bound for spent in ledger.spent.values())
+        assert report["privacy"]["epsilon"] == 8.0
+        ledger.close()
 
 
 # -- going on ----------------------------------------------------------------------------------------------------------

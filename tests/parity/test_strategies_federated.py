@@ -113,9 +113,22 @@ def test_strategy_is_not_fedavg(name: str, llama: Path, notes: dict[str, Path], 
     assert any(not torch.allclose(one[key], other[key], rtol=1e-3, atol=1e-5) for key in one)
 
 
+@pytest.mark.parametrize("idle_rounds", [(), (0,), (1, 2)])
 def test_scaffolds_servers_variate_is_the_mean_of_those_on_the_clients_disks(
-    llama: Path, notes: dict[str, Path], tmp_path: Path
+    idle_rounds: tuple[int, ...],
+    llama: Path,
+    notes: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Whatever tokens they have, and where one misses every step of a round."""
+    train_steps = Participant._train_steps
+
+    def idle(client: Participant, round_: int, first_step: int, tokens: int) -> int:
+        missed = client.name == NAMES[0] and round_ in idle_rounds
+        return 0 if missed else train_steps(client, round_, first_step, tokens)
+
+    monkeypatch.setattr(Participant, "_train_steps", idle)
     chosen = settings(merge={"strategy": "scaffold"})
     run(llama, notes, chosen, tmp_path)
     server = last_round(tmp_path).strategy
@@ -151,7 +164,7 @@ def test_client_that_is_too_late_keeps_the_variate_that_the_server_knows_of(
         if (client, event) == ("oncology", "step"):
             merged.wait(timeout=60)
 
-    one = {"count": 1, "local_steps": 1, "deadline_s": 0.01}
+    one = {"count": 1, "local_steps": 1, "min_clients": 2, "deadline_s": 0.01}
     reports = run(llama, notes, settings(merge={"strategy": "scaffold"}, rounds=one), tmp_path, watch=watch)
     assert [reports[name]["rounds_taken"] for name in NAMES] == [1, 0]
     correction = "snapshots/round-000000/correction.safetensors"

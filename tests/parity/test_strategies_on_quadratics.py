@@ -5,6 +5,7 @@ Everything but the gradient is the product's own: the optimizer of a part, the c
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,12 +53,20 @@ class Quadratics:
 
 def federate(name: str, clients: Quadratics, rounds: int, cohort: int = CLIENTS, **merge: float) -> Tensor:
     """The merged weight after so many rounds, from zero; ``cohort`` clients a round, taken in turn."""
+    members = [[(round_ * cohort + n) % CLIENTS for n in range(cohort)] for round_ in range(rounds)]
+    return trajectory(name, clients, members, **merge)[-1]
+
+
+def trajectory(
+    name: str, clients: Quadratics, cohorts: list[list[int]], tokens: tuple[int, ...] = (5,) * CLIENTS, **merge: float
+) -> list[Tensor]:
+    """The merged weight after each of the rounds of these ``cohorts``, from zero."""
     rule = STRATEGIES[name](Merge(strategy=name, **merge))  # type: ignore[arg-type]
     corrections = [rule.correction() for _ in range(CLIENTS)]
     weight, state = torch.zeros(SIZE), {}
+    weights: list[Tensor] = []
     seen: set[int] = set()
-    for round_ in range(rounds):
-        members = [(round_ * cohort + n) % CLIENTS for n in range(cohort)]
+    for members in cohorts:
         copies = []
         for client in members:
             correction = corrections[client]
@@ -66,10 +75,12 @@ def federate(name: str, clients: Quadratics, rounds: int, cohort: int = CLIENTS,
             copies.append(clients.local_steps(client, weight, correction))
             if correction is not None:
                 correction.end({"w": copies[-1]}, STEPS * RATE)
-        facts = RoundFacts(STEPS * RATE, cohort, len(seen), len(seen.union(members)))
+        facts = RoundFacts(STEPS * RATE, len(members), len(seen), len(seen.union(members)))
         seen |= set(members)
-        weight, state = Merger(rule, facts)(weight, [Contribution(copy, 5) for copy in copies], state)
-    return weight
+        parts = [Contribution(copy, tokens[client]) for client, copy in zip(members, copies, strict=True)]
+        weight, state, _ = Merger(rule, facts)("w", weight, parts, state)
+        weights.append(weight)
+    return weights
 
 
 def error(weight: Tensor, clients: Quadratics) -> float:
@@ -96,6 +107,28 @@ def test_scaffold_reaches_the_optimum(seed: int) -> None:
 def test_scaffold_reaches_the_optimum_with_a_part_of_the_clients_in_each_round() -> None:
     clients = Quadratics.draw()
     assert error(federate("scaffold", clients, 600, cohort=3), clients) < 1e-3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scaffold_reaches_the_optimum_of_the_clients_mean_loss_however_many_tokens_they_have(seed: int) -> None:
+    clients, chance = Quadratics.draw(seed), random.Random(seed)
+    cohorts = [chance.sample(range(CLIENTS), 2) for _ in range(600)]
+    late = torch.stack(trajectory("scaffold", clients, cohorts, tokens=(20, 1, 8, 1))[-100:])
+    assert error(late.mean(dim=0), clients) < 1e-3
+
+
+def test_scaffold_never_forgets_a_client_that_lied_and_left() -> None:
+    lie = 30.0
+
+    class Liar(Quadratics):
+        def local_steps(self, client: int, start: Tensor, correction: Correction | None) -> Tensor:
+            return start + lie if client == CLIENTS - 1 else super().local_steps(client, start, correction)
+
+    drawn, honest = Quadratics.draw(), list(range(CLIENTS - 1))
+    clients = Liar(drawn.curvatures, drawn.optima)
+    weight = trajectory("scaffold", clients, [[*honest, CLIENTS - 1]] + [honest] * 300)[-1]
+    gradients = (clients.curvatures * (weight - clients.optima))[honest].sum(dim=0)
+    torch.testing.assert_close(gradients, torch.full((SIZE,), lie / (STEPS * RATE)), rtol=1e-3, atol=1e-3)
 
 
 def test_fedprox_ends_where_the_closed_form_says() -> None:

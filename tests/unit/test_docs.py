@@ -160,7 +160,7 @@ def test_strategy_of_the_documentation_is_a_whole_one(monkeypatch: pytest.Monkey
     page: dict[str, Any] = {}
     exec(code, page)
     merger = Merger(choose_strategy(page["settings"]), RoundFacts())
-    merged, kept = merger(torch.tensor([1.0]), [Contribution(torch.tensor([3.0]), 7)], {})
+    merged, kept, _ = merger("w", torch.tensor([1.0]), [Contribution(torch.tensor([3.0]), 7)], {})
     assert merged.item() == 2.0
     assert kept["last_step"].item() == 1.0
 

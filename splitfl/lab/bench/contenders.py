@@ -100,10 +100,6 @@ class Losses:
     clean: float
 
 
-def mean(loss: HeadLoss) -> float:
-    return loss.total / max(1, loss.tokens)
-
-
 def train_publicly(folder: Path, out: Path, texts: Texts, effort: Effort, seed: int) -> None:
     """The whole checkpoint in ``folder`` after the public steps, to a new folder."""
     settings = effort.settings(effort.public_rate, steps=effort.public_steps, schedule="cosine")
@@ -116,7 +112,7 @@ def train_publicly(folder: Path, out: Path, texts: Texts, effort: Effort, seed: 
 def untouched(folder: Path, texts: Texts, effort: Effort) -> float:
     """The base model's loss without any tuning."""
     settings = effort.settings(effort.public_rate)
-    return mean(WholeModel(folder, settings, CPU).evaluate(batches(texts.held_out, settings, 0)))
+    return WholeModel(folder, settings, CPU).evaluate(batches(texts.held_out, settings, 0)).mean
 
 
 def tuned(folder: Path, texts: Texts, effort: Effort, seed: int, *, n_top: int | None = None) -> float:
@@ -132,7 +128,7 @@ def tuned(folder: Path, texts: Texts, effort: Effort, seed: int, *, n_top: int |
         model = WholeModel(folder, settings, CPU)
         for batch in drawn(texts.train, effort.private_steps, effort.records, seed, 0):
             model.step([batch], rate)
-        losses.append(mean(model.evaluate(batches(texts.held_out, settings, 0))))
+        losses.append(model.evaluate(batches(texts.held_out, settings, 0)).mean)
     return min(losses)
 
 

@@ -190,7 +190,7 @@ class Hospitals:
 
 def mean(losses: Sequence[HeadLoss]) -> float:
     """Nats per token over all of them."""
-    return sum(loss.total for loss in losses) / sum(loss.tokens for loss in losses)
+    return HeadLoss(sum(loss.total for loss in losses), sum(loss.tokens for loss in losses)).mean
 
 
 def traffic(result: FederationResult) -> dict[str, int]:

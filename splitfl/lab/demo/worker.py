@@ -212,8 +212,7 @@ class StepEvents:
     def __call__(self, step: int, loss: HeadLoss) -> None:
         self.tokens += loss.tokens
         rate = self.tokens / max(1e-9, time.monotonic() - self.began)
-        mean = loss.total / max(1, loss.tokens)
-        print_json({"event": "step", "model": self.model, "step": step, "loss": mean, "tokens_per_s": rate})
+        print_json({"event": "step", "model": self.model, "step": step, "loss": loss.mean, "tokens_per_s": rate})
 
 
 class RoundEvents:
@@ -230,8 +229,7 @@ class RoundEvents:
         if rest:
             return
         for client, held_out in self.held_out.items():
-            loss = self.model.evaluate(held_out)
-            mean = loss.total / max(1, loss.tokens)
+            mean = self.model.evaluate(held_out).mean
             print_json({"event": "evaluation", "model": self.name, "client": client, "round": round_, "loss": mean})
 
 

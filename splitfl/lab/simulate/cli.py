@@ -67,5 +67,7 @@ def print_summary(found: dict[str, Any]) -> None:
         )
     sent, received = (found["bytes"][way] / 1e6 for way in ("sent", "received"))
     print(f"  links: {sent:.1f} MB sent by clients, {received:.1f} MB received")
+    mode = found["settings"]["federation"]["privacy"]["mode"]
+    print(f"  privacy: {mode}; what may be said of each client is in results.json")
     print(f"  memory of this process: {found['peak_rss'] / 2**20:.0f} MiB at most")
     print(f"  results: {found['folder']}; model: {found['exported'] or 'each client has its own'}")

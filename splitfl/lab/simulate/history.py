@@ -76,7 +76,7 @@ class History:
         return Traffic(sum(one.sent for one in each), sum(one.received for one in each))
 
 
-class Journal:
+class EventLog:
     """``events.jsonl`` and the history that it tells."""
 
     def __init__(self, path: Path) -> None:
@@ -97,7 +97,7 @@ class Journal:
 
 
 def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a journal; one that a kill left half written is cut off. Raises StorageError."""
+    """The events of a log; one that a kill left half written is cut off. Raises StorageError."""
     if not path.exists():
         return
     with storage_errors(path):

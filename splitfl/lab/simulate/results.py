@@ -20,6 +20,8 @@ from splitfl.lab.simulate.settings import Simulation
 Row = dict[str, Any]
 RESULTS = "results.json"
 
+ELSEWHERE = ("groups", "held_out_losses", "baselines", "privacy")  # of a client's row: too deep for a cell as they are
+
 
 def write_results(result: SimulationResult) -> Row:
     """Write ``rounds.csv``, ``clients.csv`` and, last, ``results.json``: with it a simulation is finished.
@@ -100,13 +102,14 @@ def client_row(result: SimulationResult, name: str, report: Mapping[str, Any]) -
         "bytes_received": report["bytes"]["bytes_received"],
         "uncounted_starts": report["uncounted_starts"],
         "baselines": report["baselines"],
+        "privacy": report["privacy"],
     }
 
 
 def flat(row: Row) -> Row:
     """A client's row for a CSV: groups in one cell, the first and the last held-out loss, a cell for each baseline."""
     losses = list(row["held_out_losses"].values())
-    cells = {name: value for name, value in row.items() if name not in ("groups", "held_out_losses", "baselines")}
+    cells = {name: value for name, value in row.items() if name not in ELSEWHERE}
     cells["groups"] = " ".join(f"{group}:{count}" for group, count in row["groups"].items())
     cells["first_held_out_loss"], cells["last_held_out_loss"] = (losses[0], losses[-1]) if losses else (None, None)
     baselines = row["baselines"] or {}

@@ -32,7 +32,7 @@ from splitfl.federation.rounds import draw_cohort
 from splitfl.files import claimed, clear_unfinished
 from splitfl.lab.federation import FederationEvent, Reporter, client_folder, run_together, server_folder
 from splitfl.lab.memory import MemoryService
-from splitfl.lab.simulate.history import History, Journal
+from splitfl.lab.simulate.history import EventLog, History
 from splitfl.lab.simulate.inputs import Inputs, check_model, check_out, deal_rows, write_inputs
 from splitfl.lab.simulate.settings import Simulation
 from splitfl.lab.simulate.turns import TurnClient
@@ -79,17 +79,17 @@ def simulate(
         clear_unfinished(out)
         if dealt is not None:
             write_inputs(inputs, dealt)
-        journal = Journal(out / "events.jsonl")
+        log = EventLog(out / "events.jsonl")
 
         def hear(told: FederationEvent) -> None:
-            journal.write(told)
-            report(told, journal.history)
+            log.write(told)
+            report(told, log.history)
 
         reports = federate(inputs, out, place, Reporter(hear), resume=resume)
         shutil.rmtree(out / ".cache", ignore_errors=True)
         exported = export(simulation.federation, out)
     seconds = time.monotonic() - began
-    return SimulationResult(out, simulation, journal.history, reports, inputs.groups(), exported, seconds)
+    return SimulationResult(out, simulation, log.history, reports, inputs.groups(), exported, seconds)
 
 
 def federate(

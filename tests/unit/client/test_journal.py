@@ -61,6 +61,16 @@ def test_piece_of_a_blob_is_fetched_again(tmp_path: Path) -> None:
     assert list(again.unanswered) == [8]
 
 
+def test_what_is_decided_while_the_session_is_lost_is_still_said(tmp_path: Path) -> None:
+    journal = filled(tmp_path / "journal")
+
+    def make() -> list[int]:
+        journal.lost()
+        return [3, 1]
+
+    assert journal.once("step 2 0", make) == [3, 1]
+
+
 def test_what_was_decided_is_decided_once(tmp_path: Path) -> None:
     filled(tmp_path / "journal").once("step 2 0", lambda: [3, 1])
     again = Journal(tmp_path / "journal", KEY)

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from client_model.link import SessionLostError
 from client_model.notary import Notary
 from splitfl.errors import LinkError, ProtocolError, RefusedError
 from splitfl.privacy.ledger import Ledger, Row
 from splitfl.privacy.witness import Mark, sign
-from splitfl.wire.messages import Answer, Countersign, Countersigned, Held, Request
+from splitfl.wire.messages import Answer, Countersign, Countersigned, Held, Request, Welcome
 
 
 @dataclass
@@ -113,3 +114,13 @@ def test_a_server_that_has_seen_a_longer_ledger_stops_the_client_and_one_that_we
     server.waiting[1].set_exception(RefusedError("where 7 others were countersigned", code="ledger"))
     with pytest.raises(RefusedError, match="7 others"):
         notary.settle()
+
+
+def test_a_session_that_is_lost_is_said_though_only_a_countersignature_was_awaited(ledger: Ledger) -> None:
+    server = FakeServer()
+    notary = notary_of(server, ledger)
+    grow(ledger)
+    notary.mark()
+    server.waiting[0].set_exception(SessionLostError(Welcome(2, "token", False, "restarted", 0, 1, 1, "{}", "ab" * 32)))
+    with pytest.raises(SessionLostError):
+        notary.mark()

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from client_model.ends import Ends
-from splitfl.config import Federation
+from splitfl.config import Federation, parse_federation
 from splitfl.cut import Cut
+from splitfl.privacy.dp_sgd import check_precision
 from splitfl.privacy.noise import NoiseStream
 from splitfl.privacy.policy import DpSgd
 from splitfl.split.checkpoint import CheckpointFolder
@@ -31,3 +33,13 @@ def test_both_parts_train_privately_where_that_was_asked_for(small_model: Path) 
     private, plain = ends(small_model, DpSgd(1.0, 1.0), NoiseStream()), ends(small_model, None, NoiseStream())
     assert None not in (private.private_top, private.private_bottom)
     assert (plain.private_top, plain.private_bottom) == (None, None)
+
+
+def test_half_precision_is_widened_for_dp_sgd_whatever_the_settings_say(small_model: Path, tmp_path: Path) -> None:
+    """Per-record norms need fp32. A part that would compute in less is refused when the ends are made (its own test),
+    before a round is asked for; so the ends must never make one."""
+    AutoModelForCausalLM.from_pretrained(small_model).bfloat16().save_pretrained(tmp_path)
+    settings = parse_federation({"model": {"compute": "bf16"}}, "the test")
+    private = Ends(CheckpointFolder(tmp_path), settings, Cut(1, 1), CPU, DpSgd(1.0, 1.0), NoiseStream())
+    assert {weight.dtype for weight in private.top.parameters()} == {torch.float32}
+    check_precision(private.bottom)

@@ -73,3 +73,25 @@ def test_too_few_records_for_a_step_are_refused_where_none_may_come_twice(tmp_pa
         return
     with pytest.raises(DataError, match=r"too few records to train on: 3, .* takes 4 different ones"):
         data.check_fills_a_step()
+
+
+def test_what_the_server_is_told_of_private_records_hangs_on_their_buckets_alone(tmp_path: Path, bpe: Any) -> None:
+    """Width, lengths and divisors are equal for records of other true lengths; with privacy off they are not."""
+    told: dict[str, list[object]] = {"off": [], "measured": []}
+    for mode, of_mode in told.items():
+        for words in (2, 5):
+            file = tmp_path / f"{words}.csv"
+            file.write_text("text\n" + "\n".join(f"{number} " + "cough " * words for number in range(4)))
+            tables = {
+                "batch": {"records": 4, "max_length": 64, "buckets": (32, 64), "pack": False},
+                "evaluation": {"held_out_fraction": 0.0},
+                "privacy": {"mode": mode},
+            }
+            data = ClientData.open(file, parse_federation(tables, "the test"), bpe)
+            if mode != "off":
+                data.name_records(bytes(32))
+            (batch,) = data.micro_batches(range(4))
+            assert batch.lengths.max() <= 32
+            of_mode.append((batch.input_ids.shape, batch.padded_lengths, batch.told_tokens))
+    assert told["measured"] == [((4, 32), (32,) * 4, 4 * 32)] * 2
+    assert told["off"][0] != told["off"][1]

@@ -67,6 +67,18 @@ def test_two_snapshots_are_kept(store: ClientStore) -> None:
     assert len(store.rounds()) == KEPT_SNAPSHOTS
 
 
+def test_snapshot_that_a_round_began_from_is_the_newest_before_it(store: ClientStore) -> None:
+    assert store.before(3) is None
+    for number in (1, 3):
+        store.save(snapshot(number))
+    assert store.before(1) is None
+    for round_ in (2, 3):
+        before = store.before(round_)
+        assert before is not None
+        assert before.round == 1
+    assert store.rounds() == [1, 3]  # nothing is forgotten
+
+
 def test_damage_to_an_older_snapshot_does_not_matter(store: ClientStore) -> None:
     store.save(snapshot(0))
     store.save(snapshot(1))

@@ -23,7 +23,7 @@ def drawn(seed: int, *shape: int) -> Tensor:
 def averaged(copies: list[Tensor], tokens: list[int]) -> Tensor:
     parts = [Contribution(copy, count) for copy, count in zip(copies, tokens, strict=True)]
     merge = Merger(choose_strategy(Federation()), RoundFacts())
-    return merge(torch.zeros_like(copies[0]), parts, {})[0]
+    return merge("w", torch.zeros_like(copies[0]), parts, {}).tensor
 
 
 def test_averaging_a_and_b_apart_is_not_averaging_what_they_do() -> None:

@@ -41,7 +41,7 @@ PREVIOUS = torch.tensor([9.0, 9.0])
 
 
 def fedavg(previous: Tensor, given: list[Contribution]) -> Tensor:
-    return Merger(STRATEGIES["fedavg"](Merge()), RoundFacts())(previous, given, {})[0]
+    return Merger(STRATEGIES["fedavg"](Merge()), RoundFacts())("w", previous, given, {}).tensor
 
 
 # the mean
@@ -56,7 +56,7 @@ def test_mean_is_weighted_by_label_tokens() -> None:
 @pytest.mark.parametrize("aggregate", ["mean", "median", "trimmed_mean"])
 def test_copy_that_no_token_trained_does_not_count(aggregate: str) -> None:
     merger = Merger(STRATEGIES["fedavg"](Merge.model_validate({"aggregate": aggregate})), RoundFacts())
-    merged, _ = merger(PREVIOUS, parts(([1.0, 2.0], 10), ([100.0, 100.0], 0), ([100.0, 100.0], 0)), {})
+    merged, *_ = merger("w", PREVIOUS, parts(([1.0, 2.0], 10), ([100.0, 100.0], 0), ([100.0, 100.0], 0)), {})
     assert merged.tolist() == [1.0, 2.0]
 
 
@@ -140,6 +140,24 @@ def test_clipped_mean_moves_no_further_than_the_norm(attack: str, seed: int, tok
     weights = [tokens, *[10] * 5]
     merged = token_mean([Contribution(row, count) for row, count in zip(clipped, weights, strict=True)])
     assert float(merged.norm()) <= 0.5 + 1e-6
+
+
+@examples(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10_000), clients=st.integers(1, 7), fraction=st.floats(0.01, 0.49), same_sign=st.booleans())
+def test_clipped_copies_move_median_and_trimmed_mean_no_further_than_root_two_norms(
+    seed: int, clients: int, fraction: float, same_sign: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    updates = torch.randn(clients, 12, generator=generator) * (torch.rand(clients, 12, generator=generator) > 0.5)
+    updates = updates.abs() if same_sign else updates
+    rows = [0.5 * row / row.norm() if row.any() else row for row in updates]
+    for merge in (Merge(aggregate="median"), Merge(aggregate="trimmed_mean", trim_fraction=fraction)):
+        assert float(average_of(merge)([Contribution(row, 1) for row in rows]).norm()) <= 0.5 * 2**0.5 + 1e-6
+
+
+def test_median_of_clipped_copies_may_move_further_than_the_norm() -> None:
+    rows = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
+    assert float(average_of(Merge(aggregate="median"))(copies(rows)).norm()) > 1.2 * float(rows[0].norm())
 
 
 def products(updates: Tensor) -> Tensor:

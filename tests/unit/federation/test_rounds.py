@@ -195,6 +195,52 @@ def test_round_without_a_deadline_waits_for_ever() -> None:
     assert machine.tick(1e9) == []
 
 
+def between_rounds(**rounds: Any) -> RoundMachine:
+    """Round 0 of ``a`` and ``b`` was merged at 5.0, and nobody has asked for the next one yet."""
+    machine = opened("ab", **rounds)
+    for name in "ab":
+        machine.update(name, 0, 5, 3.0)
+    assert machine.merged(5.0) == []
+    return machine
+
+
+def test_client_that_does_not_ask_for_the_next_round_holds_the_others_up_until_the_deadline() -> None:
+    machine = between_rounds()
+    assert machine.deadline() is None  # nobody is held up yet
+    assert machine.wait("a", 6.0) == []
+    assert machine.deadline() == 16.0
+    assert machine.tick(15.9) == []
+    assert machine.tick(16.0) == [OpenRound(1, ("a",))]
+    assert machine.deadline() == 26.0
+    machine.wait("b", 17.0)  # it was not thrown out
+    machine.update("a", 1, 5, 18.0)
+    machine.merged(19.0)
+    assert machine.wait("a", 20.0) == [OpenRound(2, ("a", "b"))]
+
+
+def test_deadline_between_rounds_runs_from_when_enough_wait() -> None:
+    machine = opened("abc", min_clients=2)
+    for name in "abc":
+        machine.update(name, 0, 5, 3.0)
+    machine.merged(5.0)
+    machine.wait("a", 6.0)
+    assert machine.tick(100.0) == []
+    machine.wait("b", 101.0)
+    machine.leave("a", 102.0)
+    assert machine.deadline() is None
+    machine.wait("a", 103.0)
+    assert machine.deadline() == 113.0
+    assert machine.tick(113.0) == [OpenRound(1, ("a", "b"))]
+
+
+def test_without_a_deadline_who_does_not_ask_for_the_next_round_is_waited_for() -> None:
+    machine = between_rounds()
+    machine.settings = federation()
+    machine.wait("a", 6.0)
+    assert machine.deadline() is None
+    assert machine.tick(1e9) == []
+
+
 # late updates
 
 
@@ -338,17 +384,25 @@ class Watcher:
     cohorts: dict[int, set[str]] = field(default_factory=dict)  # of the round as it was opened last
     merged: list[int] = field(default_factory=list)
     late: dict[str, int] = field(default_factory=dict)  # kept, and in no merge yet
+    there: set[str] = field(default_factory=set)  # who is waited for before a round opens
+    enough_since: float | None = None  # wait for the next one
     finished: bool = False
 
-    def see(self, actions: list[Action]) -> None:
+    def see(self, actions: list[Action], now: float) -> None:
         for action in actions:
             assert not self.finished
             match action:
                 case OpenRound(round=round_, cohort=cohort):
                     assert round_ == self.machine.round == len(self.merged)
                     assert cohort
-                    there = self.machine.waiting | set(cohort)
-                    assert len(there) >= self.machine.settings.rounds.min_clients
+                    asked = self.machine.waiting | set(cohort)
+                    rounds = self.machine.settings.rounds
+                    assert len(asked) >= rounds.min_clients
+                    if not self.there <= asked:  # somebody is still on its way
+                        assert rounds.deadline_s > 0
+                        assert self.enough_since is not None
+                        assert now - self.enough_since >= rounds.deadline_s
+                    self.there = asked
                     self.cohorts[round_] = set(cohort)
                 case LateUpdate(client=client, round=round_, kept=kept):
                     assert client in self.cohorts[round_]
@@ -367,9 +421,16 @@ class Watcher:
                     robust = settings.merge.aggregate != "mean"
                     assert left or not robust or len(contributors) >= settings.rounds.min_clients
                     self.merged.append(round_)
+                    self.there -= self.cohorts[round_] - set(contributors)
                 case Finish(round=round_):
                     assert self.merged == list(range(round_ + 1))
                     self.finished = True
+        machine = self.machine
+        least = max(1, machine.settings.rounds.min_clients)
+        if machine.phase is not Phase.GATHERING or len(machine.waiting) < least:
+            self.enough_since = None
+        elif self.enough_since is None:
+            self.enough_since = now
 
 
 EVENTS = st.lists(
@@ -398,17 +459,33 @@ def happen(watcher: Watcher, event: str, client: str, round_: int, now: float) -
     machine = watcher.machine
     if event == "merged":
         if machine.phase is Phase.MERGING:
-            watcher.see(machine.merged(now))
+            watcher.see(machine.merged(now), now)
     elif event == "update":
         try:
-            watcher.see(machine.update(client, round_, 3, now))
+            watcher.see(machine.update(client, round_, 3, now), now)
         except RefusedError:
             owes = client in machine.cohort and client not in machine.updates
             assert machine.phase is not Phase.TRAINING or round_ != machine.round or not owes
     elif event == "tick":
-        watcher.see(machine.tick(now))
+        watcher.see(machine.tick(now), now)
+    elif event == "wait":
+        watcher.there.add(client)
+        watcher.see(machine.wait(client, now), now)
     else:
-        watcher.see(getattr(machine, event)(client, now))
+        watcher.there.discard(client)
+        watcher.see(machine.leave(client, now), now)
+
+
+def behave(watcher: Watcher, client: str, now: float) -> bool:
+    """What a client that keeps to the rules does next; False when it waits for others."""
+    machine = watcher.machine
+    if machine.phase is Phase.TRAINING and client in machine.cohort and client not in machine.updates:
+        happen(watcher, "update", client, machine.round, now)
+    elif client not in machine.waiting and client not in machine.updates:
+        happen(watcher, "wait", client, 0, now)
+    else:
+        return False
+    return True
 
 
 @given(MACHINES, EVENTS)
@@ -433,14 +510,24 @@ def test_clients_that_behave_bring_any_federation_to_its_end(
         clients = list(CLIENTS)
         chance.shuffle(clients)
         for client in clients:
-            owes = machine.phase is Phase.TRAINING and client in machine.cohort and client not in machine.updates
-            if owes:
-                watcher.see(machine.update(client, machine.round, 3, now))
-            elif client not in machine.waiting and client not in machine.updates:
-                watcher.see(machine.wait(client, now))
-        if machine.phase is Phase.MERGING:
-            watcher.see(machine.merged(now))
-        if watcher.finished or machine.phase is Phase.FINISHED:
+            behave(watcher, client, now)
+        happen(watcher, "merged", "", 0, now)
+        if machine.phase is Phase.FINISHED:
             break
     assert machine.phase is Phase.FINISHED
+    assert watcher.merged == [0, 1, 2]
+
+
+@given(st.integers(2, 3), st.sampled_from(CLIENTS), st.integers(0, 6), st.integers(0, 2**16))
+def test_client_that_falls_silent_at_any_moment_ends_no_federation_with_a_deadline(
+    least: int, silent: str, acts: int, seed: int
+) -> None:
+    watcher, chance = Watcher(RoundMachine(federation(min_clients=least, deadline_s=5.0))), random.Random(seed)
+    for now in range(100):
+        for client in chance.sample(CLIENTS, len(CLIENTS)):
+            if client != silent or acts > 0:
+                acts -= behave(watcher, client, float(now)) and client == silent
+        happen(watcher, "merged", "", 0, float(now))
+        happen(watcher, "tick", "", 0, float(now))
+    assert watcher.finished
     assert watcher.merged == [0, 1, 2]

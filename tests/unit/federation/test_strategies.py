@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from splitfl.config import Merge, parse_federation
 from splitfl.errors import ConfigError
 from splitfl.federation.merging import Merger, choose_strategy
 from splitfl.federation.robust import Contribution
-from splitfl.federation.strategies import STRATEGIES, RoundFacts
+from splitfl.federation.strategies import STRATEGIES, RoundFacts, Strategy
 
 Array = NDArray[np.float64]
 Rounds = list[list[tuple[Array, int]]]  # each client's (update y_i - x, tokens), round by round
@@ -99,7 +99,7 @@ def merged_over(name: str, x: Array, rounds: Rounds, merge: Merge) -> tuple[torc
         clients = len(updates)
         facts = RoundFacts(STEP_SIZES, clients, clients if number else 0, clients)
         parts = [Contribution((weights.double() + torch.tensor(u)).float(), tokens) for u, tokens in updates]
-        weights, state = Merger(STRATEGIES[name](merge), facts)(weights, parts, state)
+        weights, state, _ = Merger(STRATEGIES[name](merge), facts)("w", weights, parts, state)
     return weights, dict(state)
 
 
@@ -140,6 +140,22 @@ def test_scaffolds_variate_counts_clients_that_stay_away_and_those_that_are_new(
     assert state["control"].item() == pytest.approx((4.0 + 3.0) / 3)
 
 
+@examples(deadline=None, max_examples=40)
+@given(x=vectors, rounds=round_lists(st.integers(1, 1000)))
+def test_scaffold_counts_each_client_once_whatever_its_tokens(x: Array, rounds: Rounds) -> None:
+    alike = [[(update, 1) for update, _ in updates] for updates in rounds]
+    merge = Merge(strategy="scaffold")
+    (found, state), (wanted, known) = (merged_over("scaffold", x, given, merge) for given in (rounds, alike))
+    assert torch.equal(found, wanted)
+    assert torch.equal(state["control"], known["control"])
+
+
+def test_client_that_is_counted_once_counts_less_when_it_is_late() -> None:
+    parts = [Contribution(torch.tensor([0.0]), 7), Contribution(torch.tensor([3.0]), 900, discount=0.5)]
+    merger = Merger(STRATEGIES["scaffold"](Merge()), RoundFacts())
+    assert merger("w", torch.zeros(1), parts, {}).tensor.item() == pytest.approx(1.0)  # 3 x 0.5 / 1.5
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_rule_changes_nothing_in_place(name: str) -> None:
     rule, x = STRATEGIES[name](Merge()), torch.ones(2, dtype=torch.float64)
@@ -155,9 +171,93 @@ def test_tensor_that_no_token_trained_stays_and_is_remembered_as_it_was(name: st
     x, state = torch.tensor([9.0]), {key: torch.ones(1) for key in STRATEGIES[name].state_names}
     merger = Merger(STRATEGIES[name](Merge()), RoundFacts())
     for parts in ([], [Contribution(torch.zeros(1), 0)]):
-        merged, kept = merger(x, parts, state)
+        merged, kept, refused = merger("w", x, parts, state)
         assert torch.equal(merged, x)
         assert kept == state
+        assert not refused
+
+
+# what is not let into the weights
+
+
+@pytest.mark.parametrize(
+    ("name", "lie"), [("fedavgm", 3e38), ("scaffold", 3e38), ("fedadagrad", 1e25), ("fedyogi", 1e25), ("fedadam", 1e25)]
+)
+def test_step_that_would_not_be_finite_leaves_weights_and_state_as_they_were(name: str, lie: float) -> None:
+    merger = Merger(STRATEGIES[name](Merge(strategy=name, server_learning_rate=2.0)), RoundFacts(step_sizes=0.1))
+    x, state, _ = merger("w", torch.zeros(2), [Contribution(torch.tensor([0.1, 0.2]), 5)], {})
+    merged, kept, refused = merger("w", x, [Contribution(torch.tensor([0.1, lie]), 5)], state)
+    assert refused
+    assert torch.equal(merged, x)
+    assert kept is state
+    merged, _, refused = merger("w", x, [Contribution(x + 0.1, 5)], state)
+    assert not refused
+    assert not torch.equal(merged, x)
+
+
+# what a lie does to the adaptive three, as docs/strategies.md says
+
+
+def steps_after(name: str, changes: list[float]) -> list[float]:
+    """What each of these mean updates moves one coordinate by, in server_learning_rates."""
+    rule, x, state = STRATEGIES[name](Merge(strategy=name)), torch.zeros(1, dtype=torch.float64), {}
+    steps = []
+    for change in changes:
+        merged, state = rule.merge(x, x + change, state, RoundFacts())
+        steps.append((merged - x).item() / rule.rate)
+        x = merged
+    return steps
+
+
+@examples(deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
+def test_adaptive_step_is_bounded_whatever_is_sent(changes: list[float]) -> None:
+    merge = Merge()
+    beta1, beta2 = merge.server_momentum, merge.server_beta2
+    bound = (1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5
+    assert max(map(abs, steps_after("fedadam", changes))) <= bound < 2.35
+    assert max(map(abs, steps_after("fedadagrad", changes))) <= 1
+
+
+@pytest.mark.parametrize("rounds", [200, 400])
+def test_honest_steps_are_short_for_long_after_one_lie(rounds: int) -> None:
+    beta2 = Merge().server_beta2
+    short = 1.0 / ((1 - beta2) ** 0.5 * beta2 ** (rounds / 2) * 1000.0)
+    assert steps_after("fedadam", [1000.0] + [1.0] * rounds)[-1] == pytest.approx(short, rel=0.1)
+    assert steps_after("fedadam", [1000.0] + [1.0] * 1500)[-1] > 0.9
+    assert steps_after("fedadagrad", [1000.0] + [1.0] * rounds)[-1] == pytest.approx(1e-3, rel=0.1)
+    assert (
+        steps_after("fedyogi", [30.0] + [1.0] * 400)[-1] < 0.5 < 0.9 < steps_after("fedyogi", [30.0] + [1.0] * 900)[-1]
+    )
+
+
+class Careless(Strategy):
+    """Returns what its test wants."""
+
+    state_names = ("seen",)
+    returned: ClassVar[tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+    def merge(self, *_: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.returned
+
+
+@pytest.mark.parametrize(
+    ("merged", "kept", "odd"),
+    [
+        ((3,), {"seen": (2,)}, r"'the weights' \(3,\), expected \(2,\)"),
+        ((), {"seen": (2,)}, r"'the weights' \(\), expected \(2,\)"),
+        ((2,), {"seen": (1,)}, r"'seen' \(1,\), expected \(2,\)"),
+        ((2,), {}, r"'seen' missing, expected \(2,\)"),
+        ((2,), {"seen": (2,), "more": (2,)}, r"'more' \(2,\), expected none"),
+    ],
+)
+def test_strategy_that_returns_something_else_is_named_with_the_tensor(
+    merged: tuple[int, ...], kept: dict[str, tuple[int, ...]], odd: str
+) -> None:
+    rule = Careless(Merge(strategy="careless"))
+    Careless.returned = torch.zeros(merged), {what: torch.zeros(shape) for what, shape in kept.items()}
+    with pytest.raises(ConfigError, match=f"\"careless\" returned for 'head.weight': {odd}"):
+        Merger(rule, RoundFacts())("head.weight", torch.zeros(2), [Contribution(torch.ones(2), 5)], {})
 
 
 # what is refused

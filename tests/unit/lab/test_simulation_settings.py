@@ -1,4 +1,4 @@
-"""What a simulation is told and what it remembers: settings refused by name, a journal that a kill cut short."""
+"""What a simulation is told and what it remembers: settings refused by name, a log that a kill cut short."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from splitfl.config import Federation, parse_section
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError
 from splitfl.lab.federation import FederationEvent
-from splitfl.lab.simulate.history import History, Journal
+from splitfl.lab.simulate.history import EventLog, History
 from splitfl.lab.simulate.settings import Simulation, load_simulation
 from splitfl.lab.simulate.view import RoundBar
 
@@ -28,13 +28,13 @@ def settings(**tables: Any) -> Simulation:
 
 
 def test_half_written_event_is_cut_off(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "events.jsonl")
-    journal.write(FederationEvent("", "round_open", {"round": 0, "cohort": ["a"]}))
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write(FederationEvent("", "round_open", {"round": 0, "cohort": ["a"]}))
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"client": "a", "eve')
-    again = Journal(tmp_path / "events.jsonl")
+    again = EventLog(tmp_path / "events.jsonl")
     again.write(FederationEvent("a", "step", {"round": 0, "step": 0, "loss": 2.0}))
-    history = Journal(tmp_path / "events.jsonl").history
+    history = EventLog(tmp_path / "events.jsonl").history
     assert history.cohorts == {0: ["a"]}
     assert history.training_loss(0) == 2.0
 

@@ -264,6 +264,57 @@ def test_families_that_ghost_norms_do_not_suit_go_record_by_record() -> None:
     assert PrivateTop(segment(TOP, "gpt_oss"), DpSgd(1.0, 1.0), Noise(), "ghost").one_by_one
 
 
+LORA = TrainingPolicy(train="lora", head="lora", lora_rank=4)
+
+
+@pytest.mark.parametrize(
+    ("family", "policy", "ghost"),
+    [
+        ("llama", TrainingPolicy(), True),
+        ("gpt2", TrainingPolicy(), True),
+        ("llama", LORA, True),
+        ("gpt2", LORA, True),
+        ("gpt_oss", TrainingPolicy(), False),
+        ("gpt_oss", LORA, True),  # its experts are frozen then
+    ],
+)
+def test_ghost_norms_are_for_accelerators_and_for_layers_that_they_know(
+    family: str, policy: TrainingPolicy, ghost: bool
+) -> None:
+    here = segment(TOP, family, policy)
+    assert PrivateTop(here, DpSgd(1.0, 1.0), Noise()).one_by_one
+    elsewhere = here.to("meta")  # no accelerator needed: nothing is computed
+    assert PrivateTop(elsewhere, DpSgd(1.0, 1.0), Noise()).one_by_one != ghost
+
+
+@pytest.mark.parametrize("what", ["family", "layer"])
+def test_what_nobody_has_tried_goes_record_by_record_and_clips_the_same(what: str) -> None:
+    """Record by record needs nothing of a model but its gradients, so there is none that it does not suit."""
+
+    class Odd(nn.Linear):
+        pass
+
+    strange = segment(TOP)
+    if what == "family":
+        strange.model.config.model_type = "unheard_of"
+    else:
+        layer = next(module for module in strange.base.modules() if type(module) is nn.Linear)
+        layer.__class__ = Odd
+    part, known = PrivateTop(strange, DpSgd(0.05, 1.0), Noise(), "ghost"), top(0.05, "ghost")
+    assert (part.one_by_one, known.one_by_one) == (True, False)
+    for each in (part, known):
+        rows(each, 0, 1, 2)
+    expected = taken(known)
+    assert float((taken(part) - expected).norm()) <= 1e-6 * float(expected.norm())
+
+
+def test_layer_that_nobody_has_tried_does_not_matter_where_it_is_frozen() -> None:
+    strange = segment(TOP, "gpt_oss")
+    for parameter in strange.base.parameters():
+        parameter.requires_grad_(False)
+    assert suits(strange)
+
+
 def test_ghost_norm_of_a_nearly_cancelling_record_is_not_rounded_away() -> None:
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(1, 2, 40, generator=generator).repeat_interleave(2, dim=1)

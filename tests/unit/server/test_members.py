@@ -13,7 +13,8 @@ from splitfl.config import parse_federation
 from splitfl.cut import Cut
 from splitfl.errors import RefusedError
 from splitfl.split.shares import Shapes
-from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello
+from splitfl.wire.frames import encode
+from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello, NextRound
 
 LAYERS = 6
 
@@ -105,6 +106,18 @@ def test_client_resumes_its_session_by_token() -> None:
     assert again is first
     assert resumed
     assert gone == []
+
+
+@pytest.mark.parametrize(("next_seq", "resumed"), [(0, False), (2, False), (3, True), (9, True), (None, True)])
+def test_client_that_forgot_a_request_which_came_is_not_resumed(next_seq: int | None, resumed: bool) -> None:
+    """It would give a new request the number of an old one, and hear the old one's answer."""
+    members, gone = make()
+    first, _ = members.welcome(hello())
+    for seq in range(3):
+        first.wire.receive(b"".join(encode(NextRound(seq, 0, -1))))
+    again, was_resumed = members.welcome(hello(resume=first.token, next_seq=next_seq))
+    assert (was_resumed, again is first) == (resumed, resumed)
+    assert gone == ([] if resumed else ["ward-a"])
 
 
 def test_session_is_not_resumed_under_another_name() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from server_model.coordinator import Coordinator
 from server_model.exporting import all_weights
@@ -50,6 +51,19 @@ def test_round_that_everybody_left_opens_again_from_the_last_durable_trunk(model
     assert all(same.values())
 
 
+def test_deadline_rings_between_rounds_and_the_round_opens_without_who_is_on_its_way(model, tmp_path):
+    async def ask() -> object:
+        settings = parse_federation({"rounds": {"deadline_s": 0.05}}, "the test")
+        coordinator = Coordinator(model, settings, tmp_path / "s", device=torch.device("cpu"))
+        coordinator.rounds.machine.present.add("b")  # was in an earlier round, and never asks again
+        member, _ = coordinator.hello(Hello(PROTOCOL_VERSIONS, "a"))
+        opened = await asyncio.wait_for(coordinator.handle(member, NextRound(0, 0, -1)), 30)
+        coordinator.close()
+        return opened
+
+    assert isinstance(asyncio.run(ask()), RoundOpen)
+
+
 def test_merge_takes_late_updates_once_and_leaves_those_that_come_while_it_runs_to_the_next(model, tmp_path):
     async def merge() -> tuple[Coordinator, object]:
         settings = parse_federation({"rounds": {"deadline_s": 9.0, "staleness": "polynomial"}}, "the test")
@@ -71,6 +85,29 @@ def test_merge_takes_late_updates_once_and_leaves_those_that_come_while_it_runs_
     coordinator, late = asyncio.run(merge())
     assert coordinator.rounds.contributors == {"a", "b"}
     assert late == {"b": ClientUpdate("b", 6, None)}
+
+
+def test_tensor_whose_merge_is_not_finite_stays_and_the_operator_hears_its_name(model, tmp_path):
+    said: list[tuple[str, dict[str, object]]] = []
+
+    async def merge() -> Coordinator:
+        settings = parse_federation({"merge": {"strategy": "fedadam"}}, "the test")
+        coordinator = Coordinator(model, settings, tmp_path / "s", device=torch.device("cpu"))
+        rounds = coordinator.rounds
+        rounds.say = lambda event, **facts: said.append((event, facts))
+        rounds.machine = RoundMachine(settings, 0, Phase.MERGING)
+        head = coordinator.source.read("lm_head.weight").float()
+        save_file({"lm_head.weight": head + 1e25}, tmp_path / "lie")
+        rounds._updates = {"a": ClientUpdate("a", 5, tmp_path / "lie")}
+        rounds._act(coordinator.members, [MergeRound(0, ("a",))])
+        while rounds.durable < 0:
+            await asyncio.sleep(0.001)
+        coordinator.close()
+        assert torch.equal(rounds.merged["lm_head.weight"], head)
+        return coordinator
+
+    assert asyncio.run(merge()).rounds.remembered == {}
+    assert ("merge_refused", {"round": 0, "tensors": ["lm_head.weight"]}) in said
 
 
 @pytest.mark.parametrize(("share", "part"), [("none", "head"), ("top", "bottom")])

@@ -36,6 +36,11 @@ def test_line_for_the_operator_begins_with_its_time(capsys: pytest.CaptureFixtur
             "b: its update of round 1 came late: the next",
         ),
         ("late_update", {"client": "b", "round": 0, "kept": False}, "b: its update of round 1 came late: dropped"),
+        (
+            "merge_refused",
+            {"round": 1, "tensors": ["x", "y"]},
+            "round 2: the merge of x, y would not be finite, so they stay as they were",
+        ),
         ("disconnected", {"client": "b", "grace_s": 9.0}, "b disconnected"),
     ],
 )

@@ -220,7 +220,7 @@ def merged_with(
     """What FedAvg makes of updates to weights that were zero."""
     merger = Merger(FedAvg(merge), RoundFacts())
     found = merge_updates(updates, merger, lambda _, shape: torch.zeros(shape), own or {}, lambda _: {})
-    return {name: tensor for name, tensor, _ in found}
+    return {name: merged.tensor for name, merged in found}
 
 
 def test_merge_is_the_mean_by_tokens_of_all_who_sent_a_tensor(inbox: Inbox) -> None:
