@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -26,8 +27,10 @@ from server_model.store import Store
 from splitfl.cli import app
 from splitfl.config import parse_section
 from splitfl.errors import ConfigError, DataError
+from splitfl.federation.strategies import STRATEGIES, FedAvg
 from splitfl.lab.federation import FederationEvent, client_folder, run_federation, server_folder
 from splitfl.lab.simulate.history import History
+from splitfl.lab.simulate.plots import draw_curves
 from splitfl.lab.simulate.results import summary, write_results
 from splitfl.lab.simulate.run import SimulationResult, simulate
 from splitfl.lab.simulate.settings import Simulation, load_simulation
@@ -213,6 +216,17 @@ def test_rows_of_a_file_are_dealt_by_its_column(tmp_path: Path) -> None:
     assert sorted(row["text"] for row in dealt) == sorted(str(row["text"]) for row in rows)
 
 
+def test_example_of_the_page_simulates_a_strategy_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "simulating.md").read_text()
+    monkeypatch.setitem(STRATEGIES, "partway", FedAvg)  # so that what the page adds goes again
+    monkeypatch.chdir(tmp_path)
+    exec(page.partition("```python\n")[2].partition("```")[0], {})
+    found = json.loads((tmp_path / "partway" / "results.json").read_text())
+    assert found["settings"]["federation"]["merge"]["server_momentum"] == 0.5
+    assert found["rounds"][2]["held_out_loss"] < found["rounds"][0]["held_out_loss"]
+    assert (tmp_path / "partway" / "curves.png").exists()
+
+
 # -- privacy -----------------------------------------------------------------------------------------------------------
 
 PRIVACY = {
@@ -316,9 +330,41 @@ def test_command_prints_one_object_and_leaves_a_picture(tmp_path: Path) -> None:
     assert [row["clients"] for row in printed["rounds"]] == [0, 3]
     assert printed["clients_held_out_loss"]["best"] <= printed["clients_held_out_loss"]["worst"]
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    again = CliRunner().invoke(app, command)
-    assert (again.exit_code, again.stdout) == (ConfigError.exit_code, "")
-    assert "--resume" in again.stderr
+
+
+def test_finished_simulation_says_so_and_prints_its_results_again(result: SimulationResult, tmp_path: Path) -> None:
+    (tmp_path / "simulation.toml").write_text(SETTINGS)
+    command = ["simulate", f"{tmp_path}/simulation.toml", "--out", str(result.folder)]
+    files = {path: path.stat().st_mtime_ns for path in result.folder.rglob("*")}
+    for words in (command, [*command, "--resume"]):
+        again = CliRunner().invoke(app, words)
+        assert again.exit_code == 0
+        assert "is finished" in again.stderr
+        assert "6 clients, 3 rounds" in again.stdout
+    assert json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout) == summary(result) | {
+        "peak_rss": json.loads((result.folder / "results.json").read_text())["peak_rss"]
+    }
+    assert {path: path.stat().st_mtime_ns for path in result.folder.rglob("*")} == files
+    (tmp_path / "simulation.toml").write_text(SETTINGS.replace("alpha = 0.1", "alpha = 0.2"))
+    other = CliRunner().invoke(app, command)
+    assert (other.exit_code, other.stdout) == (ConfigError.exit_code, "")
+    assert "are not those" in other.stderr
+
+
+@pytest.mark.parametrize("drawn", ["each round other clients", ""])
+def test_picture_joins_no_cohorts_by_a_line(drawn: str) -> None:
+    table = [
+        {"round": done, "training_loss": 2.0, "held_out_loss": 3.0 - done, "held_out_clients": held}
+        for done, held in enumerate([2, 2, 6] if drawn else [6, 6, 6])
+    ]
+    panel = Figure().subplots()
+    draw_curves(table, panel)
+    assert panel.get_title().removeprefix("Loss by round").lstrip(": ") == drawn
+    lines = {str(line.get_label()): line for line in panel.get_lines()}
+    assert ("held out, only the next round's clients" in lines) == bool(drawn)
+    joined = {label for label, line in lines.items() if line.get_linestyle() != "None"}
+    assert joined == {"held out, all clients"} | (set() if drawn else {"training, the round's clients"})
+    assert len(lines["held out, all clients"].get_xdata()) == (1 if drawn else 3)
 
 
 def test_finished_simulation_may_be_resumed_and_stays_as_it_is(result: SimulationResult) -> None:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from splitfl.errors import StorageError
 from splitfl.lab.bench.harness import Result
-from splitfl.lab.demo.plots import BLUE, GREEN, GREY, ORANGE, UNITS, tidy
+from splitfl.lab.demo.plots import BLUE, GREEN, GREY, ORANGE, UNITS, legend_below, tidy
 
 BASELINES = {"ends-only": ("--", ORANGE), "top-only": ("-.", GREEN), "noise-free split": ("-", GREY)}
 LINES = {"local-only": ("--", ORANGE), "centralised": ("-", GREEN)}
@@ -46,7 +46,7 @@ def draw_frontier(result: Result, path: Path) -> None:
     panel.set_xlim(0, 1)
     panel.set_xlabel("tokens that the strongest of our attacks recovered (a lower bound); labels: noise / clip norm")
     panel.set_ylabel(UNITS)
-    panel.legend(frameon=False)
+    legend_below(panel, 3)
     tidy(panel, grid="y")
     save(figure, path)
 
@@ -76,7 +76,7 @@ def draw_partition(losses: dict[str, dict[str, float]], panel: Axes) -> None:
     panel.set_yticks(range(len(shown) + 1), [*shown, "local-only, each"])
     panel.set_ylim(len(shown) + 0.5, -0.5)  # the first on top, in panels that share the axis too
     panel.set_xlabel(f"{UNITS}, rows of all clients")
-    panel.legend(frameon=False)
+    legend_below(panel, 3)
     tidy(panel, grid="x")
 
 

@@ -112,3 +112,8 @@ def tidy(panel: Axes, grid: Literal["x", "y"]) -> None:
     panel.grid(axis=grid, color="#DDDDDD", linewidth=0.8)
     panel.set_axisbelow(True)
     panel.tick_params(length=0)
+
+
+def legend_below(panel: Axes, columns: int) -> None:
+    """Say what is drawn under the axis, where it hides nothing."""
+    panel.legend(frameon=False, fontsize=8, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.13))

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from splitfl.console import command, print_json
-
-if TYPE_CHECKING:
-    from splitfl.lab.simulate.run import SimulationResult
+from splitfl.console import command, note, print_json
 
 
 def simulate(
@@ -38,25 +35,29 @@ def simulate(
         from rich.console import Console
 
         from splitfl.lab.simulate.plots import draw
-        from splitfl.lab.simulate.results import summary, write_results
+        from splitfl.lab.simulate.results import read_results, write_results
         from splitfl.lab.simulate.run import simulate as run
         from splitfl.lab.simulate.view import RoundBar
 
-        torch.set_num_threads(threads)
-        with RoundBar(simulation.federation, Console(stderr=True, quiet=as_json)) as bar:
-            result = run(simulation, out, resume=resume, device=device, report=bar.hear)
-        write_results(result)
-        draw(result, out / "curves.png")
-        if as_json:
-            print_json(summary(result))
+        found = read_results(simulation, out)
+        if found is not None:
+            note(f"the simulation in {out} is finished; this is what came out")
         else:
-            print_summary(result, summary(result))
+            torch.set_num_threads(threads)
+            with RoundBar(simulation.federation, Console(stderr=True, quiet=as_json)) as bar:
+                result = run(simulation, out, resume=resume, device=device, report=bar.hear)
+            draw(result, out / "curves.png")
+            found = write_results(result)
+        if as_json:
+            print_json({name: value for name, value in found.items() if name not in ("settings", "clients")})
+        else:
+            print_summary(found)
 
 
-def print_summary(result: SimulationResult, found: dict[str, Any]) -> None:
+def print_summary(found: dict[str, Any]) -> None:
     """The end of a simulation for a person, on stdout."""
     first, last = found["rounds"][0], found["rounds"][-1]
-    print(f"{len(result.reports)} clients, {last['round']} rounds, {found['seconds']:.0f} s")
+    print(f"{len(found['clients'])} clients, {last['round']} rounds, {found['seconds']:.0f} s")
     if first["held_out_loss"] is not None and last["held_out_loss"] is not None:
         each = found["clients_held_out_loss"]
         print(
@@ -66,6 +67,7 @@ def print_summary(result: SimulationResult, found: dict[str, Any]) -> None:
         )
     sent, received = (found["bytes"][way] / 1e6 for way in ("sent", "received"))
     print(f"  links: {sent:.1f} MB sent by clients, {received:.1f} MB received")
-    print(f"  privacy: {result.simulation.federation.privacy.mode}; what may be said of each client is in results.json")
+    mode = found["settings"]["federation"]["privacy"]["mode"]
+    print(f"  privacy: {mode}; what may be said of each client is in results.json")
     print(f"  memory of this process: {found['peak_rss'] / 2**20:.0f} MiB at most")
-    print(f"  results: {result.folder}; model: {result.exported or 'each client has its own'}")
+    print(f"  results: {found['folder']}; model: {found['exported'] or 'each client has its own'}")

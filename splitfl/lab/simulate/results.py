@@ -8,22 +8,46 @@ import json
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from splitfl.errors import StorageError
 from splitfl.files import write_file
+from splitfl.lab.simulate.inputs import check_out
 from splitfl.lab.simulate.run import SimulationResult
+from splitfl.lab.simulate.settings import Simulation
 
 Row = dict[str, Any]
+RESULTS = "results.json"
 
 ELSEWHERE = ("groups", "held_out_losses", "baselines", "privacy")  # of a client's row: too deep for a cell as they are
 
 
-def write_results(result: SimulationResult) -> None:
-    """Write ``results.json``, ``rounds.csv`` and ``clients.csv``. Raises StorageError."""
+def write_results(result: SimulationResult) -> Row:
+    """Write ``rounds.csv``, ``clients.csv`` and, last, ``results.json``: with it a simulation is finished.
+
+    Returns what it holds. Raises StorageError.
+    """
     everything = {**summary(result), "settings": result.simulation.model_dump(mode="json"), "clients": clients(result)}
-    write_file(result.folder / "results.json", (json.dumps(everything, indent=2, sort_keys=True) + "\n").encode())
     for name, rows in (("rounds.csv", rounds(result)), ("clients.csv", [flat(row) for row in clients(result)])):
         write_file(result.folder / name, table(rows).encode())
+    write_file(result.folder / RESULTS, (json.dumps(everything, indent=2, sort_keys=True) + "\n").encode())
+    return everything
+
+
+def read_results(simulation: Simulation, out: Path) -> Row | None:
+    """The results in ``out``, if it holds this very simulation and it is finished.
+
+    Raises ConfigError where ``out`` holds something else, StorageError for results that cannot be read.
+    """
+    if not (out / RESULTS).exists():
+        return None
+    check_out(out, simulation, resume=True)
+    try:
+        found: Row = json.loads((out / RESULTS).read_text())
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{out / RESULTS} cannot be read", "Delete it, and add --resume to have it anew.") from error
+    return found
 
 
 def summary(result: SimulationResult) -> Row:
