@@ -86,7 +86,7 @@ def test_client_killed_in_a_round_comes_back_while_the_server_still_believes_in_
         first.kill()
         time.sleep(0.3)
         assert not server.command.named("disconnected", client="a")
-        again = place.join(server.url, "a", wards["a"])
+        again = place.join(proxy.url, "a", wards["a"])
         connected = server.command.wait_for("connected", client="a", count=2)
         assert connected["resumed"] is True
         finish(again, second, server.command)
