@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,3 +56,14 @@ def place(tmp_path: Path, small_model: Path) -> Iterator[Place]:
 
     with place(tmp_path, small_model) as here:
         yield here
+
+
+@pytest.fixture
+def no_thread_stays_behind() -> Iterator[None]:
+    """For tests of what runs in this process alone."""
+    before = set(threading.enumerate())
+    yield
+    ours = [thread for thread in threading.enumerate() if thread not in before and "tqdm" not in thread.name]
+    for thread in ours:
+        thread.join(timeout=10)  # transformers ends the threads it loads with, and does not wait for them
+    assert [thread for thread in ours if thread.is_alive()] == []

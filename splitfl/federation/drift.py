@@ -6,6 +6,7 @@ correction remembers its tensors in ``kept`` under ``NAME/what``, which goes int
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 Tensors = Mapping[str, Tensor]
 
 
-class Correction:
+class Correction(ABC):
     """A term per weight. Weights that it was not given at the round's beginning stay uncorrected."""
 
     sent_name: str | None = None  # which of the strategy's tensors comes down beside the merged weights
@@ -22,17 +23,17 @@ class Correction:
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
 
+    @abstractmethod
     def begin(self, start: Tensors, sent: Tensors) -> None:
         """A round begins at the shared weights ``start``; ``sent`` came beside them, as ``NAME/sent_name``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def __call__(self, name: str, weight: Tensor) -> Tensor | None:
         """What is added to the gradient of ``weight``; None = nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self, weights: Tensors, step_sizes: float) -> None:
         """The round's local steps have led to ``weights``; their step sizes add up to ``step_sizes``."""
-        raise NotImplementedError
 
     def of(self, what: str) -> dict[str, Tensor]:
         """The kept tensors ``NAME/what``, with these names."""

@@ -10,6 +10,7 @@ returns a ``Correction`` (``splitfl.federation.drift``).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -35,7 +36,7 @@ class RoundFacts:
     clients: int = 1
 
 
-class Strategy:
+class Strategy(ABC):
     """A rule. ``uses`` names the fields of [merge] that it reads, ``state_names`` what it remembers of each tensor,
     ``sent_names`` the part of that which clients get beside the merged weights. ``weighs`` says what counts in the
     mean: label tokens, or every copy once."""
@@ -50,16 +51,16 @@ class Strategy:
         self.settings = merge
         self.rate = self.step_size if merge.server_learning_rate is None else merge.server_learning_rate
 
+    @abstractmethod
     def merge(self, previous: Tensor, average: Tensor, state: State, facts: RoundFacts) -> tuple[Tensor, State]:
         """The tensor's next value, and what to remember of it. All float64, of one shape; nothing is changed in
         place. ``state`` is empty until a tensor is merged for the first time."""
-        raise NotImplementedError
 
     def correction(self) -> Correction | None:
         """What each client adds to its gradients; None = nothing."""
         return None
 
-    def check(self, settings: Federation) -> None:
+    def check(self, settings: Federation) -> None:  # noqa: B027  (most rules are right under all settings)
         """Raise ConfigError for settings under which the rule would be wrong."""
 
 
@@ -178,9 +179,9 @@ class Adaptive(Strategy):
         beta = self.settings.server_momentum
         return beta * momentum + (1 - beta) * change
 
+    @abstractmethod
     def variance(self, variance: Tensor, squared: Tensor) -> Tensor:
         """v+ from v and d^2."""
-        raise NotImplementedError
 
 
 class FedAdagrad(Adaptive):

@@ -34,6 +34,8 @@ def trained_shapes(segment: Segment) -> Shapes:
 
 def shared_shapes(config: PreTrainedConfig, settings: Federation, cut: Cut) -> Shapes:
     """Names and shapes of the weights that a client with ``cut`` sends for merging."""
+    if settings.merge.share == "none":
+        return {}
     layers = config.num_hidden_layers
     policy = training_policy(settings, layers, torch.device("cpu"))
     bottom, top = (Segment(config, piece) for piece in ends_pieces(cut, layers))
@@ -42,15 +44,7 @@ def shared_shapes(config: PreTrainedConfig, settings: Federation, cut: Cut) -> S
     top_shapes = trained_shapes(top)
     if stays_tied(config, policy):
         top_shapes.pop(f"{top.anatomy.head}.weight", None)
-    return choose_shared(settings, trained_shapes(bottom), top_shapes)
-
-
-def choose_shared(settings: Federation, bottom: Shapes, top: Shapes) -> Shapes:
-    """The part of a client's trainable weights that ``merge.share`` names."""
-    share = settings.merge.share
-    if share == "none":
-        return {}
-    return dict(top) if share == "top" else {**bottom, **top}
+    return top_shapes if settings.merge.share == "top" else trained_shapes(bottom) | top_shapes
 
 
 def check_handover(settings: Federation, before: Cut, now: Cut) -> None:

@@ -19,11 +19,11 @@ import torch
 from disturbing import assert_same, final_weights
 from gates import agree
 
-from client_model.cli import first_words, open_journal
 from client_model.floor import Floor
 from client_model.journal import Journal
 from client_model.link import SessionLostError
 from client_model.participant import Participant
+from client_model.resuming import first_words, open_journal
 from client_model.store import ClientStore, Snapshot
 from server_model.coordinator import Coordinator
 from server_model.members import Member

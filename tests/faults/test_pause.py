@@ -13,10 +13,10 @@ import torch
 from disturbing import assert_same, final_weights
 from gates import agree
 
-from client_model.cli import first_words, open_journal
 from client_model.events import Event
 from client_model.link import SessionLostError
 from client_model.participant import Participant, PausedError
+from client_model.resuming import first_words, open_journal
 from client_model.store import ClientStore
 from server_model.coordinator import Coordinator
 from splitfl.config import Federation, parse_federation

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from test_o6 import DeadError, Place, settings
 
-from client_model.cli import open_journal
 from client_model.floor import Floor
 from client_model.journal import Journal
+from client_model.resuming import open_journal
 from client_model.store import ClientStore
 from server_model.coordinator import Coordinator
 from server_model.members import Member

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,8 @@ from splitfl.lab.simulate.settings import Simulation, load_simulation
 from splitfl.privacy.accounting import mu_for
 from splitfl.privacy.budget import ROUNDING
 from splitfl.privacy.ledger import Ledger
+
+pytestmark = pytest.mark.usefixtures("no_thread_stays_behind")
 
 SETTINGS = """
 [model]
@@ -91,16 +92,6 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> SimulationResult:
     done = simulate(settings(), tmp_path_factory.mktemp("simulation") / "out")
     write_results(done)
     return done
-
-
-@pytest.fixture(autouse=True)
-def no_thread_stays_behind() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    ours = [thread for thread in threading.enumerate() if thread not in before and "tqdm" not in thread.name]
-    for thread in ours:
-        thread.join(timeout=10)
-    assert [thread for thread in ours if thread.is_alive()] == []
 
 
 # -- what comes out ----------------------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ import torch
 from gates import agree
 from serving import ServiceThread
 
-from client_model.cli import first_words, open_journal, say_goodbye
+from client_model.cli import say_goodbye
 from client_model.events import Event
 from client_model.floor import Floor
 from client_model.link import Link
 from client_model.participant import Participant, PausedError
+from client_model.resuming import first_words, open_journal
 from client_model.store import ClientStore
 from server_model.coordinator import Coordinator
 from splitfl.config import Federation, parse_federation

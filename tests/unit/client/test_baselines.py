@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client_model.baselines import Baselines, spread, wanted
-from client_model.cli import beside, not_earned
+from client_model.telling import beside, not_earned
 from splitfl.config import Federation, parse_federation
 from splitfl.cut import Cut
 from splitfl.data.notes import generate_notes, write_notes

@@ -13,24 +13,13 @@ import pytest
 import torch
 from gates import open_gate
 
-from client_model.cli import (
-    EventPrinter,
-    StopSignal,
-    check_address,
-    check_name,
-    check_same_client,
-    cuts_of_pause,
-    describe,
-    first_words,
-    open_journal,
-    parse_plan,
-    print_report,
-    say_goodbye,
-)
+from client_model.cli import StopSignal, check_address, check_name, parse_plan, say_goodbye
 from client_model.events import Event
 from client_model.journal import Head
 from client_model.participant import Participant
+from client_model.resuming import check_same_client, cuts_of_pause, first_words, open_journal
 from client_model.store import ClientStore, SessionRecord, Snapshot
+from client_model.telling import EventPrinter, describe, print_report
 from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError, LinkError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ from splitfl.lab.federation import (
 from splitfl.lab.memory import MemoryLink, MemoryService
 from splitfl.split.create import create_checkpoint
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Fetch, Hello, NextRound
+
+pytestmark = pytest.mark.usefixtures("no_thread_stays_behind")
 
 CPU = torch.device("cpu")
 LAYERS = 4
@@ -53,16 +54,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def result(model: Path, data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> FederationResult:
     return run_federation(model, data, settings(), tmp_path_factory.mktemp("first"))
-
-
-@pytest.fixture(autouse=True)
-def no_thread_stays_behind() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    ours = [thread for thread in threading.enumerate() if thread not in before and "tqdm" not in thread.name]
-    for thread in ours:
-        thread.join(timeout=10)  # transformers ends the threads it loads with, and does not wait for them
-    assert [thread for thread in ours if thread.is_alive()] == []
 
 
 def settings(**tables: dict[str, Any]) -> Federation:
