@@ -1,4 +1,4 @@
-"""The rounds as the trunk service lives them: who waits for what, merging, and durability.
+"""The rounds as the trunk service lives them: who waits for what, when to merge, and durability.
 
 ``splitfl.federation.rounds`` decides; here its decisions meet weights and disk. A round is durable when its folder
 is on disk; only then is any client told, and only then may it forget older states.
@@ -7,28 +7,25 @@ is on disk; only then is any client told, and only then may it forget older stat
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from server_model.blobs import Blobs
 from server_model.disk import once_there_is_room
 from server_model.engine import Engine
 from server_model.members import Member, Members
+from server_model.merge import Aggregator
 from server_model.store import RoundState, Store
 from server_model.tasks import spawn
-from server_model.updates import ClientUpdate, Inbox, merge_updates
+from server_model.updates import ClientUpdate, Inbox
 from splitfl.config import Federation
 from splitfl.errors import ConfigError, RefusedError, StorageError
-from splitfl.federation.merging import TOO_FEW, Merger, choose_strategy
-from splitfl.federation.robust import Contribution
+from splitfl.federation.merging import TOO_FEW
 from splitfl.federation.rounds import Action, Finish, LateUpdate, LeaveSteps, MergeRound, OpenRound, Phase, RoundMachine
-from splitfl.federation.schedule import round_step_sizes
-from splitfl.federation.strategies import RoundFacts
-from splitfl.split.checkpoint import CheckpointFolder, embedding_name, file_entries, is_tied
+from splitfl.split.checkpoint import CheckpointFolder, file_entries
 from splitfl.split.modes import trunk_needs_backward
 from splitfl.wire.messages import Answer, Finished, NextRound, RoundDurable, RoundOpen, Update
 
@@ -65,7 +62,6 @@ class Rounds:
         say: Say,
     ) -> None:
         self.settings = settings
-        self.source = source
         self.layers: int = source.config.num_hidden_layers
         self.store = store
         self.engine = engine
@@ -74,10 +70,7 @@ class Rounds:
         self.say = say
         self.inbox = Inbox(store.uploads)
         self.machine = RoundMachine(settings, 0)
-        self.strategy = choose_strategy(settings)
-        self.merged: dict[str, Tensor] = {}
-        self.remembered: dict[str, Tensor] = {}  # by the strategy, NAME/what -> tensor
-        self.contributors: set[str] = set()  # of all rounds so far
+        self.aggregator = Aggregator(settings, source, store, engine.trunk)
         self.weights = ""  # hash of the list of merged tensors
         self.durable = -1  # the newest round on disk
         self.finished = asyncio.Event()
@@ -95,9 +88,7 @@ class Rounds:
         state = self.store.load(rounds[-1])
         check_fits(state, self.engine.trunk.weights())
         self._load_trunk(state)
-        self.merged, self.remembered = dict(state.merged), dict(state.strategy)
-        contributors = state.facts.get("contributors")
-        self.contributors = set(contributors) if isinstance(contributors, list) else set()
+        self.aggregator.restore(state)
         self.durable = state.round
         self._offer_weights(state.round)
         self.machine = RoundMachine(self.settings, state.round + 1)
@@ -118,7 +109,7 @@ class Rounds:
 
     def _offer_weights(self, round_: int) -> None:
         folder = self.store.folder_of(round_)
-        sent = tuple(f"/{name}" for name in self.strategy.sent_names)
+        sent = tuple(f"/{name}" for name in self.aggregator.strategy.sent_names)
         remembered = file_entries(folder / "strategy.safetensors")
         entries = file_entries(folder / "merged.safetensors")
         entries += [entry for entry in remembered if entry.name.endswith(sent)]
@@ -255,8 +246,9 @@ class Rounds:
         """The updates of a merge, those in time first. What comes late from here on is for the merge after it."""
         in_time = [self._updates.pop(name) for name in action.contributors]
         there, self._late = self._late, {}
+        began = self.aggregator.at_start_of
         late = [
-            replace(there.pop(late.client), discount=late.discount, start=partial(self._before, late.round))
+            replace(there.pop(late.client), discount=late.discount, start=partial(began, late.round))
             for late in action.late
         ]
         for superseded in there.values():
@@ -265,7 +257,7 @@ class Rounds:
 
     async def _merge(self, members: Members, action: MergeRound, updates: list[ClientUpdate]) -> None:
         """Merge, make it durable, tell everybody."""
-        state, refused = await self.engine.call(self._merge_now, action.round, updates)
+        state, refused = await self.engine.call(self.aggregator.merge, action.round, updates)
         for reason in sorted(set(refused.values())):
             names = [name for name in refused if refused[name] == reason]
             self.say("merge_refused", round=action.round, tensors=names, reason=reason)
@@ -298,72 +290,6 @@ class Rounds:
             resolve(future, Finished(0, round_, self.weights))
         self._desk.next_round.clear()
         self.finished.set()
-
-    # -- merging, on the compute thread ------------------------------------------------------------------------
-
-    def _merge_now(self, round_: int, updates: list[ClientUpdate]) -> tuple[RoundState, dict[str, str]]:
-        """Merge tensor by tensor and hand merged blocks to the trunk; returns what is to be made durable, and the
-        tensors that stayed as they were, with the reason."""
-        trunk = self.engine.trunk
-        own = {
-            name: Contribution(tensor, trunk.tokens_through(name))
-            for name, tensor in trunk.weights().items()
-            if self._held(name) and trunk.tokens_through(name)
-        }
-        merged, remembered = dict(self.merged), dict(self.remembered)
-        merger = Merger(self.strategy, self._facts(round_, updates))
-        refused: dict[str, str] = {}
-        for name, part in merge_updates(updates, merger, partial(self._before, round_), own, self._state_of):
-            merged[name] = part.tensor
-            remembered |= {f"{name}/{what}": value for what, value in part.state.items()}
-            refused |= {name: part.refused} if part.refused else {}
-        trunk.load_weights(merged)
-        self.merged, self.remembered = merged, remembered
-        counted = [] if TOO_FEW in refused.values() else updates
-        self.contributors |= trained(counted)
-        facts = {
-            "updates": {update.client: update.tokens for update in counted if update.start is None},
-            "contributors": sorted(self.contributors),
-            "seed": self.settings.seed,
-        }
-        moments = trunk.optimizer.state_tensors()
-        return RoundState(round_, trunk.weights(), moments, merged, facts, remembered), refused
-
-    def _facts(self, round_: int, updates: list[ClientUpdate]) -> RoundFacts:
-        names = trained(updates)
-        before, clients = len(self.contributors), len(self.contributors | names)
-        return RoundFacts(round_step_sizes(self.settings, round_), len(names), before, clients)
-
-    def _state_of(self, name: str) -> dict[str, Tensor]:
-        """What the strategy remembers of a shared tensor."""
-        keys = {what: f"{name}/{what}" for what in self.strategy.state_names}
-        return {what: self.remembered[key] for what, key in keys.items() if key in self.remembered}
-
-    def _before(self, round_: int, name: str, shape: torch.Size) -> Tensor:
-        """A shared tensor's value when ``round_`` began: in the merge, the trunk or the checkpoint; LoRA's B is zero.
-
-        Raises StorageError.
-        """
-        newest = self.merged.get(name) if round_ == self.durable + 1 else None
-        kept = newest if newest is not None or round_ == 0 else self.store.tensor(round_ - 1, name)
-        if kept is not None:
-            return kept
-        stored = name.replace(".base_layer.", ".")
-        if stored == f"{self.source.anatomy.head}.weight" and is_tied(self.source.config):
-            stored = embedding_name(self.source.anatomy)
-        return self.source.read(stored).float() if self.source.has(stored) else torch.zeros(shape)
-
-    def _held(self, name: str) -> bool:
-        """Whether some allowed cut puts the block of this trunk weight on a client."""
-        block = self.engine.trunk.segment.block_of(name)
-        assert block is not None
-        top = self.layers - self.settings.tops[-1]
-        return self.settings.merge.share != "none" and (block >= top or block < self.settings.bottoms[-1])
-
-
-def trained(updates: Iterable[ClientUpdate]) -> set[str]:
-    """Whose copies count: a client that missed every step of the round has sent what it was given."""
-    return {update.client for update in updates if update.tokens}
 
 
 def check_fits(state: RoundState, trunk: dict[str, Tensor]) -> None:

@@ -1,27 +1,22 @@
-"""Clients' weights on their way in: uploaded in pieces, checked against what this client should send, then merged.
+"""Clients' weights on their way in: uploaded in pieces, and checked against what this client should send.
 
 Nothing of an upload is trusted: its hash, its size, each tensor's name, shape and dtype, and that its numbers are
-finite. Merging reads one tensor of each client at a time.
+finite.
 """
 
 from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from splitfl.errors import CheckpointError, RefusedError, StorageError
-from splitfl.federation.merging import TOO_FEW, Merged, Merger
-from splitfl.federation.robust import Contribution, inner_products
-from splitfl.federation.strategies import State
 from splitfl.split.checkpoint import file_entries, hash_range
 from splitfl.split.shares import Shapes
 from splitfl.wire.messages import Update, Upload
@@ -143,73 +138,3 @@ def check_tensors(path: Path, expected: Shapes) -> None:
         raise RefusedError(
             f"uploaded tensor {bad!r} holds NaN or infinity", "Lower the learning rate.", code="bad_tensor"
         )
-
-
-@dataclass(frozen=True)
-class OpenUpdate:
-    """A client's tensors, read one at a time."""
-
-    update: ClientUpdate
-    file: Any
-    previous: Weights
-
-    def tensor(self, name: str) -> Tensor | None:
-        """fp32; None when this client does not hold it. Of a late update its change, on top of the newest weights."""
-        if name not in self.file.keys():  # noqa: SIM118 - safe_open is no dict
-            return None
-        copy: Tensor = self.file.get_tensor(name)
-        start = self.update.start
-        return copy if start is None else self.previous(name, copy.shape) + (copy - start(name, copy.shape))
-
-
-def merge_updates(
-    updates: Sequence[ClientUpdate],
-    merger: Merger,
-    previous: Weights,
-    own: Mapping[str, Contribution],
-    states: Callable[[str], State],
-) -> Iterator[tuple[str, Merged]]:
-    """Merge tensor by tensor, every name that anybody sent, and every one of ``own``: the server's copies of blocks
-    that clients may hold as well."""
-    with ExitStack() as stack:
-        sent = [
-            OpenUpdate(update, stack.enter_context(safe_open(update.path, framework="pt")), previous)
-            for update in updates
-            if update.path is not None
-        ]
-        shapes = {name: torch.Size(one.file.get_slice(name).get_shape()) for one in sent for name in one.file.keys()}  # noqa: SIM118
-        factors = screened(sent, merger, ((name, previous(name, shape)) for name, shape in shapes.items()))
-        all_left_out = bool(factors) and all(factor is None for factor in factors.values())
-        for name, shape in sorted((shapes | {name: part.tensor.shape for name, part in own.items()}).items()):
-            start = previous(name, shape)
-            if all_left_out:
-                yield name, Merged(start, states(name), TOO_FEW)
-                continue
-            parts = list(contributions(sent, name, start, factors))
-            if name in own:
-                parts.append(own[name])
-            yield name, merger(name, start, parts, states(name))
-
-
-def screened(
-    sent: Sequence[OpenUpdate], merger: Merger, before: Iterable[tuple[str, Tensor]]
-) -> dict[Path | None, float | None]:
-    """What each client's update is multiplied by, None = left out: a first pass over all files, where it is needed."""
-    if not merger.screens:
-        return {}
-    trained = [one for one in sent if one.update.tokens]
-    pairs = ((start, [one.tensor(name) for one in trained]) for name, start in before)
-    screen = merger.screen(inner_products(pairs, len(trained)))
-    return {one.update.path: factor for one, factor in zip(trained, screen, strict=True)}
-
-
-def contributions(
-    sent: Sequence[OpenUpdate], name: str, start: Tensor, factors: Mapping[Path | None, float | None]
-) -> Iterator[Contribution]:
-    """The copies of one tensor that are merged, each as far from ``start`` as its client's factor leaves it."""
-    for update in sent:
-        copy, factor = update.tensor(name), factors.get(update.update.path, 1.0)
-        if copy is None or factor is None:
-            continue
-        near = copy if factor == 1.0 else (start.double() + factor * (copy.double() - start.double())).float()
-        yield Contribution(near, update.update.tokens, update.update.discount)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from server_model.coordinator import Coordinator
-from server_model.rounds import Rounds
+from server_model.merge import Aggregator
 from splitfl.config import Federation, parse_federation
 from splitfl.cut import Cut
 from splitfl.data.notes import generate_notes, write_notes
@@ -260,6 +260,6 @@ def test_failed_service_raises_its_first_error_at_every_client(service: MemorySe
 def test_fault_in_the_services_background_stops_the_federation(
     model: Path, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Rounds, "_merge_now", lambda *_: 1 / 0)
+    monkeypatch.setattr(Aggregator, "merge", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_federation(model, data, settings(), tmp_path / "fed")

@@ -83,7 +83,7 @@ def test_merge_takes_late_updates_once_and_leaves_those_that_come_while_it_runs_
         return coordinator, rounds._late
 
     coordinator, late = asyncio.run(merge())
-    assert coordinator.rounds.contributors == {"a", "b"}
+    assert coordinator.rounds.aggregator.contributors == {"a", "b"}
     assert late == {"b": ClientUpdate("b", 6, None)}
 
 
@@ -103,10 +103,10 @@ def test_tensor_whose_merge_is_not_finite_stays_and_the_operator_hears_its_name(
         while rounds.durable < 0:
             await asyncio.sleep(0.001)
         coordinator.close()
-        assert torch.equal(rounds.merged["lm_head.weight"], head)
+        assert torch.equal(rounds.aggregator.merged["lm_head.weight"], head)
         return coordinator
 
-    assert asyncio.run(merge()).rounds.remembered == {}
+    assert asyncio.run(merge()).rounds.aggregator.remembered == {}
     refused = {"round": 0, "tensors": ["lm_head.weight"], "reason": "their merge would not be finite"}
     assert ("merge_refused", refused) in said
 
@@ -129,12 +129,12 @@ def test_krum_of_too_few_updates_merges_nobody_and_says_so(model, tmp_path):
         rounds._act(coordinator.members, [MergeRound(0, ("a",))])
         heard = await answer
         coordinator.close()
-        assert torch.equal(rounds.merged["lm_head.weight"], head)
+        assert torch.equal(rounds.aggregator.merged["lm_head.weight"], head)
         return coordinator, heard.merged
 
     coordinator, counts = asyncio.run(merge())
     assert not counts
-    assert coordinator.rounds.contributors == set()
+    assert coordinator.rounds.aggregator.contributors == set()
     facts = dict(said)
     assert facts["merge_refused"]["tensors"] == ["lm_head.weight"]
     assert "too few updates" in str(facts["merge_refused"]["reason"])
@@ -162,8 +162,8 @@ def test_block_that_nobody_holds_in_a_round_moves_by_the_strategy_too(model, tmp
 
     coordinator, before = asyncio.run(merge())
     held = {name for name in before if name.startswith("model.layers.2.")}  # in the top of Cut(1, 2)
-    assert held == set(coordinator.rounds.merged)
-    assert {name.rpartition("/")[0] for name in coordinator.rounds.remembered} == held
+    assert held == set(coordinator.rounds.aggregator.merged)
+    assert {name.rpartition("/")[0] for name in coordinator.rounds.aggregator.remembered} == held
     after = coordinator.engine.trunk.weights()
     for name, weight in before.items():
         torch.testing.assert_close(after[name], weight + (0.5 if name in held else 1.0))

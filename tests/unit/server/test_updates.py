@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from server_model.updates import ClientUpdate, Inbox, check_tensors, merge_updates
+from server_model.merge import merge_updates
+from server_model.updates import ClientUpdate, Inbox, check_tensors
 from splitfl.config import Merge
 from splitfl.errors import RefusedError, StorageError
 from splitfl.federation.merging import Merger
