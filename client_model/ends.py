@@ -51,7 +51,7 @@ class Ends:
         self.layers: int = source.config.num_hidden_layers
         self.width: int = source.config.hidden_size
         policy = training_policy(settings, self.layers, device)
-        spec = optimizer_spec(settings)
+        spec = optimizer_spec(settings, client=True)
         if dp_sgd is not None:  # per-record norms need fp32; clipping the noised sum would scale by its noise
             policy, spec = replace(policy, mixed=False), replace(spec, max_grad_norm=0.0)
         self.bottom, self.top = (load_segment(source, piece) for piece in ends_pieces(cut, self.layers))

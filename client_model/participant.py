@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from client_model.measuring import Measurements, due
 from client_model.notary import Notary
 from client_model.store import Snapshot
 from client_model.trainer import MissedStepError, Trainer
+from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.data.packing import Batch, DataOrder
 from splitfl.errors import ConfigError, NumericalError, ProtocolError, SplitFLError
@@ -106,7 +108,7 @@ class Participant(Candidate):
         snapshot = self._newest(welcome.round) if head is None else self._base(head)
         if snapshot is not None:
             self._change_cut(Cut(*snapshot.cut))
-        self.ends = self._fresh_ends(self.gate.policy.dp_sgd)
+        self.ends = self._fresh_ends(self.settings, self.gate.policy.dp_sgd)
         self.trainer = Trainer(self.ends, self.link, self.gate)
         assert self.guard is not None
         self.notary = Notary(self.link, self.guard.ledger, self.name, welcome.signer)
@@ -175,10 +177,10 @@ class Participant(Candidate):
             anew = self.gate.policy.private and before.n_bottom != self.cut.n_bottom
             self._say("cut_changed", before=str(before), now=str(self.cut), released_anew=anew)
 
-    def _fresh_ends(self, dp_sgd: DpSgd | None = None) -> Ends:
+    def _fresh_ends(self, settings: Federation, dp_sgd: DpSgd | None = None) -> Ends:
         """Ends with the base weights; without DP-SGD for what never leaves."""
-        narrow = load_release(self.store.model) if self.settings.release.rank is not None else None
-        return Ends(self.source, self.settings, self.cut, self.device, dp_sgd, self.gate.noise, narrow)
+        narrow = load_release(self.store.model) if settings.release.rank is not None else None
+        return Ends(self.source, settings, self.cut, self.device, dp_sgd, self.gate.noise, narrow)
 
     # -- rounds ------------------------------------------------------------------------------------------------
 
@@ -405,7 +407,8 @@ class Participant(Candidate):
         assert self.count is not None
         measured = (self.data, self.evaluation, self.link, self.gate)
         taken = self.count.tally.rounds_taken
-        run = BaselineRun(self.name, taken, *measured, self._fresh_ends, self._say_baseline)
+        fresh = partial(self._fresh_ends, self.settings.alone)
+        run = BaselineRun(self.name, taken, *measured, fresh, self._say_baseline)
         self._say("baselines")
         ends_only, top_only = run.ends_only() if ends_too else None, run.top_only() if top_too else None
         return Baselines(self.measured.losses[-1]["loss"], ends_only, top_only, run.steps)

@@ -25,7 +25,7 @@ from client_model.entry import DirectEntry, Entry, OnceEntry, records_of
 from splitfl.codec.tensors import decode_tensor
 from splitfl.data.packing import Batch
 from splitfl.errors import NumericalError, ProtocolError, RefusedError
-from splitfl.federation.schedule import learning_rate
+from splitfl.federation.schedule import client_learning_rate
 from splitfl.privacy.gate import Gate
 from splitfl.privacy.ledger import ReleaseKind
 from splitfl.split.loss import HeadLoss
@@ -95,7 +95,7 @@ class Trainer:
 
     def step(self, round_: int, step: int, micro_batches: Sequence[Batch]) -> HeadLoss:
         """One optimizer step over its micro-batches. Raises MissedStepError; then its gradients are gone."""
-        rate = learning_rate(self.ends.settings, round_, step)
+        rate = client_learning_rate(self.ends.settings, round_, step)
         done, norm = Sum(), 0.0
         crossings = (self._train(StepPlace(round_, step, micro), b, done) for micro, b in enumerate(micro_batches))
         try:

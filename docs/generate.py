@@ -100,8 +100,9 @@ def is_section(field: FieldInfo) -> bool:
 def values(field: FieldInfo) -> str:
     """What a field may hold, for a reader."""
     annotation: Any = field.annotation
-    if get_origin(annotation) is Literal:
-        return ", ".join(f'`"{choice}"`' for choice in get_args(annotation))
+    literals = [kind for kind in (annotation, *get_args(annotation)) if get_origin(kind) is Literal]
+    if literals:
+        return ", ".join(f'`"{choice}"`' for choice in get_args(literals[0]))
     if get_origin(annotation) is tuple:
         return f"list of {listed(get_args(annotation)[0])}"
     annotation = plain(annotation)

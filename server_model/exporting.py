@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from server_model.store import RoundState, Store
-from splitfl.config import Federation
+from splitfl.config import Federation, Optimizer
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError, PrivacyError
 from splitfl.federation.agreement import privacy_line, weights_line
@@ -116,7 +116,7 @@ def model_card(settings: Federation, state: RoundState, model: Path) -> str:
             f"- merging: {settings.merge.strategy}, share = {settings.merge.share}",
             f"- training: blocks {settings.model.train}, head {settings.model.head}, "
             f"frozen below block {settings.freeze_below}",
-            f"- optimizer: {settings.optimizer.name}, peak learning rate {settings.optimizer.learning_rate}",
+            f"- optimizer: {optimizer_line(settings.optimizer)}",
             f"- seed: {settings.seed}",
             f"- privacy {privacy_line(settings)}",
             f"- weights of the clients: {weights_line(settings)} {weights_warning(settings)}",
@@ -130,3 +130,10 @@ def weights_warning(settings: Federation) -> str:
     if settings.privacy.on and settings.privacy.dp_sgd:
         return "Each client's report says what that is worth."
     return "They are not differentially private: treat them as derived from the clients' text."
+
+
+def optimizer_line(optimizer: Optimizer) -> str:
+    """What moved the weights: the trunk's, and the clients' where theirs was another."""
+    line = f"{optimizer.name}, peak learning rate {optimizer.learning_rate}"
+    rate = optimizer.client_learning_rate
+    return line if rate is None else f"{line}; at the clients {optimizer.of_clients}, {rate}"

@@ -159,6 +159,7 @@ def check_same(before: Federation, now: Federation) -> None:
         "model": (before.model, now.model),
         "merge": (before.merge, now.merge),
         "optimizer.name": (before.optimizer.name, now.optimizer.name),
+        "optimizer.client_name": (before.optimizer.of_clients, now.optimizer.of_clients),
     }
     for name, (old, new) in fixed.items():
         if old != new:

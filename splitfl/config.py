@@ -115,10 +115,16 @@ class Model(Section):
 
 
 class Optimizer(Section):
-    """How weights move, on both sides alike."""
+    """How weights move: the trunk's, and the clients' unless the two fields of their own say otherwise."""
 
-    name: Literal["adamw", "sgd"] = Field("adamw", description="optimizer of every holder")
+    name: Literal["adamw", "sgd"] = Field("adamw", description="optimizer of the trunk, and of the clients")
     learning_rate: float = Field(5e-4, gt=0, description="peak step size")
+    client_name: Literal["adamw", "sgd"] | None = Field(
+        None, description="optimizer of the clients' own weights in rounds; none = name"
+    )
+    client_learning_rate: float | None = Field(
+        None, gt=0, description="their peak step size, on the same schedule; none = learning_rate"
+    )
     schedule: Literal["cosine", "constant"] = Field("cosine", description="how the step size falls after warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     final_fraction: float = Field(0.1, ge=0, le=1, description="share of the peak step size at the last step")
@@ -126,6 +132,20 @@ class Optimizer(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
     max_grad_norm: float = Field(1.0, ge=0, description="L2 norm to which bottom, trunk and top are clipped; 0 = off")
+
+    @model_validator(mode="after")
+    def client_has_its_own_step_size(self) -> Optimizer:
+        if self.of_clients != self.name and self.client_learning_rate is None:
+            raise ValueError(
+                f'client_name = "{self.client_name}" needs client_learning_rate: '
+                f'steps of "{self.name}" and "{self.client_name}" are not of one size'
+            )
+        return self
+
+    @property
+    def of_clients(self) -> Literal["adamw", "sgd"]:
+        """The optimizer of the clients' own weights."""
+        return self.client_name or self.name
 
 
 class Merge(Section):
@@ -355,6 +375,15 @@ class Federation(Section):
         """The embedding and the blocks below this number are frozen for everyone."""
         chosen = self.model.freeze_below
         return self.bottoms[-1] if chosen is None else chosen
+
+    @property
+    def alone(self) -> Federation:
+        """For models that are trained without merging, beside the federation: everything moves as the trunk does.
+
+        What the clients' own optimizer is set to makes sense only with the strategy that takes its result.
+        """
+        own = {"client_name": None, "client_learning_rate": None}
+        return self.model_copy(update={"optimizer": self.optimizer.model_copy(update=own)})
 
     def allows(self, cut: Cut) -> bool:
         """Whether a client may take ``cut``."""

@@ -116,11 +116,11 @@ class Scaffold(Strategy):
         return ControlVariates()
 
     def check(self, settings: Federation) -> None:
-        if settings.optimizer.name != "sgd":
+        if settings.optimizer.of_clients != "sgd":
             raise ConfigError(
-                f'merge.strategy = "scaffold" with optimizer.name = "{settings.optimizer.name}": control variates are '
-                "gradients, and the distance that adaptive steps go says nothing of those",
-                'Set optimizer.name = "sgd", or another strategy.',
+                f'merge.strategy = "scaffold" with "{settings.optimizer.of_clients}" at the clients: control variates '
+                "are gradients, and the distance that adaptive steps go says nothing of those",
+                'Set optimizer.client_name = "sgd", or another strategy.',
             )
         if settings.merge.aggregate != "mean" or settings.merge.clip_norm:
             raise ConfigError(

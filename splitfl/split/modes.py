@@ -65,11 +65,11 @@ def check_record_length(settings: Federation, config: PreTrainedConfig) -> None:
         )
 
 
-def optimizer_spec(settings: Federation) -> OptimizerSpec:
-    """The optimizer of every holder."""
+def optimizer_spec(settings: Federation, *, client: bool = False) -> OptimizerSpec:
+    """The optimizer of the trunk, or of a ``client``'s own weights."""
     optimizer = settings.optimizer
     return OptimizerSpec(
-        name=optimizer.name,
+        name=optimizer.of_clients if client else optimizer.name,
         weight_decay=optimizer.weight_decay,
         betas=(optimizer.beta1, optimizer.beta2),
         max_grad_norm=optimizer.max_grad_norm,

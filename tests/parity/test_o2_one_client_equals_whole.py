@@ -36,6 +36,41 @@ def test_client_repeats_whole_model_losses_when_everything_trains(checkpoint, op
     assert reference[-1] < reference[0] - 0.01  # it did train
 
 
+class TwoOptimizers:
+    """AdamW for the trunk, SGD for the rest, as one optimizer whose step size is AdamW's."""
+
+    def __init__(self, model: torch.nn.Module, trunk: tuple[str, ...], rate: float) -> None:
+        named = dict(model.named_parameters())
+        inside = [weight for name, weight in named.items() if name.startswith(trunk)]
+        outside = [weight for name, weight in named.items() if not name.startswith(trunk)]
+        self.trunk = torch.optim.AdamW(inside, weight_decay=0.0)
+        self.rest = torch.optim.SGD(outside, lr=rate)
+        self.param_groups = self.trunk.param_groups
+
+    def zero_grad(self) -> None:
+        self.trunk.zero_grad()
+        self.rest.zero_grad()
+
+    def step(self) -> None:
+        self.trunk.step()
+        self.rest.step()
+
+
+def test_clients_weights_move_by_an_optimizer_of_their_own(llama, notes, tmp_path):
+    optimizer = {"name": "adamw", "learning_rate": 1e-3, "client_name": "sgd", "client_learning_rate": 0.05}
+    settings = exact_settings(**ROUNDS, optimizer=optimizer)
+    outcome = federate(llama, {"solo": notes["cardiology"]}, settings, tmp_path)
+
+    data = open_data(llama, notes["cardiology"], settings)
+    model = whole_model(llama)
+    layers = model.config.num_hidden_layers
+    trunk = tuple(f"model.layers.{block}." for block in settings.cut.trunk(layers))
+    both = TwoOptimizers(model, trunk, 0.05)
+    reference = train(model, steps_of(data, 12), both, [1e-3] * 12)
+    assert outcome.step_losses["solo"] == pytest.approx(reference, abs=1e-6)
+    assert reference[-1] < reference[0] - 0.01
+
+
 def test_client_repeats_whole_model_losses_with_frozen_bottom_padding_micro_batches_and_cosine(llama, notes, tmp_path):
     settings = exact_settings(
         **ROUNDS,

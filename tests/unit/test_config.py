@@ -68,6 +68,8 @@ def test_every_field_says_what_it_is_and_in_which_unit(section: type[BaseModel])
         ({"optimizer": {"learning_rate": float("inf")}}, "optimizer.learning_rate"),
         ({"batch": {"in_flight": 0}}, "batch.in_flight"),
         ({"optimizer": {"beta2": 1.0}}, "optimizer.beta2"),
+        ({"optimizer": {"client_name": "sgd"}}, "optimizer"),
+        ({"optimizer": {"client_learning_rate": 0}}, "optimizer.client_learning_rate"),
         ({"merge": {"share": "all"}}, "merge.share"),
         ({"trunk": {"mode": "parallel"}}, "trunk.mode"),
         ({"wire": {"codec": "int4"}}, "wire.codec"),
@@ -235,3 +237,12 @@ def test_value_of_another_type_is_refused_by_its_field(table: dict[str, Any], fi
 def test_whole_number_is_a_number_and_an_array_a_list() -> None:
     settings = parse_federation({"merge": {"clip_norm": 2}, "batch": {"buckets": [32, 256]}}, "here")
     assert (settings.merge.clip_norm, settings.batch.buckets) == (2.0, (32, 256))
+
+
+def test_models_beside_the_federation_move_as_the_trunk_does() -> None:
+    own = {"client_name": "sgd", "client_learning_rate": 0.5, "learning_rate": 1e-3}
+    settings = parse_federation({"optimizer": own, "rounds": {"count": 3}}, "the test")
+    assert settings.optimizer.of_clients == "sgd"
+    alone = settings.alone.optimizer
+    assert (alone.of_clients, alone.client_learning_rate, alone.learning_rate) == ("adamw", None, 1e-3)
+    assert settings.alone.rounds == settings.rounds

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitfl.config import Federation, parse_federation
-from splitfl.federation.schedule import learning_rate
+from splitfl.federation.schedule import client_learning_rate, learning_rate, round_step_sizes
 
 PEAK = 0.01
 
@@ -79,3 +79,17 @@ def test_step_size_is_positive_or_zero_and_never_above_the_peak(
 @given(st.integers(1, 5), st.integers(1, 5))
 def test_rounds_and_steps_are_one_line_of_steps(count: int, local_steps: int) -> None:
     assert rates(federation(count, local_steps)) == rates(federation(1, count * local_steps))
+
+
+def test_clients_step_size_follows_the_same_schedule_to_its_own_peak() -> None:
+    settings = federation(schedule="cosine", warmup_steps=3, client_name="sgd", client_learning_rate=5 * PEAK)
+    places = [(round_, step) for round_ in range(4) for step in range(5)]
+    assert [client_learning_rate(settings, *place) for place in places] == pytest.approx(
+        [5 * rate for rate in rates(settings)]
+    )
+    assert round_step_sizes(settings, 1) == pytest.approx(5 * sum(rates(settings)[5:10]))
+
+
+def test_clients_step_size_is_the_trunks_unless_it_is_set() -> None:
+    settings = federation(warmup_steps=3)
+    assert client_learning_rate(settings, 2, 1) == learning_rate(settings, 2, 1)
