@@ -25,17 +25,36 @@ from splitfl.lab.bench.hospitals import Hospitals, Kind, Scale, Tables, make_bas
 KINDS: tuple[Kind, ...] = get_args(Kind)
 TUNING_SEED = 100
 LOCAL, CENTRAL, PERSONAL, BEFORE = "local-only", "centralised", "personal heads", "before"
+ADAMW_CLIENTS, LONG_ROUNDS = "fedavg, AdamW at the clients", "fedadam, rounds of ten steps"
 MOST_LOSS = 1.02  # of centralised
 
-#: each strategy's parameters, as tables of federation.toml; the best of two to four values of each
+
+def sgd(rate: float) -> dict[str, Any]:
+    """SGD for the clients' own weights; the trunk has AdamW in any case."""
+    return {"client_name": "sgd", "client_learning_rate": rate}
+
+
+def adaptive(strategy: str, rate: float) -> dict[str, Any]:
+    """A strategy whose server takes the clients' average for a gradient."""
+    return {"strategy": strategy, "server_learning_rate": rate, "server_epsilon": 1e-5}
+
+
+#: each strategy's parameters, as tables of federation.toml: the best of a few values of each; and two that show what
+#: they owe to SGD at the clients, and to short rounds
 SETTINGS: dict[str, Tables] = {
-    "fedavg": {},
-    "fedprox": {"merge": {"strategy": "fedprox", "proximal_mu": 0.1}},
-    "scaffold": {"merge": {"strategy": "scaffold"}, "optimizer": {"name": "sgd", "learning_rate": 3.0}},
-    "fedavgm": {"merge": {"strategy": "fedavgm", "server_momentum": 0.3, "server_learning_rate": 1.5}},
-    "fedadagrad": {"merge": {"strategy": "fedadagrad", "server_learning_rate": 0.03}},
-    "fedyogi": {"merge": {"strategy": "fedyogi", "server_learning_rate": 0.003}},
-    "fedadam": {"merge": {"strategy": "fedadam", "server_learning_rate": 0.003}},
+    "fedavg": {"optimizer": sgd(3.0)},
+    "fedprox": {"optimizer": sgd(3.0), "merge": {"strategy": "fedprox", "proximal_mu": 0.003}},
+    "scaffold": {"optimizer": sgd(3.0), "merge": {"strategy": "scaffold"}},
+    "fedavgm": {"optimizer": sgd(1.0), "merge": {"strategy": "fedavgm", "server_momentum": 0.9}},
+    "fedadagrad": {"optimizer": sgd(1.0), "merge": adaptive("fedadagrad", 0.03)},
+    "fedyogi": {"optimizer": sgd(1.0), "merge": adaptive("fedyogi", 0.007)},
+    "fedadam": {"optimizer": sgd(1.0), "merge": adaptive("fedadam", 0.007)},
+    ADAMW_CLIENTS: {},
+    LONG_ROUNDS: {
+        "optimizer": sgd(1.0),
+        "merge": adaptive("fedadam", 0.02),
+        "rounds": {"count": 12, "local_steps": 10},
+    },
     PERSONAL: {"merge": {"share": "none"}},
 }
 WAYS = (BEFORE, LOCAL, *SETTINGS, CENTRAL)

@@ -48,8 +48,8 @@ class Scale:
     base_steps: int = 800
     base_records: int = 8  # in one of those steps
     base_rate: float = 6e-3  # peak step size
-    rounds: int = 12
-    local_steps: int = 10
+    rounds: int = 60
+    local_steps: int = 2
     records: int = 4  # in one step of one client
     rate: float = 1e-2  # peak step size
     held_out_fraction: float = 0.15

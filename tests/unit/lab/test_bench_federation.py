@@ -15,7 +15,20 @@ from splitfl.cli import app
 from splitfl.errors import ConfigError
 from splitfl.federation.strategies import STRATEGIES
 from splitfl.lab.bench import federation
-from splitfl.lab.bench.federation import BEFORE, CENTRAL, LOCAL, PERSONAL, SETTINGS, TUNING_SEED, WAYS, bars, run, table
+from splitfl.lab.bench.federation import (
+    ADAMW_CLIENTS,
+    BEFORE,
+    CENTRAL,
+    LOCAL,
+    LONG_ROUNDS,
+    PERSONAL,
+    SETTINGS,
+    TUNING_SEED,
+    WAYS,
+    bars,
+    run,
+    table,
+)
 from splitfl.lab.bench.harness import Result
 from splitfl.lab.bench.hospitals import Hospitals, Scale, make_base
 from splitfl.lab.bench.plots import draw_federation
@@ -42,15 +55,15 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Hospitals:
 
 
 def test_every_strategy_is_measured_with_settings_that_a_federation_takes() -> None:
-    assert set(SETTINGS) == {*STRATEGIES, PERSONAL}
+    assert set(SETTINGS) == {*STRATEGIES, ADAMW_CLIENTS, LONG_ROUNDS, PERSONAL}
     for name, tables in SETTINGS.items():
         merge = Scale().federation(0, tables).merge
-        assert merge.strategy == (name if name in STRATEGIES else "fedavg")
+        assert merge.strategy == {LONG_ROUNDS: "fedadam"}.get(name, name if name in STRATEGIES else "fedavg")
     assert TUNING_SEED not in range(3)
 
 
 def test_training_together_beats_the_base_and_counts_what_it_sent(hospitals: Hospitals) -> None:
-    before, merged = hospitals.untouched(), hospitals.federated(SETTINGS["fedavg"])
+    before, merged = hospitals.untouched(), hospitals.federated(SETTINGS[ADAMW_CLIENTS])
     assert merged["union"][0] < before["union"][0]
     assert merged["own"] == merged["union"][0]
     kinds = {name: count for name, count in merged["bytes"].items() if name != "both ways"}
@@ -80,7 +93,8 @@ def test_one_client_that_has_everything_is_the_centralised_model(hospitals: Hosp
 
 def cells(seeds: int = 2, **union: float) -> list[dict[str, Any]]:
     """Made-up measurements: ``union`` are losses, the last of these ways' seeds is a tenth worse."""
-    losses = {BEFORE: 3.0, CENTRAL: 2.0, PERSONAL: 2.6, **dict.fromkeys(STRATEGIES, 2.1), **union}
+    losses = {BEFORE: 3.0, CENTRAL: 2.0, PERSONAL: 2.6, ADAMW_CLIENTS: 2.2, LONG_ROUNDS: 2.3}
+    losses |= {**dict.fromkeys(STRATEGIES, 2.1), **union}
     return [
         {
             "partition": kind,
