@@ -36,6 +36,7 @@ from splitfl.lab.audit.model import PublicModel
 from splitfl.lab.audit.observed import Observed
 from splitfl.lab.audit.run import Plan, run_audit
 from splitfl.lab.bench.contenders import (
+    CPU,
     Effort,
     TopTuning,
     adapted_model,
@@ -51,6 +52,7 @@ from splitfl.lab.bench.texts import Texts, docstrings, python_texts
 from splitfl.privacy.accounting import epsilon_of
 from splitfl.split.checkpoint import CheckpointFolder
 from splitfl.split.create import create_checkpoint
+from splitfl.split.narrow import load_release
 
 DELTA = 1e-5
 MOST_RECOVERY, MOST_LOSS, LEAST_GAIN = 0.25, 1.05, 0.15
@@ -66,7 +68,7 @@ class Scope:
 
     cut: Cut = field(default_factory=lambda: Cut(1, 1))
     rank: int = 16
-    narrow_levels: tuple[float, ...] = (0.35, 0.5)
+    narrow_levels: tuple[float, ...] = (0.1, 0.2, 0.35, 0.5)
     plain_levels: tuple[float, ...] = tuple(LEVELS.values())
     seeds: int = 3
     audited: int = 8  # private records whose releases are attacked, for each seed
@@ -186,7 +188,20 @@ class Frontier:
         cut, rank = self.scope.cut, self.scope.rank
         if plain:
             return plain_model(self.adapted, self.texts, self.effort, cut, level)
-        return adapted_model(self.base, self.stage, self.texts, self.effort, cut, rank, level)
+        settings = self.effort.adaptation(cut, rank, level, 0).settings()
+        folder = self.publish_narrow(level)
+        return NarrowModel(folder, settings, load_release(folder), CPU)
+
+    def publish_narrow(self, level: float) -> Path:
+        """A narrow release adapted to this level."""
+        folder = self.work / f"narrow-{level}"
+        if not folder.exists():
+            cut, rank = self.scope.cut, self.scope.rank
+            model = adapted_model(self.base, self.stage, self.texts, self.effort, cut, rank, level)
+            with tempfile.TemporaryDirectory(dir=self.work) as begun:
+                model.save(Path(begun) / "model")
+                (Path(begun) / "model").rename(folder)
+        return folder
 
     def measure(self, name: str, level: float) -> dict[str, Any]:
         """One mechanism at one level: tuned and attacked for each seed."""

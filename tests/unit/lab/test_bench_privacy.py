@@ -13,6 +13,7 @@ from client_model.records import open_tokenizer
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError
 from splitfl.lab.adapt import NarrowModel, adapt, narrow_model, public_release
+from splitfl.lab.bench import privacy
 from splitfl.lab.bench.contenders import (
     Effort,
     TopTuning,
@@ -27,7 +28,7 @@ from splitfl.lab.bench.contenders import (
 )
 from splitfl.lab.bench.harness import Result, claim, once
 from splitfl.lab.bench.plots import draw_frontier
-from splitfl.lab.bench.privacy import Scope, bars, run
+from splitfl.lab.bench.privacy import Frontier, Scope, bars, run
 from splitfl.lab.bench.texts import RUN, Texts, docstrings, python_texts, runs
 
 QUICK = Effort(public_steps=4, private_steps=6, records=4, length=32, rates=(3e-3,), compute="fp32")
@@ -103,6 +104,21 @@ def test_adapting_in_two_parts_is_adapting_at_once(small_model: Path, texts: Tex
     whole = narrow_model(small_model, adaptation, torch.device("cpu"))
     adapt(whole, adaptation, texts.public, 0)
     assert all(torch.equal(weight, adapted.segments()[name]) for name, weight in whole.segments().items())
+
+
+def test_adapted_release_is_kept_for_a_run_that_goes_on(
+    small_model: Path, texts: Texts, adapted: NarrowModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Frontier(small_model, tmp_path, texts, Scope(Cut(1, 1), rank=4), QUICK, print)
+    monkeypatch.setattr(privacy, "adapted_model", lambda *_: adapted)
+    first = bench.model(plain=False, level=0.5)
+    monkeypatch.setattr(privacy, "adapted_model", lambda *_: pytest.fail("adapted twice"))
+    again = bench.model(plain=False, level=0.5)
+    assert first.narrow.spec == again.narrow.spec == adapted.narrow.spec
+    for name, weight in adapted.segments().items():
+        assert torch.equal(weight, again.segments()[name])
+    for name, weight in adapted.narrow.named_parameters():
+        assert torch.equal(weight, dict(again.narrow.named_parameters())[name])
 
 
 def test_top_tuning_learns_from_one_release_and_puts_the_model_back(texts: Texts, adapted: NarrowModel) -> None:
