@@ -30,7 +30,7 @@ from client_model.trainer import MissedStepError, Trainer
 from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.data.packing import Batch, DataOrder
-from splitfl.errors import ConfigError, NumericalError, ProtocolError, SplitFLError
+from splitfl.errors import ConfigError, NumericalError, ProtocolError, RefusedError, SplitFLError
 from splitfl.federation.schedule import round_step_sizes
 from splitfl.files import sha256_of
 from splitfl.privacy.policy import DpSgd
@@ -201,7 +201,8 @@ class Participant(Candidate):
                     "Do not trust this server: each round is trained once.",
                 )
             self.store.forget_closing()
-            self._take_merge(answer.weights)
+            if not self._take_merge_in_time(answer.weights):
+                continue
             self.ends.begin_round(self.beside)
             self._evaluate(answer.round)
             self._train_round(answer.round, 0, 0)
@@ -219,6 +220,17 @@ class Participant(Candidate):
             self.ends.load_weights(self.assets.weights(weights, self.ends.shared))
             self.beside = self.assets.weights(weights, self.ends.beside) if self.ends.beside else {}
         self.held_weights = weights
+
+    def _take_merge_in_time(self, weights: str) -> bool:
+        """The same, unless it took so long that the server keeps newer merges alone: then the next round has one."""
+        try:
+            self._take_merge(weights)
+        except RefusedError as refused:
+            if refused.code != "not_found":
+                raise
+            self._say("merge_missed")
+            return False
+        return True
 
     def _train_round(self, round_: int, first_step: int, tokens: int) -> None:
         """The local steps of a round, a snapshot, the update, and the wait until the merge is durable."""
@@ -285,7 +297,7 @@ class Participant(Candidate):
             raise ProtocolError(f"{type(answer).__name__} instead of a merged round")
         if snapshot.correction and not (answer.merged and snapshot.tokens):
             self._take_correction_back(snapshot)  # the server's side of the strategy does not know of this round
-        self._take_merge(answer.weights)
+        self._take_merge_in_time(answer.weights)
         assert self.count is not None
         taken = self.count.tally.rounds_taken + answer.merged
         self.count.set_rounds(self.link.journal.once(f"taken {round_}", lambda: taken))

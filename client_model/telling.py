@@ -79,6 +79,8 @@ def describe(event: str, facts: dict[str, Any]) -> str:
         case "round_durable":
             late = "" if facts["merged"] else " (too late for this client's part)"
             return f"round {facts['round'] + 1} merged{late}"
+        case "merge_missed":
+            return "the merged weights took so long to come that newer ones have replaced them; asking for those"
         case "server_restarted":
             return f"the server restarted; going on after round {facts['durable_round'] + 1}"
         case "cut_changed":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from client_model.assets import Assets
 from server_model.coordinator import Coordinator
 from server_model.merge import Aggregator
 from splitfl.config import Federation, parse_federation
@@ -255,6 +257,25 @@ def test_failed_service_raises_its_first_error_at_every_client(service: MemorySe
         first.ask(NextRound(0, 0, -1))
     with pytest.raises(ZeroDivisionError, match="the first"):
         second.open()
+
+
+@pytest.mark.parametrize("refused", [{1}, {1, 2}], ids=["after the update", "and before the next round"])
+def test_merge_that_is_gone_before_a_slow_client_has_it_is_asked_for_anew(
+    refused: set[int], model: Path, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = {"oncology": data["oncology"]}
+    undisturbed = run_federation(model, alone, settings(), tmp_path / "undisturbed")
+    calls, take = count(1), Assets.weights
+
+    def weights(self: Assets, digest: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        if next(calls) in refused:
+            raise RefusedError("no blob", code="not_found")
+        return take(self, digest, names)
+
+    monkeypatch.setattr(Assets, "weights", weights)
+    disturbed = run_federation(model, alone, settings(), tmp_path / "disturbed")
+    assert len([event for event in disturbed.events if event.event == "merge_missed"]) == len(refused)
+    assert_same_weights(undisturbed, disturbed)
 
 
 def test_fault_in_the_services_background_stops_the_federation(
