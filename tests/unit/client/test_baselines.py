@@ -82,6 +82,16 @@ def test_baselines_train_as_many_steps_as_the_client_did(model: Path, tmp_path: 
         assert result.reports[name]["baselines"]["steps"] == 3 * rounds
 
 
+def test_baselines_move_as_the_trunk_does_whatever_the_clients_optimizer(model: Path, tmp_path: Path) -> None:
+    common = settings("ends")
+    own = {"client_name": "sgd", "client_learning_rate": 1e-9}
+    slow = common.model_copy(update={"optimizer": common.optimizer.model_copy(update=own)})
+    first, second = (run(model, tmp_path / name, chosen) for name, chosen in (("common", common), ("slow", slow)))
+    baselines = [result.reports["a"]["baselines"] for result in (first, second)]
+    assert baselines[0]["ends_only"] == baselines[1]["ends_only"]
+    assert baselines[0]["federated"] != baselines[1]["federated"]
+
+
 @given(count=st.integers(1, 60), taken=st.integers(0, 60))
 def test_rounds_are_spread_over_the_schedule(count: int, taken: int) -> None:
     chosen = spread(min(taken, count), count)
