@@ -14,7 +14,7 @@ import torch
 import typer.main
 
 from splitfl.cli import app
-from splitfl.config import Federation, Merge, load_federation
+from splitfl.config import Federation, Merge, load_federation, parse_federation
 from splitfl.federation.merging import Merger, choose_strategy
 from splitfl.federation.robust import Contribution
 from splitfl.federation.strategies import STRATEGIES, FedAvg, RoundFacts
@@ -169,3 +169,11 @@ def test_strategies_page_names_every_strategy_and_parameter() -> None:
     page = (ROOT / "docs" / "strategies.md").read_text()
     fields = [name for name in Merge.model_fields if name != "share"]
     assert [name for name in (*STRATEGIES, *fields) if f"`{name}" not in page] == []
+
+
+@pytest.mark.parametrize("page", ["federation.md", "strategies.md"])
+def test_settings_that_a_page_shows_are_taken(page: str) -> None:
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        choose_strategy(parse_federation(tomllib.loads(block), page))

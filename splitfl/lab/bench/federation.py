@@ -2,7 +2,9 @@
 
 Two partitions that are unlike on purpose (each hospital one specialty; Dirichlet(0.1) over specialties), and on each:
 every strategy, personal heads, local-only and centralised. All losses are over the held-out rows of all clients
-together, so a model that knows one specialty alone pays for the others; ``own`` is what each client has at home.
+together, so a model that knows one specialty alone pays for the others; ``own`` is what each client has at home. The
+common step size is centralised's best; a client alone forgets the others' patients by it, so there is local-only at a
+tenth of it too.
 
 The seeds measured are 0, 1, 2, ...: each draws notes, partition and order anew. ``SETTINGS`` and the scale were chosen
 once, on ``TUNING_SEED``, by specialty.
@@ -25,6 +27,8 @@ from splitfl.lab.bench.hospitals import Hospitals, Kind, Scale, Tables, make_bas
 KINDS: tuple[Kind, ...] = get_args(Kind)
 TUNING_SEED = 100
 LOCAL, CENTRAL, PERSONAL, BEFORE = "local-only", "centralised", "personal heads", "before"
+SMALL_STEPS = "local-only, a tenth of the step size"
+ALONE = (LOCAL, SMALL_STEPS)
 ADAMW_CLIENTS, LONG_ROUNDS = "fedavg, AdamW at the clients", "fedadam, rounds of ten steps"
 MOST_LOSS = 1.02  # of centralised
 
@@ -57,7 +61,7 @@ SETTINGS: dict[str, Tables] = {
     },
     PERSONAL: {"merge": {"share": "none"}},
 }
-WAYS = (BEFORE, LOCAL, *SETTINGS, CENTRAL)
+WAYS = (BEFORE, *ALONE, *SETTINGS, CENTRAL)
 
 Say = Callable[[str], None]
 Cell = dict[str, Any]  # one way on one partition and seed: these three, and what ``Hospitals.measured`` gives
@@ -102,6 +106,8 @@ def measure(hospitals: Hospitals, way: str, say: Say) -> Cell:
             found = hospitals.untouched()
         case "local-only":
             found = hospitals.local_only()
+        case "local-only, a tenth of the step size":
+            found = hospitals.at_rate(hospitals.scale.rate / 10).local_only()
         case "centralised":
             found = hospitals.centralised()
         case _:
@@ -125,31 +131,36 @@ def table(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                     **{f"MB {name}": median(one["bytes"][name] for one in found) / 1e6 for name in found[0]["bytes"]},
                 }
             )
-            if way == LOCAL:
+            if way in ALONE:
                 each = zip(*(one["union"] for one in found), strict=True)
                 rows += [
-                    {"partition": kind, "model": f"{LOCAL}, client {number}", "union": spread(losses)}
+                    {"partition": kind, "model": f"{way}, client {number}", "union": spread(losses)}
                     for number, losses in enumerate(each)
                 ]
     return rows
 
 
 def bars(cells: Sequence[Cell]) -> list[Bar]:
-    """What the issue asks for. The first two in the worst of the seeds; the last for the strategy that is best in the
-    median over seeds, not for the luckiest of each."""
+    """What the issue asks for. The first two in the worst of the seeds and against the better step size of those who
+    train alone; the last for the strategy that is best in the median over seeds, not for the luckiest of each."""
     found = []
     for kind in KINDS:
-        against_mean = {name: ratios(cells, kind, name, LOCAL, fmean) for name in STRATEGIES}
-        worst = max(against_mean, key=lambda name: max(against_mean[name]))
-        against_best = ratios(cells, kind, "fedavg", LOCAL, min)
+        against_mean = {name: against_alone(cells, kind, name, fmean) for name in STRATEGIES}
+        worst = max(against_mean, key=lambda name: against_mean[name])
+        against_best = against_alone(cells, kind, "fedavg", min)
         central = {name: median(ratios(cells, kind, name, CENTRAL, fmean)) for name in STRATEGIES}
         best = min(central, key=lambda name: central[name])
         found += [
-            Bar(f"{kind}: {worst}, the worst strategy / mean local-only", max(against_mean[worst]), 1.0, "lower"),
-            Bar(f"{kind}: fedavg / best local-only client", max(against_best), 1.0, "lower"),
+            Bar(f"{kind}: {worst}, the worst strategy / mean local-only", against_mean[worst], 1.0, "lower"),
+            Bar(f"{kind}: fedavg / best local-only client", against_best, 1.0, "lower"),
             Bar(f"{kind}: {best}, the best strategy / centralised", central[best], MOST_LOSS, "lower"),
         ]
     return found
+
+
+def against_alone(cells: Sequence[Cell], kind: str, way: str, of: Callable[[Sequence[float]], float]) -> float:
+    """The worst ratio to local-only, of all seeds and both step sizes."""
+    return max(ratio for baseline in ALONE for ratio in ratios(cells, kind, way, baseline, of))
 
 
 def ratios(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -176,6 +176,10 @@ class Hospitals:
         model = self.open(self.base)
         train_like_federation(model, central_steps(self.data))
         return self.measured([model], {"both ways": sum(path.stat().st_size for path in self.files.values())})
+
+    def at_rate(self, rate: float) -> Hospitals:
+        """The same hospitals with another peak step size."""
+        return replace(self, scale=replace(self.scale, rate=rate))
 
     def open(self, folder: Path) -> WholeModel:
         return WholeModel(folder, self.settings, CPU)

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from splitfl.errors import StorageError
+from splitfl.lab.bench.federation import ALONE
 from splitfl.lab.bench.harness import Result
 from splitfl.lab.demo.plots import BLUE, GREEN, GREY, ORANGE, UNITS, legend_below, tidy
 
@@ -71,10 +72,12 @@ def draw_partition(losses: dict[str, dict[str, float]], panel: Axes) -> None:
         panel.annotate(f"{losses[name]['median']:.3f}", (losses[name]["max"], place), xytext=(6, -3), **NEAR)
     for name, (line, colour) in LINES.items():
         panel.axvline(losses[name]["median"], linestyle=line, color=colour, label=name)
-    alone = [losses[name]["median"] for name in losses if name.startswith("local-only, client")]
-    panel.plot(alone, [len(shown)] * len(alone), "s", color=ORANGE, markersize=5)
-    panel.set_yticks(range(len(shown) + 1), [*shown, "local-only, each"])
-    panel.set_ylim(len(shown) + 0.5, -0.5)  # the first on top, in panels that share the axis too
+    for place, way in enumerate(ALONE, len(shown)):
+        each = [losses[name]["median"] for name in losses if name.startswith(f"{way}, client")]
+        panel.plot(each, [place] * len(each), "s", color=ORANGE, markersize=5)
+    labels = [*shown, *(f"{way}: each" for way in ALONE)]
+    panel.set_yticks(range(len(labels)), labels)
+    panel.set_ylim(len(labels) - 0.5, -0.5)  # the first on top, in panels that share the axis too
     panel.set_xlabel(f"{UNITS}, rows of all clients")
     legend_below(panel, 3)
     tidy(panel, grid="x")

@@ -17,12 +17,14 @@ from splitfl.federation.strategies import STRATEGIES
 from splitfl.lab.bench import federation
 from splitfl.lab.bench.federation import (
     ADAMW_CLIENTS,
+    ALONE,
     BEFORE,
     CENTRAL,
     LOCAL,
     LONG_ROUNDS,
     PERSONAL,
     SETTINGS,
+    SMALL_STEPS,
     TUNING_SEED,
     WAYS,
     bars,
@@ -95,12 +97,13 @@ def cells(seeds: int = 2, **union: float) -> list[dict[str, Any]]:
     """Made-up measurements: ``union`` are losses, the last of these ways' seeds is a tenth worse."""
     losses = {BEFORE: 3.0, CENTRAL: 2.0, PERSONAL: 2.6, ADAMW_CLIENTS: 2.2, LONG_ROUNDS: 2.3}
     losses |= {**dict.fromkeys(STRATEGIES, 2.1), **union}
+    alone = {LOCAL: [2.8, 3.0], SMALL_STEPS: [2.7, 2.9]}
     return [
         {
             "partition": kind,
             "seed": seed,
             "model": way,
-            "union": [2.7, 2.9] if way == LOCAL else [losses[way] * (1.1 if seed == seeds - 1 and way in union else 1)],
+            "union": alone[way] if way in ALONE else [losses[way] * (1.1 if seed == seeds - 1 and way in union else 1)],
             "own": 2.0,
             "bytes": {"both ways": (10 + seed) * 10**6} if way in SETTINGS else {},
         }
@@ -123,12 +126,12 @@ def test_bars_judge_the_worst_seed_and_no_lucky_strategy() -> None:
 
 def test_table_has_a_row_for_every_way_and_each_client_alone() -> None:
     rows = table(cells(fedavg=2.0))
-    assert len(rows) == 2 * (len(WAYS) + 2)
+    assert len(rows) == 2 * (len(WAYS) + 4)
     by_name = {row["model"]: row for row in rows if row["partition"] == "group"}
     assert by_name["fedavg"]["union"] == {"min": 2.0, "median": pytest.approx(2.1), "max": pytest.approx(2.2)}
     assert by_name["fedavg"]["MB both ways"] == 10.5
-    assert by_name["local-only, client 1"]["union"]["median"] == 2.9
-    assert by_name[LOCAL]["union"]["median"] == pytest.approx(2.8)
+    assert by_name["local-only, client 1"]["union"]["median"] == 3.0
+    assert by_name[SMALL_STEPS]["union"]["median"] == pytest.approx(2.8)
 
 
 def test_picture_shows_every_strategy(tmp_path: Path) -> None:
@@ -137,7 +140,7 @@ def test_picture_shows_every_strategy(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(federation, "WAYS", (BEFORE, LOCAL, *STRATEGIES, CENTRAL))
+    monkeypatch.setattr(federation, "WAYS", (BEFORE, *ALONE, *STRATEGIES, CENTRAL))
     trained: list[str] = []
 
     def trains(*_: Any) -> dict[str, Any]:
@@ -153,7 +156,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(KeyboardInterrupt):
         run(scale=QUICK, seeds=1, work=tmp_path)
     run(scale=QUICK, seeds=1, work=tmp_path)
-    assert len(trained) == 1 + 2 * (len(STRATEGIES) + 3)
+    assert len(trained) == 1 + 2 * (len(STRATEGIES) + 4)
     with pytest.raises(ConfigError, match="holds another run"):
         run(scale=QUICK, seeds=2, work=tmp_path)
 
@@ -167,7 +170,7 @@ def test_command_writes_table_and_picture_and_says_what_fails(tmp_path: Path, mo
     ended = CliRunner().invoke(app, ["bench", "federation", "--seeds", "2", "--out", str(tmp_path)])
     assert ended.exit_code == 0
     assert "FAILS: group: fedavg / best local-only client 1.019 <= 1" in ended.stdout
-    assert "model=local-only, client 1  union=2.9/2.9/2.9" in ended.stdout
+    assert "model=local-only, client 1  union=3/3/3" in ended.stdout
     assert len(json.loads((tmp_path / "federation.json").read_text())["bars"]) == 6
     assert (tmp_path / "federation.png").exists()
 
