@@ -2,7 +2,8 @@
 
 The trainer is ordinary blocking code; the link runs an event loop in a thread of its own, so bytes go on moving
 while torch computes. Requests return futures. When the connection breaks, the link reconnects with backoff and
-repeats what is unanswered; when the server comes back without the session, the futures raise SessionLostError.
+repeats what is unanswered; when the server comes back without the session, the futures raise SessionLostError, and so
+does every request until that is acknowledged: what was meant for the old session is not for the new one.
 """
 
 from __future__ import annotations
@@ -123,6 +124,10 @@ class Link:
         """Welcome is one to go on with: repeat what an earlier start has sent and heard no answer to."""
         self._loop.call_soon_threadsafe(self._go_on)
 
+    def acknowledge(self, welcome: Welcome) -> None:
+        """Whoever asks has gone back to where the new session's ``welcome`` says: requests leave again."""
+        self._loop.call_soon_threadsafe(self._acknowledge, welcome)
+
     def request(self, message: Request) -> Future[Answer]:
         """Send a request, unless an earlier start of this round has sent it; its future gives the answer.
 
@@ -234,8 +239,8 @@ class Link:
                 self._futures.clear()  # those of an earlier start: nobody waits for them
             self._welcome.set_result(welcome)
         elif not welcome.resumed:
-            asked = self._void_requests(SessionLostError(welcome))
-            self._lost = None if asked else SessionLostError(welcome)  # nobody asks now: tell the next who does
+            self._lost = SessionLostError(welcome)
+            self._void_requests(self._lost)
         self._ready = outgoing
         if self._trusted:
             self._repeat()
@@ -244,6 +249,10 @@ class Link:
         if not self._trusted:
             self._trusted = True
             self._repeat()
+
+    def _acknowledge(self, welcome: Welcome) -> None:
+        if self._lost is not None and self._lost.welcome is welcome:  # else it was lost again meanwhile
+            self._lost = None
 
     def _repeat(self) -> None:
         """Send what is unanswered, if there is a connection; from then on requests leave as they come."""
@@ -273,8 +282,7 @@ class Link:
             future.set_exception(self._fatal)
             return
         if self._lost is not None:
-            lost, self._lost = self._lost, None
-            future.set_exception(lost)
+            future.set_exception(SessionLostError(self._lost.welcome))
             return
         self._backlog.append((message, future))
         self._send_backlog()
@@ -311,14 +319,13 @@ class Link:
             self._welcome.set_exception(error)
         self._void_requests(error)
 
-    def _void_requests(self, error: SplitFLError) -> bool:
-        """Fail every request that waits; whether there was any."""
+    def _void_requests(self, error: SplitFLError) -> None:
+        """Fail every request that waits."""
         futures = [*self._futures.values(), *(future for _, future in self._backlog)]
         self._futures.clear()
         self._backlog.clear()
         for future in futures:
             future.set_exception(error)
-        return bool(futures)
 
 
 def dial(url: str, tls: ssl.SSLContext | None, max_bytes: int = MAX_FRAME_BYTES) -> connect:

@@ -42,7 +42,7 @@ class Notary:
         try:
             answer = reply.result()
         except SessionLostError:
-            raise  # it is said once: to whoever waits
+            raise  # nothing else may be asked before it is acknowledged
         except LinkError:
             return  # the server went away; whoever asks next hears of it
         if not isinstance(answer, Countersigned):

@@ -99,6 +99,7 @@ class Participant(Candidate):
                 return self._rounds()
             except SessionLostError as lost:
                 welcome = lost.welcome
+                self.link.acknowledge(welcome)
                 self._say("server_restarted", durable_round=welcome.round)
 
     def _go_on_from(self, welcome: Welcome) -> None:

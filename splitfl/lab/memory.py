@@ -151,6 +151,9 @@ class MemoryLink:
         for parts in self._session.unanswered():
             self._service.send(self, self._member, self._counted(parts))
 
+    def acknowledge(self, welcome: Welcome) -> None:
+        """Nothing to acknowledge: a session lives as long as the service."""
+
     def request(self, message: Request) -> Future[Answer]:
         """Send a request; its future gives the answer, or raises RefusedError, or why the federation was stopped."""
         if (asked := self.again(message)) is not None:

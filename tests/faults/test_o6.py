@@ -31,7 +31,7 @@ from splitfl.config import Federation, parse_federation
 from splitfl.errors import LinkError
 from splitfl.lab.memory import URL, MemoryLink, MemoryService
 from splitfl.wire.frames import Parts
-from splitfl.wire.messages import Answer
+from splitfl.wire.messages import Answer, Welcome
 from splitfl.wire.session import Connected
 
 CPU = torch.device("cpu")
@@ -178,24 +178,19 @@ class MortalService(MemoryService):
 class Link(MemoryLink):
     """A link that can find a server again that was restarted, as the websocket link does."""
 
-    lost: SessionLostError | None = None
-
     def move(self, service: MemoryService) -> None:
         with self._lock:
             self._service = service
             self._member, frame = service.connect(self, self._counted(self._session.hello()))
             (event,) = self._session.receive(frame)
             assert isinstance(event, Connected)
-            waiting, self._futures = self._futures, {}
-            self.lost = None if waiting else SessionLostError(event.welcome)
-        for future in waiting.values():
-            future.set_exception(SessionLostError(event.welcome))
+        self.fail(SessionLostError(event.welcome))
 
-    def request(self, message: Any) -> Any:
-        if self.lost is not None:
-            lost, self.lost = self.lost, None
-            raise lost
-        return super().request(message)
+    def acknowledge(self, welcome: Welcome) -> None:
+        with self._lock:
+            assert isinstance(self._failure, SessionLostError)
+            assert self._failure.welcome is welcome
+            self._failure = None
 
 
 @pytest.fixture(scope="module")

@@ -202,6 +202,12 @@ def test_server_that_lost_the_session_is_told_to_whoever_asks(asks_while_away: b
         with pytest.raises(SessionLostError) as error:
             lost.result(WAIT_S)
         assert error.value.welcome.round == 1
+        with pytest.raises(SessionLostError):  # made by somebody who does not know yet: not for the new session
+            link.request(NextRound(0, 0, 7)).result(WAIT_S)
+        link.acknowledge(welcome(resumed=False, round_=0))  # an earlier loss
+        with pytest.raises(SessionLostError):
+            link.request(NextRound(0, 0, 7)).result(WAIT_S)
+        link.acknowledge(error.value.welcome)
         assert link.request(NextRound(0, 0, 8)).result(WAIT_S) == RoundOpen(0, 9, "")
 
 
