@@ -118,9 +118,9 @@ class Optimizer(Section):
     """How weights move: the trunk's, and the clients' unless the two fields of their own say otherwise."""
 
     name: Literal["adamw", "sgd"] = Field("adamw", description="optimizer of the trunk, and of the clients")
-    learning_rate: float = Field(5e-4, gt=0, description="peak step size")
+    learning_rate: float = Field(5e-4, gt=0, description="peak step size of the trunk, and of the clients")
     client_name: Literal["adamw", "sgd"] | None = Field(
-        None, description="optimizer of the clients' own weights in rounds; none = name"
+        None, description="optimizer of the clients' own weights in rounds; none = name. Baselines move by name"
     )
     client_learning_rate: float | None = Field(
         None, gt=0, description="their peak step size, on the same schedule; none = learning_rate"
@@ -128,7 +128,7 @@ class Optimizer(Section):
     schedule: Literal["cosine", "constant"] = Field("cosine", description="how the step size falls after warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     final_fraction: float = Field(0.1, ge=0, le=1, description="share of the peak step size at the last step")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled for AdamW, L2 for SGD; per step size")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled for AdamW, L2 for SGD; times each holder's step size")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
     max_grad_norm: float = Field(1.0, ge=0, description="L2 norm to which bottom, trunk and top are clipped; 0 = off")
@@ -173,7 +173,9 @@ class Merge(Section):
     server_epsilon: float = Field(
         1e-3, gt=0, description="fedadagrad, fedyogi, fedadam: tau, added to the root of the mean squared update"
     )
-    proximal_mu: float = Field(0.01, ge=0, description="fedprox: pull towards the round's start, per step size")
+    proximal_mu: float = Field(
+        0.01, ge=0, description="fedprox: pull towards the round's start, times the clients' step size"
+    )
     aggregate: Literal["mean", "median", "trimmed_mean", "krum"] = Field(
         "mean",
         description="a round's average: mean weighted by label tokens (scaffold: each client once), or robust: "
@@ -378,12 +380,12 @@ class Federation(Section):
 
     @property
     def alone(self) -> Federation:
-        """For models that are trained without merging, beside the federation: everything moves as the trunk does.
-
-        What the clients' own optimizer is set to makes sense only with the strategy that takes its result.
-        """
-        own = {"client_name": None, "client_learning_rate": None}
-        return self.model_copy(update={"optimizer": self.optimizer.model_copy(update=own)})
+        """For models that are trained without merging, beside the federation: without a strategy, and where the clients
+        have another optimizer than the trunk, everything by the trunk's: theirs belongs to the strategy."""
+        same = self.optimizer.of_clients == self.optimizer.name
+        own = {} if same else {"client_name": None, "client_learning_rate": None}
+        optimizer = self.optimizer.model_copy(update=own)
+        return self.model_copy(update={"optimizer": optimizer, "merge": Merge(share=self.merge.share)})
 
     def allows(self, cut: Cut) -> bool:
         """Whether a client may take ``cut``."""

@@ -16,7 +16,7 @@ from client_model.trainer import on_device
 from splitfl.config import Federation
 from splitfl.data.packing import Batch, RecordSet
 from splitfl.data.readers import open_corpus
-from splitfl.federation.schedule import learning_rate
+from splitfl.federation.schedule import client_learning_rate, learning_rate
 from splitfl.split.checkpoint import CheckpointFolder, load_segment
 from splitfl.split.export import TrainedWeights, export_checkpoint
 from splitfl.split.loss import HeadLoss, head_loss
@@ -27,7 +27,8 @@ from splitfl.split.training import set_up_training, stays_tied, tie_head
 
 
 class WholeModel:
-    """All blocks and both ends of a checkpoint on one device, trained as ``settings`` say."""
+    """All blocks and both ends of a checkpoint on one device, trained as ``settings`` say: the trunk's blocks by the
+    trunk's optimizer, the ends by the clients'. ``settings.alone`` trains all by one."""
 
     def __init__(self, folder: Path, settings: Federation, device: torch.device) -> None:
         self.folder = folder
@@ -42,7 +43,9 @@ class WholeModel:
         if stays_tied(self.source.config, policy):
             tie_head(self.segment, self.segment.embedding)
         self.segment.to(device)
-        self.parts = [PartOptimizer(part, optimizer_spec(settings)) for part in self._parts()]
+        bottom, trunk, top = self._parts()
+        self.trunk = PartOptimizer(trunk, optimizer_spec(settings))
+        self.ends = [PartOptimizer(part, optimizer_spec(settings, client=True)) for part in (bottom, top)]
 
     def _parts(self) -> list[dict[str, torch.nn.Parameter]]:
         """Trainable weights as bottom, trunk and top: each is clipped by its own norm, as in the federation."""
@@ -72,12 +75,14 @@ class WholeModel:
             final: Tensor = self.segment(self.segment.embed(input_ids), lengths)
             return head_loss(self.segment, final, labels, train=train)
 
-    def step(self, batches_: Sequence[Batch], rate: float) -> HeadLoss:
-        """One optimizer step over micro-batches: the mean over all their label tokens."""
+    def step(self, batches_: Sequence[Batch], rate: float, ends_rate: float | None = None) -> HeadLoss:
+        """One optimizer step over micro-batches: the mean over all their label tokens. The ends move by ``ends_rate``
+        where it is given."""
         losses = [self.loss(batch, train=True) for batch in batches_]
         tokens = sum(loss.tokens for loss in losses)
-        for part in self.parts:
-            part.step(rate, lambda _: tokens)
+        self.trunk.step(rate, lambda _: tokens)
+        for part in self.ends:
+            part.step(rate if ends_rate is None else ends_rate, lambda _: tokens)
         return HeadLoss(sum(loss.total for loss in losses), tokens)
 
     def evaluate(self, batches_: Iterable[Batch]) -> HeadLoss:
@@ -95,7 +100,7 @@ class WholeModel:
         export_checkpoint(self.folder, weights, out, card=card)
 
     def _is_trained(self, name: str) -> bool:
-        return any(name in part.named for part in self.parts)
+        return any(name in part.named for part in (self.trunk, *self.ends))
 
     @staticmethod
     def _factors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -109,7 +114,8 @@ def train_like_federation(
     rounds = model.settings.rounds
     for round_ in range(rounds.count):
         for step in range(rounds.local_steps):
-            loss = model.step(steps(), learning_rate(model.settings, round_, step))
+            rates = (rate(model.settings, round_, step) for rate in (learning_rate, client_learning_rate))
+            loss = model.step(steps(), *rates)
             report(round_ * rounds.local_steps + step, loss)
 
 

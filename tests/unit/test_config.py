@@ -239,10 +239,17 @@ def test_whole_number_is_a_number_and_an_array_a_list() -> None:
     assert (settings.merge.clip_norm, settings.batch.buckets) == (2.0, (32, 256))
 
 
-def test_models_beside_the_federation_move_as_the_trunk_does() -> None:
+def test_models_beside_the_federation_move_as_the_trunk_does_and_know_no_strategy() -> None:
     own = {"client_name": "sgd", "client_learning_rate": 0.5, "learning_rate": 1e-3}
-    settings = parse_federation({"optimizer": own, "rounds": {"count": 3}}, "the test")
+    merge = {"strategy": "scaffold", "share": "top"}
+    settings = parse_federation({"optimizer": own, "merge": merge, "rounds": {"count": 3}}, "the test")
     assert settings.optimizer.of_clients == "sgd"
-    alone = settings.alone.optimizer
-    assert (alone.of_clients, alone.client_learning_rate, alone.learning_rate) == ("adamw", None, 1e-3)
-    assert settings.alone.rounds == settings.rounds
+    alone = settings.alone
+    assert (alone.optimizer.of_clients, alone.optimizer.client_learning_rate) == ("adamw", None)
+    assert (alone.merge.strategy, alone.merge.share) == ("fedavg", "top")
+    assert (alone.rounds, alone.optimizer.learning_rate) == (settings.rounds, 1e-3)
+
+
+def test_step_size_of_the_same_optimizer_holds_beside_the_federation_too() -> None:
+    settings = parse_federation({"optimizer": {"client_learning_rate": 0.02}}, "the test")
+    assert settings.alone.optimizer.client_learning_rate == 0.02

@@ -311,6 +311,10 @@ CUTS = {"max_top": 2}
             {"merge": {"strategy": "scaffold"}, "optimizer": SGD, "rounds": LATE},
             ("scaffold", "late"),
         ),
+        (
+            {"merge": {"strategy": "fedprox", "proximal_mu": 1.0}, "optimizer": {**SGD, "learning_rate": 2.0}},
+            ("proximal_mu", "overshoots"),
+        ),
         ({"merge": {"aggregate": "median"}, "rounds": LATE}, ("median", "late")),
         ({"merge": {"aggregate": "krum"}, "rounds": {"min_clients": 4}}, ("krum", "needs 5 updates")),
         ({"merge": {"aggregate": "krum"}, "rounds": {"min_clients": 5}, "model": CUTS}, ("krum", "cuts")),

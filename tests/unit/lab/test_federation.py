@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from client_model.assets import Assets
+from client_model.records import ClientData, open_tokenizer
 from server_model.coordinator import Coordinator
 from server_model.merge import Aggregator
 from splitfl.config import Federation, parse_federation
@@ -26,6 +27,7 @@ from splitfl.lab.federation import (
     run_federation,
 )
 from splitfl.lab.memory import MemoryLink, MemoryService
+from splitfl.lab.whole import WholeModel, local_steps, train_like_federation
 from splitfl.split.create import create_checkpoint
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Fetch, Hello, NextRound
 
@@ -140,6 +142,29 @@ def test_cohort_is_a_part_of_the_clients(model: Path, data: dict[str, Path], tmp
     assert [len(cohort) for cohort in cohorts] == [1, 1, 1]
     for client in data:
         assert len(result.training_losses(client)) == 3 * sum(client in cohort for cohort in cohorts)
+
+
+@pytest.mark.parametrize("own", [{}, {"client_name": "sgd", "client_learning_rate": 0.5}])
+def test_federation_of_one_is_the_whole_model_trained_alike(
+    own: dict[str, Any], model: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    chosen = settings(optimizer=own, wire={"codec": "fp32"}, model={"compute": "fp32"})
+    one = run_federation(model, {"oncology": data["oncology"]}, chosen, tmp_path / "run").weights()
+    whole = WholeModel(model, chosen, CPU)
+    train_like_federation(
+        whole, local_steps(ClientData.open(data["oncology"], chosen, open_tokenizer(model)), "oncology")
+    )
+    before = WholeModel(model, chosen, CPU)
+    moved = [
+        name for name, weight in whole.segment.named_weights() if not torch.equal(weight, weights_of(before)[name])
+    ]
+    assert {"lm_head.weight", "model.layers.2.mlp.up_proj.weight"} <= set(moved)
+    for name in moved:
+        torch.testing.assert_close(one[name], weights_of(whole)[name].detach(), rtol=1e-3, atol=1e-5)
+
+
+def weights_of(model: WholeModel) -> dict[str, torch.Tensor]:
+    return dict(model.segment.named_weights())
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
