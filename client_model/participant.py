@@ -113,7 +113,7 @@ class Participant(Candidate):
         self.trainer = Trainer(self.ends, self.link, self.gate)
         assert self.guard is not None
         self.notary = Notary(self.link, self.guard.ledger, self.name, welcome.signer)
-        self.held_weights = ""
+        self.held_weights = self.missed_weights = ""
         self.beside: dict[str, Tensor] = {}  # what came beside the weights that are held
         self.labels: set[int] = set()  # of this start, for the audit of the first update
         self.round = snapshot.round if snapshot else -1
@@ -223,12 +223,16 @@ class Participant(Candidate):
         self.held_weights = weights
 
     def _take_merge_in_time(self, weights: str) -> bool:
-        """The same, unless it took so long that the server keeps newer merges alone: then the next round has one."""
+        """The same, unless it took so long that the server keeps newer merges alone: then the next round has one.
+
+        Raises RefusedError when the server does not have what it still names.
+        """
         try:
             self._take_merge(weights)
         except RefusedError as refused:
-            if refused.code != "not_found":
+            if refused.code != "not_found" or weights == self.missed_weights:
                 raise
+            self.missed_weights = weights
             self._say("merge_missed")
             return False
         return True

@@ -284,12 +284,8 @@ def test_failed_service_raises_its_first_error_at_every_client(service: MemorySe
         second.open()
 
 
-@pytest.mark.parametrize("refused", [{1}, {1, 2}], ids=["after the update", "and before the next round"])
-def test_merge_that_is_gone_before_a_slow_client_has_it_is_asked_for_anew(
-    refused: set[int], model: Path, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alone = {"oncology": data["oncology"]}
-    undisturbed = run_federation(model, alone, settings(), tmp_path / "undisturbed")
+def refuse_merges(monkeypatch: pytest.MonkeyPatch, refused: set[int]) -> None:
+    """The server does not have the merges that a client asks for the n-th time, ``refused`` counted from 1."""
     calls, take = count(1), Assets.weights
 
     def weights(self: Assets, digest: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -298,9 +294,25 @@ def test_merge_that_is_gone_before_a_slow_client_has_it_is_asked_for_anew(
         return take(self, digest, names)
 
     monkeypatch.setattr(Assets, "weights", weights)
+
+
+def test_merge_that_is_gone_before_a_slow_client_has_it_is_asked_for_anew(
+    model: Path, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = {"oncology": data["oncology"]}
+    undisturbed = run_federation(model, alone, settings(), tmp_path / "undisturbed")
+    refuse_merges(monkeypatch, {1})
     disturbed = run_federation(model, alone, settings(), tmp_path / "disturbed")
-    assert len([event for event in disturbed.events if event.event == "merge_missed"]) == len(refused)
+    assert [event.client for event in disturbed.events if event.event == "merge_missed"] == ["oncology"]
     assert_same_weights(undisturbed, disturbed)
+
+
+def test_server_that_names_a_merge_again_and_does_not_have_it_ends_the_client(
+    model: Path, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_merges(monkeypatch, {1, 2})
+    with pytest.raises(RefusedError, match="no blob"):
+        run_federation(model, {"oncology": data["oncology"]}, settings(), tmp_path / "run")
 
 
 def test_fault_in_the_services_background_stops_the_federation(
