@@ -14,20 +14,29 @@ from splitfl.lab.bench.federation import ALONE
 from splitfl.lab.bench.harness import Result
 from splitfl.lab.demo.plots import BLUE, GREEN, GREY, ORANGE, UNITS, legend_below, tidy
 
-BASELINES = {"ends-only": ("--", ORANGE), "top-only": ("-.", GREEN), "noise-free split": ("-", GREY)}
+BASELINES = {
+    "no fine-tuning": (":", GREY),
+    "ends-only": ("--", ORANGE),
+    "top-only": ("-.", GREEN),
+    "noise-free split": ("-", GREY),
+}
 LINES = {"local-only": ("--", ORANGE), "centralised": ("-", GREEN)}
 TITLES = {"group": "each hospital one specialty", "dirichlet": "Dirichlet over specialties"}
 NEAR: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
 
 
 def draw_frontier(result: Result, path: Path) -> None:
-    """Loss against recovery, a curve a mechanism; baselines as lines. Raises StorageError."""
+    """Loss against recovery, a curve a mechanism; baselines as lines. Raises StorageError.
+
+    What is worse than the worst baseline stands at the upper edge with its loss: how much worse makes no difference.
+    """
     figure = Figure(figsize=(8, 5.5), layout="constrained", facecolor="white")
     panel = figure.subplots()
+    edge = 1.04 * max(row["loss_noisy"]["max"] for row in result.rows if row["mechanism"] in BASELINES)
     styles = cycle([("s", ORANGE), ("o", BLUE), ("^", GREEN)])
     for (name, rows), (marker, colour) in zip(by_mechanism(result.rows).items(), styles, strict=False):
         recovery = [row["recovery"]["median"] for row in rows]
-        losses = [row["loss_noisy"]["median"] for row in rows]
+        losses = [min(edge, row["loss_noisy"]["median"]) for row in rows]
         panel.errorbar(
             recovery,
             losses,
@@ -38,13 +47,17 @@ def draw_frontier(result: Result, path: Path) -> None:
             label=name,
         )
         for x, y, row in zip(recovery, losses, rows, strict=True):
-            panel.annotate(f"{row['level']:g}", (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
+            loss = row["loss_noisy"]["median"]
+            label = f"{row['level']:g}" if loss <= edge else f"{row['level']:g}\n(loss {loss:.1f})"
+            side, away = ("left", 6) if x < 0.6 else ("right", -6)
+            panel.annotate(label, (x, y), xytext=(away, 6), ha=side, **NEAR)
     for row in result.rows:
         if row["mechanism"] in BASELINES:
             line, colour = BASELINES[row["mechanism"]]
             panel.axhline(row["loss_noisy"]["median"], linestyle=line, color=colour, label=row["mechanism"])
     panel.axvline(0.25, color="#BBBBBB", linewidth=0.8)
-    panel.set_xlim(0, 1)
+    panel.set_xlim(0, 1.02)
+    panel.set_ylim(top=1.02 * edge)
     panel.set_xlabel("tokens that the strongest of our attacks recovered (a lower bound); labels: noise / clip norm")
     panel.set_ylabel(UNITS)
     legend_below(panel, 3)
