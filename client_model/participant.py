@@ -223,14 +223,15 @@ class Participant(Candidate):
         self.held_weights = weights
 
     def _take_merge_in_time(self, weights: str) -> bool:
-        """The same, unless it took so long that the server keeps newer merges alone: then the next round has one.
+        """Load the newest merge; False when that took so long that the server keeps newer ones alone: ask for those.
 
-        Raises RefusedError when the server does not have what it still names.
+        Raises RefusedError when the server does not have what it still names, and in a round that is done again.
         """
         try:
             self._take_merge(weights)
         except RefusedError as refused:
-            if refused.code != "not_found" or weights == self.missed_weights:
+            gone_since = refused.code == "not_found" and weights != self.missed_weights
+            if not gone_since or self.link.journal.doing_again:  # what the journal goes on with needs these weights
                 raise
             self.missed_weights = weights
             self._say("merge_missed")

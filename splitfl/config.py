@@ -147,6 +147,11 @@ class Optimizer(Section):
         """The optimizer of the clients' own weights."""
         return self.client_name or self.name
 
+    @property
+    def rate_of_clients(self) -> float:
+        """The peak step size of the clients' own weights."""
+        return self.client_learning_rate or self.learning_rate
+
 
 class Merge(Section):
     """What is merged and how."""

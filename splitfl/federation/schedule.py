@@ -14,8 +14,7 @@ def learning_rate(settings: Federation, round_: int, step: int) -> float:
 
 def client_learning_rate(settings: Federation, round_: int, step: int) -> float:
     """The step size of the clients' own weights, on the same schedule."""
-    optimizer = settings.optimizer
-    return scheduled(settings, optimizer.client_learning_rate or optimizer.learning_rate, round_, step)
+    return scheduled(settings, settings.optimizer.rate_of_clients, round_, step)
 
 
 def scheduled(settings: Federation, peak: float, round_: int, step: int) -> float:

@@ -81,9 +81,8 @@ class FedProx(FedAvg):
         return Proximal(self.settings.proximal_mu)
 
     def check(self, settings: Federation) -> None:
-        optimizer, pull = settings.optimizer, settings.merge.proximal_mu
-        rate = optimizer.client_learning_rate or optimizer.learning_rate
-        if optimizer.of_clients == "sgd" and pull * rate >= 2:
+        rate, pull = settings.optimizer.rate_of_clients, settings.merge.proximal_mu
+        if settings.optimizer.of_clients == "sgd" and pull * rate >= 2:
             raise ConfigError(
                 f"merge.proximal_mu = {pull:g} with SGD steps of {rate:g}: each step overshoots the round's start",
                 f"Set proximal_mu below {2 / rate:g}, where a step no longer does.",
