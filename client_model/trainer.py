@@ -9,6 +9,7 @@ Everything computed from a record passes the gate (``splitfl.privacy.gate``), ac
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -250,10 +251,8 @@ def in_turn(crossings: Iterable[Crossing], in_flight: int) -> Iterator[None]:
         if fresh is None and not under_way:
             return
         crossing = fresh or under_way.popleft()[1]
-        try:
+        with contextlib.suppress(StopIteration):
             under_way.append((next(crossing), crossing))
-        except StopIteration:
-            pass
         yield
 
 

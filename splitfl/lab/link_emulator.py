@@ -179,7 +179,7 @@ class Proxy:
 
     async def serve(self, client_reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         """One connection from its beginning to its end."""
-        with contextlib.suppress(OSError, ExceptionGroup):
+        with contextlib.suppress(OSError, ExceptionGroup, asyncio.CancelledError):  # a socket broke, or all is over
             server_reader, server = await asyncio.open_connection(sock=await self._dial(), limit=PIECE_BYTES)
             try:
                 async with asyncio.TaskGroup() as both:
