@@ -181,7 +181,7 @@ class Contender:
 def run(*, scale: Scale | None = None, say: Callable[[str], None] = lambda _: None) -> Result:
     """Both ways in turn, and how true the emulated link is."""
     scale = scale or Scale()
-    ways = {"naive": Way("fp32", 1, anew=True), "default": Way("bf16", scale.in_flight, anew=False)}
+    ways = {"naive": Way("fp32", 1, anew=True), "default": Way("int8", scale.in_flight, anew=False)}
     model = {"cut": [1, 1], "optimizer": "adamw, bottom frozen"}
     result = Result("wan", {**vars(scale), **model, "ways": {name: vars(way) for name, way in ways.items()}})
     threads = torch.get_num_threads()
