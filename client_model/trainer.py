@@ -95,7 +95,7 @@ class Trainer:
         self.ends = ends
         self.link = link
         self.gate = gate
-        self.in_flight = ends.settings.batch.in_flight
+        self.in_flight = 1 if ends.private_top is not None else ends.settings.batch.in_flight
         self.entry = entry_of(link, gate, bottom_trains=ends.bottom_trains)
         # With a deadline a step can be refused at its very end; only without one may the top move on before.
         settings = ends.settings

@@ -66,7 +66,7 @@ class Batch(Section):
         ge=1,
         le=32,
         description="micro-batches of a client that wait for the trunk's output at once; one less than that may wait "
-        "for its gradients; 1 = one after another",
+        "for its gradients; 1 = one after another, as always with privacy.dp_sgd",
     )
     max_length: int = Field(256, ge=2, description="tokens in a record, at most")
     pack: bool | None = Field(

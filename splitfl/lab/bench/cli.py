@@ -15,7 +15,7 @@ from splitfl.errors import ConfigError
 if TYPE_CHECKING:
     from splitfl.lab.bench.harness import Result
 
-NAMES = ("federation", "memory", "overhead", "privacy", "startup", "wan")
+NAMES = ("federation", "memory", "overhead", "pipe", "privacy", "startup", "wan")
 
 
 def bench(
@@ -60,7 +60,7 @@ def run_named(
     name: str, steps: int | None, model: Path | None, cut: Cut, seeds: int, jobs: int, work: Path | None
 ) -> Result:
     """Run one benchmark."""
-    from splitfl.lab.bench import federation, memory, overhead, privacy, startup, wan
+    from splitfl.lab.bench import federation, memory, overhead, pipe, privacy, startup, wan
     from splitfl.lab.bench.contenders import Effort
     from splitfl.lab.bench.hospitals import Scale
 
@@ -71,6 +71,8 @@ def run_named(
             return memory.run(say=note)
         case "startup":
             return startup.run(say=note)
+        case "pipe":
+            return pipe.run(say=note)
         case "wan":
             return wan.run(say=note)
         case "privacy":

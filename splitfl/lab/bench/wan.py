@@ -39,7 +39,7 @@ SPEEDUP_BAR, BOUND_BAR, LOSS_BAR, RTT_BAR_S, RATE_BAR = 10.0, 0.85, 0.01, 0.003,
 MBIT = 1e6 / 8  # bytes a second
 SAMPLE_S = 0.01  # between readings of who computes: what the kernel counts in
 TRIES = 7  # of the emulator's accuracy
-BURST_BYTES = 2 << 20  # for its rate
+BURST_S = 0.25  # that one of them lasts, for its rate
 
 SETTINGS = """
 [rounds]
@@ -73,8 +73,8 @@ class Scale:
     layers: int = 3
     hidden: int = 128
     vocab: int = 384
-    records: int = 256  # in a step
-    micro_batches: int = 32
+    records: int = 320  # in a step
+    micro_batches: int = 40
     length: int = 64  # tokens in a record
     epochs: int = 6  # of one step each
     in_flight: int = 8
@@ -284,8 +284,8 @@ def accuracy(up: Conditions, down: Conditions) -> dict[str, Any]:
             far, _ = server.accept()
             with near, far:
                 round_trips = [round_trip(near, far) for _ in range(TRIES)]
-                ups = [rate(near, far, up.delay_s) for _ in range(2)]
-                downs = [rate(far, near, down.delay_s) for _ in range(TRIES)]
+                ups = [rate(near, far, up) for _ in range(TRIES)]
+                downs = [rate(far, near, down) for _ in range(TRIES)]
     return {
         "what": "link emulator",
         "rtt_error_s": min(round_trips) - up.delay_s - down.delay_s,
@@ -305,15 +305,17 @@ def round_trip(near: socket.socket, far: socket.socket) -> float:
     return time.monotonic() - began
 
 
-def rate(sender: socket.socket, receiver: socket.socket, delay_s: float) -> float:
+def rate(sender: socket.socket, receiver: socket.socket, line: Conditions) -> float:
     """Bytes a second of one long burst."""
-    began, left = time.monotonic(), BURST_BYTES
-    sending = threading.Thread(target=sender.sendall, args=(bytes(BURST_BYTES),))
+    burst = bytes(int(BURST_S * line.rate))
+    began, left = time.monotonic(), len(burst)
+    sending = threading.Thread(target=sender.sendall, args=(burst,))
     sending.start()
     while left:
         left -= len(receiver.recv(1 << 16))
+    took = time.monotonic() - began - line.delay_s
     sending.join()
-    return BURST_BYTES / (time.monotonic() - began - delay_s)
+    return len(burst) / took
 
 
 def bars(naive: dict[str, Any], default: dict[str, Any], emulated: dict[str, Any]) -> list[Bar]:
