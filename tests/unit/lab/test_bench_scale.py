@@ -1,0 +1,52 @@
+"""The scale benchmark at a tiny size: real processes and sockets, rows, a bar and a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from splitfl.cli import app
+from splitfl.lab.bench import scale
+from splitfl.lab.bench.harness import Result
+from splitfl.lab.bench.overhead import random_batch
+from splitfl.lab.bench.scale import Size, joined
+
+TINY = Size(hidden=64, layers=3, vocab=300, records=2, length=16, clients=(2,), repeats=2, steps=1)
+
+
+@pytest.fixture(scope="module")
+def measured() -> Result:
+    return scale.run(size=TINY)
+
+
+def test_every_number_of_clients_has_its_rates(measured: Result) -> None:
+    assert [row["clients"] for row in measured.rows] == [2]
+    for row in measured.rows:
+        for kind in ("split_tokens_per_s", "whole_tokens_per_s", "ratio"):
+            assert 0 < row[kind]["min"] <= row[kind]["median"] <= row[kind]["max"]
+
+
+def test_bar_judges_the_most_clients(measured: Result) -> None:
+    (bar,) = measured.bars
+    assert "2 clients" in bar.name
+    assert (bar.value, bar.bar, bar.better) == (measured.rows[-1]["ratio"]["median"], 0.95, "higher")
+
+
+def test_command_writes_table_and_picture(measured: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "run", lambda **_: measured)
+    ended = CliRunner().invoke(app, ["bench", "scale", "--out", str(tmp_path)])
+    assert ended.exit_code == 0
+    assert json.loads((tmp_path / "scale.json").read_text())["config"]["clients"] == [2]
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
+
+
+def test_whole_model_trains_on_the_batches_of_all_clients() -> None:
+    batches = [random_batch(2, 16, 300, seed) for seed in range(3)]
+    union = joined(batches)
+    assert union.input_ids.shape == (6, 16)
+    assert np.array_equal(union.labels[2:4], batches[1].labels)
+    assert not np.array_equal(union.input_ids[:2], union.input_ids[2:4])
