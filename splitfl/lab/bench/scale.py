@@ -100,7 +100,10 @@ def measure(model: Path, size: Size, clients: int) -> dict[str, Any]:
 
 def joined(batches: list[Batch]) -> Batch:
     """Several batches of one length as one."""
-    return Batch(*(np.concatenate([getattr(b, name) for b in batches]) for name in ("input_ids", "labels", "lengths")))
+    ids, labels, lengths = (
+        np.concatenate([getattr(batch, name) for batch in batches]) for name in ("input_ids", "labels", "lengths")
+    )
+    return Batch(ids, labels, lengths)
 
 
 @contextmanager
