@@ -26,6 +26,7 @@ class Member:
     token: str
     cut: Cut
     shared: Shapes  # the weights that it sends for merging
+    micro_batches: int  # that it computes a step in
     wire: ServerSession = field(default_factory=ServerSession)
     connected: bool = True
     certificate: str = ""  # serial number of the one that it came with last; "" on a plain socket
@@ -89,7 +90,9 @@ class Members:
             raise RefusedError(
                 f"{MAX_SESSIONS} clients are here already", "Try again later, or tell the operator.", code="over_limit"
             )
-        member = Member(hello.name, secrets.token_urlsafe(24), cut, self._shapes_of(cut))
+        member = Member(
+            hello.name, secrets.token_urlsafe(24), cut, self._shapes_of(cut), self.settings.batch.micro_batches
+        )
         self._by_token[member.token] = member
         return member
 
