@@ -219,7 +219,9 @@ class TrunkSettings(Section):
 class Wire(Section):
     """What crosses the link."""
 
-    codec: Literal["bf16", "fp32"] = Field("bf16", description="number format of activations and gradients")
+    codec: Literal["bf16", "fp16", "fp32", "int8"] = Field(
+        "bf16", description="number format of activations and gradients, unless a client's plan says otherwise"
+    )
 
 
 class Evaluation(Section):
