@@ -5,6 +5,7 @@ all of them share the cores that the whole model has to itself. The processes ar
 torch, so that eight of them start in seconds and share the libraries' memory; each has its share of the cores' threads,
 as a person with one machine would give it. Tokens a second count all batches of a step, the clients' own compute and
 their optimizers included. The clients' weights are not merged here: that is once a round, and not a matter of steps.
+And how many may be connected that do nothing: ``crowd.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from splitfl.allocator import keep_freed_memory
 from splitfl.data.notes import generate_notes
 from splitfl.data.packing import Batch
+from splitfl.lab.bench.crowd import Crowd
+from splitfl.lab.bench.crowd import measure as measure_crowd
 from splitfl.lab.bench.harness import Bar, Result, served, spread
 from splitfl.lab.bench.overhead import SETTINGS, SplitStep, WholeStep, parse_settings, random_batch
 from splitfl.split.create import create_checkpoint
 
 LAST_BAR = 0.95  # of the whole model's tokens a second, with the most clients
+MEMORY_BAR, ANSWER_BAR_S = float(1 << 20), 0.1  # bytes for each client that waits; seconds
 
 
 @dataclass(frozen=True)
@@ -39,17 +44,22 @@ class Size:
     hidden: int = 512
     layers: int = 10
     vocab: int = 2048
-    records: int = 4
+    records: int = 8
     length: int = 128
     clients: tuple[int, ...] = (1, 2, 4, 8)
-    repeats: int = 4
-    steps: int = 2  # of each kind in a repeat
+    repeats: int = 3
+    crowd: Crowd = field(default_factory=Crowd)
+    burst: int = 4  # steps of one client at a time, or one step of as many clients: what ends late counts little
+
+    def steps(self, clients: int) -> int:
+        """Steps of each kind in a repeat."""
+        return max(1, self.burst // clients)
 
 
 def run(*, size: Size = Size(), say: Callable[[str], None] = lambda _: None) -> Result:
-    """Measure for each number of clients."""
+    """Measure for each number of clients, and for a crowd."""
     result = Result(
-        "scale", {**vars(size), "cut": [1, 1], "codec": "bf16", "optimizer": "adamw, all parts trained, fp32"}
+        "scale", {**asdict(size), "cut": [1, 1], "codec": "bf16", "optimizer": "adamw, all parts trained, fp32"}
     )
     with tempfile.TemporaryDirectory() as work:
         model = make_model(Path(work) / "model", size)
@@ -57,9 +67,16 @@ def run(*, size: Size = Size(), say: Callable[[str], None] = lambda _: None) -> 
             row = measure(model, size, clients)
             say(f"{clients} clients: {row['ratio']['median']:.3f} of the whole model's tokens a second")
             result.rows.append(row)
+        waiting = measure_crowd(model, size.hidden, size.crowd)
+    say(f"{size.crowd.connected} connected: {waiting['idle_client_bytes'] / 2**10:.0f} KiB for each that waits")
     last = result.rows[-1]
     name = f"tokens a second, {last['clients']} clients / whole model"
     result.bars.append(Bar(name, last["ratio"]["median"], LAST_BAR, "higher"))
+    result.rows.append(waiting)
+    result.bars += [
+        Bar("trunk memory for each idle client, bytes", waiting["idle_client_bytes"], MEMORY_BAR, "lower"),
+        Bar("slowest answer meanwhile, seconds", waiting["echo_s"]["max"], ANSWER_BAR_S, "lower"),
+    ]
     return result
 
 
@@ -77,14 +94,15 @@ def measure(model: Path, size: Size, clients: int) -> dict[str, Any]:
     text = text.replace("[rounds]", f"[rounds]\nmin_clients = {clients}")
     batches = [random_batch(size.records, size.length, size.vocab, seed) for seed in range(clients)]
     whole, union = WholeStep(model, fused=None), joined(batches)
-    tokens = size.steps * clients * size.records * size.length
+    steps = size.steps(clients)
+    tokens = steps * clients * size.records * size.length
     rates: dict[str, list[float]] = {"split": [], "whole": []}
     with served(model, text) as (url, _), fleet(model, text, url, batches) as step_all:
         for _ in range(1 + size.repeats):
             began = time.perf_counter()
-            step_all(size.steps)
+            step_all(steps)
             between = time.perf_counter()
-            for _ in range(size.steps):
+            for _ in range(steps):
                 whole(union)
             ended = time.perf_counter()
             rates["split"].append(tokens / (between - began))
@@ -140,6 +158,7 @@ def fleet(model: Path, text: str, url: str, batches: list[Batch]) -> Iterator[Ca
 
 def client(model: Path, text: str, url: str, name: str, batch: Batch, threads: int, pipe: Connection) -> None:
     """A client's process: takes steps as it is told, until the other end of ``pipe`` is closed."""
+    keep_freed_memory()  # as join does
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as state:
         split = SplitStep(model, parse_settings(text), url, Path(state), name)

@@ -11,11 +11,13 @@ from typer.testing import CliRunner
 
 from splitfl.cli import app
 from splitfl.lab.bench import scale
+from splitfl.lab.bench.crowd import Crowd
 from splitfl.lab.bench.harness import Result
 from splitfl.lab.bench.overhead import random_batch
 from splitfl.lab.bench.scale import Size, joined
 
-TINY = Size(hidden=64, layers=3, vocab=300, records=2, length=16, clients=(2,), repeats=2, steps=1)
+FEW = Crowd(connected=8, active=2, steps=2, records=1, length=8)
+TINY = Size(hidden=64, layers=3, vocab=300, records=2, length=16, clients=(2,), repeats=2, burst=2, crowd=FEW)
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +26,27 @@ def measured() -> Result:
 
 
 def test_every_number_of_clients_has_its_rates(measured: Result) -> None:
-    assert [row["clients"] for row in measured.rows] == [2]
-    for row in measured.rows:
+    rows = [row for row in measured.rows if "clients" in row]
+    assert [row["clients"] for row in rows] == [2]
+    for row in rows:
         for kind in ("split_tokens_per_s", "whole_tokens_per_s", "ratio"):
             assert 0 < row[kind]["min"] <= row[kind]["median"] <= row[kind]["max"]
 
 
 def test_bar_judges_the_most_clients(measured: Result) -> None:
-    (bar,) = measured.bars
+    bar = measured.bars[0]
     assert "2 clients" in bar.name
-    assert (bar.value, bar.bar, bar.better) == (measured.rows[-1]["ratio"]["median"], 0.95, "higher")
+    assert (bar.value, bar.bar, bar.better) == (measured.rows[0]["ratio"]["median"], 0.95, "higher")
+
+
+def test_clients_that_wait_cost_little_and_are_answered(measured: Result) -> None:
+    row = measured.rows[-1]
+    assert (row["connected"], row["active"]) == (8, 2)
+    assert row["echoes"] > 0
+    assert row["echo_s"]["max"] > 0
+    memory, answer = measured.bars[1:]
+    assert (memory.value, memory.bar, memory.holds) == (row["idle_client_bytes"], 1 << 20, True)
+    assert (answer.value, answer.bar) == (row["echo_s"]["max"], 0.1)
 
 
 def test_command_writes_table_and_picture(measured: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
