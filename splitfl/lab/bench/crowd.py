@@ -56,19 +56,21 @@ class Crowd:
     connected: int = 256
     active: int = 16
     steps: int = 4
-    records: int = 4
+    records: int = 2
     length: int = 64
 
 
 class Caller:
     """One client's websocket and session: asks one thing after another."""
 
+    connection: Any
+
     def __init__(self, name: str) -> None:
         self.session = ClientSession(Hello(PROTOCOL_VERSIONS, name))
 
     async def arrive(self, url: str) -> None:
         """Connect and be welcomed."""
-        self.connection: Any = await dial(url, None)
+        self.connection = await dial(url, None)
         await send_frame(self.connection, self.session.hello())
         self.session.receive(await self.connection.recv(decode=False))
 
