@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 import psutil
@@ -150,6 +151,7 @@ async def gather(url: str, trunk: psutil.Process, width: int, crowd: Crowd) -> d
         "active": crowd.active,
         "idle_client_bytes": (after - before) / len(idle),
         "echo_s": spread(echoes),
+        "echo_99th_s": quantiles(echoes, n=100)[-1] if len(echoes) > 1 else echoes[0],
         "echoes": len(echoes),
         "step_s": seconds / crowd.steps,
     }
