@@ -2,9 +2,11 @@
 
 The engine lives on the event loop and never computes there: one thread runs the trunk. One optimizer step is in
 work at a time; a request for the next one waits until it is applied. In ``client-batch`` mode a step belongs to
-all clients of the round and their micro-batches run as one batch; in ``sequential`` mode it belongs to one
-client after another. A joint forward is one graph: its backward runs once, when every client in it has delivered
-or was dropped. Forwards wait for room (tokens whose graphs are held); a backward never does.
+all clients of the round, and their micro-batches run as one batch through the blocks that they share; in
+``sequential`` mode it belongs to one client after another. A joint forward is one graph: its backward runs once, when
+every client in it has delivered or was dropped. Forwards wait for room (tokens whose graphs are held); a backward
+never does. With ``trunk.recompute`` no graph is held: the backward runs the forward again, and what waits for a client
+that computes is its inputs alone.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -35,9 +37,8 @@ class Engine:
     def __init__(self, trunk: Trunk, settings: Federation) -> None:
         self.trunk = trunk
         self.settings = settings
-        self.micro_batches = settings.batch.micro_batches
         self.round = -1
-        self.cohort: set[str] = set()
+        self.cohort: dict[str, int] = {}  # client -> the micro-batches that it computes a step in
         self.next_step: dict[str, int] = {}  # client -> the step it is expected at
         self.work: StepWork | None = None
         self.waiting: list[Arrival] = []
@@ -47,18 +48,18 @@ class Engine:
 
     # -- rounds ------------------------------------------------------------------------------------------------
 
-    def open_round(self, round_: int, cohort: Iterable[str]) -> None:
-        """Serve ``round_`` for ``cohort`` (the clients that train through the trunk) from step 0."""
+    def open_round(self, round_: int, cohort: Mapping[str, int]) -> None:
+        """Serve ``round_`` from step 0 for ``cohort``: who trains through the trunk, and in how many micro-batches."""
         self.end_round()
         self.round = round_
-        self.cohort = set(cohort)
+        self.cohort = dict(cohort)
         self.next_step = dict.fromkeys(self.cohort, 0)
         self.queue(lambda: self.trunk.round_tokens.clear())  # behind whatever the last round still runs
         self._advance()
 
     def end_round(self) -> None:
         """Nobody is in the round any more; a step that was not finished is void, and its clients miss it."""
-        self.cohort = set()
+        self.cohort = {}
         self._refuse_waiting(lambda arrival: arrival.train)
         work, self.work = self.work, None
         if work is not None and not work.applying:
@@ -77,7 +78,7 @@ class Engine:
 
     def leave_round(self, client: str) -> None:
         """A client is out of this round: its update came, or it has gone. Others stop waiting for it."""
-        self.cohort.discard(client)
+        self.cohort.pop(client, None)
         self._refuse_waiting(lambda arrival: arrival.client == client and arrival.train)
         self.drop(client)
 
@@ -87,7 +88,7 @@ class Engine:
         if work is not None and client in work.members and not work.applying:
             self._refuse_waiting(lambda a: a.client == client and a.train and a.key.step <= work.step)
             self.next_step[client] = work.step + 1
-            work.members.discard(client)
+            work.members.pop(client)
             for joint in work.joints:
                 if any(member.client == client for member in joint.members):
                     joint.gradients.setdefault(client, None)
@@ -170,7 +171,7 @@ class Engine:
         if work is None or work.step != expected or client not in work.members:
             return expected
         delivered = sum(joint.gradients.get(client) is not None for joint in work.joints)
-        return expected + (delivered >= self.micro_batches)
+        return expected + (delivered >= work.members[client])
 
     def _joint_of(self, client: str, key: StepKey) -> Joint | None:
         work = self.work
@@ -194,7 +195,7 @@ class Engine:
         """Forwards without a graph pass as they come; they change nothing and hold no memory."""
         for arrival in [arrival for arrival in self.waiting if not arrival.train]:
             self.waiting.remove(arrival)
-            self._launch(self._forward([arrival], arrival.blocks, train=False), [arrival])
+            self._launch(self._judge(arrival), [arrival])
 
     def _begin_step(self) -> None:
         """When no step is in work and somebody waits, begin the next one."""
@@ -202,11 +203,11 @@ class Engine:
         if self.work is not None or not arrivals:
             return
         if self.settings.trunk.mode == "sequential":
-            members, step = {arrivals[0].client}, arrivals[0].key.step
+            members, step = [arrivals[0].client], arrivals[0].key.step
         else:
             step = min(self.next_step[client] for client in self.cohort)
-            members = {client for client in self.cohort if self.next_step[client] == step}
-        self.work = StepWork(self.round, step, members)
+            members = [client for client in self.cohort if self.next_step[client] == step]
+        self.work = StepWork(self.round, step, {client: self.cohort[client] for client in members})
         self._set_timer(self.work)
 
     def _set_timer(self, work: StepWork) -> None:
@@ -233,7 +234,7 @@ class Engine:
         awaited = self.awaited()
         if self.work is None or awaited is None:
             return frozenset()
-        others = self.work.members | {arrival.client for arrival in self.waiting if arrival.train}
+        others = self.work.members.keys() | {arrival.client for arrival in self.waiting if arrival.train}
         return frozenset(awaited if others - awaited else ())
 
     def _is_owed(self, work: StepWork, client: str) -> bool:
@@ -242,21 +243,24 @@ class Engine:
         running = any(m.client == client and not m.reply.done() for joint in work.joints for m in joint.members)
         replies = [joint.replies[client] for joint in work.joints if client in joint.replies]
         delivered = any(not reply.done() for reply in replies)
-        return asked or running or delivered or work.done.get(client, 0) >= self.micro_batches
+        return asked or running or delivered or work.has_finished(client)
 
     def _run_forwards(self, work: StepWork) -> None:
-        """Launch each group (same micro-batch, same blocks) that is complete, or as large as memory lets it be."""
+        """Launch each micro-batch that all have brought, or of which memory takes no more."""
         mine = [a for a in self.waiting if a.train and a.client in work.members and a.key.step == work.step]
-        groups: dict[tuple[int, int, int], list[Arrival]] = {}
+        groups: dict[int, list[Arrival]] = {}
         for arrival in sorted(mine, key=lambda arrival: arrival.client):
-            groups.setdefault((arrival.key.micro, arrival.blocks.start, arrival.blocks.stop), []).append(arrival)
-        for group in groups.values():
+            groups.setdefault(arrival.key.micro, []).append(arrival)
+        for micro, group in groups.items():
             fitting, full = self._fit(group)
-            if fitting and (full or self._nobody_else_comes(work, group)):
+            if fitting and (full or self._nobody_else_comes(work, micro, group)):
                 self._start_forward(work, fitting)
 
     def _fit(self, group: list[Arrival]) -> tuple[list[Arrival], bool]:
-        """The part of a group that may run now, and whether memory cut it short. One client always fits alone."""
+        """The part of a group that may run now, and whether memory cut it short. One client always fits alone.
+
+        A group that runs again in its backward has its graph then, so it is no larger either.
+        """
         room = self.settings.trunk.max_tokens_in_flight - self.tokens_held
         fitting: list[Arrival] = []
         for arrival in group:
@@ -266,14 +270,10 @@ class Engine:
             room -= arrival.tokens
         return fitting, False
 
-    def _nobody_else_comes(self, work: StepWork, group: list[Arrival]) -> bool:
-        """Whether every member has this micro-batch behind it, in this group, or waiting for other blocks."""
-        micro = group[0].key.micro
-        for client in work.members:
-            waits = any(a.client == client and a.key.micro == micro and a.train for a in self.waiting)
-            if not waits and not self._has_micro(work, client, micro):
-                return False
-        return True
+    def _nobody_else_comes(self, work: StepWork, micro: int, group: list[Arrival]) -> bool:
+        """Whether every member that has this micro-batch has it behind it, or in this group."""
+        owing = {client for client, count in work.members.items() if micro < count}
+        return all(self._has_micro(work, client, micro) for client in owing - {arrival.client for arrival in group})
 
     def _has_micro(self, work: StepWork, client: str, micro: int) -> bool:
         return any(m.client == client and m.key.micro == micro for joint in work.joints for m in joint.members)
@@ -281,24 +281,25 @@ class Engine:
     def _start_forward(self, work: StepWork, group: list[Arrival]) -> None:
         for arrival in group:
             self.waiting.remove(arrival)
-            self.tokens_held += arrival.tokens
-        joint = Joint(group)
+        keep_graph = not self.settings.trunk.recompute
+        joint = Joint(group, sum(arrival.tokens for arrival in group) if keep_graph else 0)
+        self.tokens_held += joint.tokens_held
         work.joints.append(joint)
 
         async def run() -> list[Tensor]:
-            outputs, graph = await self.call(self._forward_now, group, group[0].blocks, True)
-            assert graph is not None
+            outputs, graph = await self.call(self._forward_now, group, keep_graph)
+            joint.has_run = True
             joint.graph = None if joint.finished else graph  # the round may have ended meanwhile
             return outputs
 
         self._launch(run(), group, joint)
 
-    async def _forward(self, group: list[Arrival], blocks: range, *, train: bool) -> list[Tensor]:
-        outputs, _ = await self.call(self._forward_now, group, blocks, train)
+    async def _judge(self, arrival: Arrival) -> list[Tensor]:
+        outputs, _ = await self.call(self._forward_now, [arrival], False)
         return outputs
 
-    def _forward_now(self, group: list[Arrival], blocks: range, train: bool) -> tuple[list[Tensor], Graph | None]:
-        return self.trunk.forward(blocks, [arrival.rows for arrival in group], train=train)
+    def _forward_now(self, group: list[Arrival], keep_graph: bool) -> tuple[list[Tensor], Graph | None]:
+        return self.trunk.forward([a.blocks for a in group], [a.rows for a in group], keep_graph=keep_graph)
 
     def _launch(self, work: Any, group: list[Arrival], joint: Joint | None = None) -> None:
         """Await a forward in the background and hand out its outputs, or its failure."""
@@ -323,7 +324,7 @@ class Engine:
     def _run_backwards(self, work: StepWork) -> None:
         """One backward for each joint graph whose clients have all delivered or gone."""
         for joint in work.joints:
-            if joint.graph is not None and joint.complete and not joint.backward_started:
+            if joint.has_run and joint.complete and not joint.backward_started:
                 joint.backward_started = True
                 spawn(self._backward(work, joint))
 
@@ -356,12 +357,14 @@ class Engine:
     def _backward_now(self, joint: Joint, delivered: list[Arrival]) -> list[Tensor]:
         """On the compute thread: gradients at the inputs of those who delivered.
 
-        Rows of a dropped client that overflowed would make NaN of its zero gradients: then the others run anew.
+        They run anew where no graph was kept, and where rows of a dropped client that overflowed would make NaN of its
+        zero gradients.
         """
+        if joint.finished:
+            raise MissedError  # its round ended while this was on its way
         graph, members = joint.graph, joint.members
-        assert graph is not None
-        if len(delivered) < len(members) and not graph.outputs.isfinite().all():
-            _, graph = self._forward_now(delivered, graph.blocks, True)
+        if graph is None or (len(delivered) < len(members) and not graph.outputs.isfinite().all()):
+            _, graph = self._forward_now(delivered, True)
             members = delivered
             assert graph is not None
         gradients = [joint.gradients[member.client] for member in members]
@@ -372,13 +375,12 @@ class Engine:
         """A joint forward is over, one way or another: its room is free."""
         if not joint.finished:
             joint.finished, joint.graph = True, None
-            self.tokens_held -= sum(member.tokens for member in joint.members)
+            self.tokens_held -= joint.tokens_held
 
     def _finish_step(self, work: StepWork) -> None:
         """Step the trunk when every member has delivered every micro-batch; replies have gone out before."""
         unfinished = [joint for joint in work.joints if not joint.finished]
-        behind = [client for client in work.members if work.done.get(client, 0) < self.micro_batches]
-        if unfinished or behind:
+        if unfinished or not all(work.has_finished(client) for client in work.members):
             return
         work.applying = True
         if work.timer is not None:

@@ -209,7 +209,8 @@ class Rounds:
         if action.round == self._opened:  # everybody left it; those who come start from the last durable one
             self.engine.queue(self._roll_back)
         self._opened = action.round
-        through_trunk = [name for name in action.cohort if self._trains_through_trunk(members.named(name))]
+        cohort = [members.named(name) for name in action.cohort]
+        through_trunk = {member.name: member.micro_batches for member in cohort if self._trains_through_trunk(member)}
         self.engine.open_round(action.round, through_trunk)
         for name in action.cohort:
             resolve(self._desk.next_round.pop(name, None), RoundOpen(0, action.round, self.weights))

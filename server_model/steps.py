@@ -45,6 +45,8 @@ class Joint:
     """A joint forward whose gradients are still coming."""
 
     members: list[Arrival]
+    tokens_held: int  # whose graphs are kept until the backward
+    has_run: bool = False
     graph: Graph | None = None  # comes with the outputs, goes with the backward: it holds the activations
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
     replies: dict[str, asyncio.Future[Tensor]] = field(default_factory=dict)
@@ -62,8 +64,12 @@ class StepWork:
 
     round: int
     step: int
-    members: set[str]
+    members: dict[str, int]  # client -> the micro-batches that it computes the step in
     joints: list[Joint] = field(default_factory=list)
     done: dict[str, int] = field(default_factory=dict)  # client -> finished micro-batches
     applying: bool = False
     timer: asyncio.TimerHandle | None = None
+
+    def has_finished(self, client: str) -> bool:
+        """Whether a member has all its micro-batches behind it."""
+        return self.done.get(client, 0) >= self.members[client]

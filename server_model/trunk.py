@@ -1,7 +1,8 @@
 """The trunk: the blocks on the server, as one module with its optimizer. Pure torch; one thread calls it.
 
-Clients whose cuts give the same block range run as one batch. Gradients come summed over label tokens and are
-divided, per block, by the tokens that crossed it in the step.
+Clients run as one batch through every block that they share: rows join where their client's range of blocks begins
+and leave where it ends. Gradients come summed over label tokens and are divided, per block, by the tokens that
+crossed it in the step.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ class Rows:
 class Graph:
     """A joint forward that waits for its gradients: inputs and outputs (sum of B, longest T, D)."""
 
-    blocks: range
+    blocks: Sequence[range]  # of each client
     inputs: Tensor
     outputs: Tensor
     shapes: list[tuple[int, int]]  # (B, T) of each client's rows
@@ -66,15 +68,37 @@ class Trunk:
         """Global name -> trainable weight."""
         return {name: weight for name, weight in self.segment.named_weights() if weight.requires_grad}
 
-    def forward(self, blocks: range, clients: Sequence[Rows], *, train: bool) -> tuple[list[Tensor], Graph | None]:
-        """Run several clients' rows as one batch; outputs in the clients' order, and a graph when ``train``."""
+    def forward(
+        self, blocks: Sequence[range], clients: Sequence[Rows], *, keep_graph: bool
+    ) -> tuple[list[Tensor], Graph | None]:
+        """Run each client's rows through its blocks; outputs in the clients' order, and what a backward needs."""
         inputs, lengths = join(clients)
-        inputs.requires_grad_(train)
-        with torch.set_grad_enabled(train), arithmetic(self.settings, self.device):
-            outputs = self.segment.narrow(blocks.start, blocks.stop)(inputs, lengths)
+        inputs.requires_grad_(keep_graph)
         shapes = [(rows.hidden.shape[0], rows.hidden.shape[1]) for rows in clients]
-        graph = Graph(blocks, inputs, outputs, shapes) if train else None
+        with torch.set_grad_enabled(keep_graph), arithmetic(self.settings, self.device):
+            outputs = self._through_own(blocks, inputs, lengths, [batch for batch, _ in shapes])
+        graph = Graph(blocks, inputs, outputs, shapes) if keep_graph else None
         return part(outputs.detach(), shapes), graph
+
+    def _through_own(self, blocks: Sequence[range], hidden: Tensor, lengths: Tensor | None, sizes: list[int]) -> Tensor:
+        """A joint batch (sum of ``sizes``, T, D) -> the same behind each client's own blocks."""
+        stretches = shared_stretches(blocks)
+        if len(stretches) == 1:
+            return self._through(stretches[0], hidden, lengths)
+        rows = list(torch.split_with_sizes(hidden, sizes))
+        known = [] if lengths is None else torch.split_with_sizes(lengths, sizes)
+        for stretch in stretches:
+            inside = [number for number, own in enumerate(blocks) if stretch.start in own]
+            true = torch.cat([known[number] for number in inside]) if known else None
+            joint = self._through(stretch, torch.cat([rows[number] for number in inside]), true)
+            pieces = torch.split_with_sizes(joint, [sizes[number] for number in inside])
+            for number, piece in zip(inside, pieces, strict=True):
+                rows[number] = piece
+        return torch.cat(rows)
+
+    def _through(self, blocks: range, hidden: Tensor, lengths: Tensor | None) -> Tensor:
+        output: Tensor = self.segment.narrow(blocks.start, blocks.stop)(hidden, lengths)
+        return output
 
     def backward(self, graph: Graph, gradients: Sequence[Tensor | None], tokens: Sequence[int]) -> list[Tensor]:
         """One backward for the joint batch; a client that was dropped brings None. Gradients at the inputs.
@@ -86,9 +110,9 @@ class Trunk:
             if gradient is not None:
                 view.copy_(self._bounded(gradient))
         graph.outputs.backward(joint)  # type: ignore[no-untyped-call]
-        delivered = sum(count for count, gradient in zip(tokens, gradients, strict=True) if gradient is not None)
-        for block in graph.blocks:
-            self.tokens[block] += delivered
+        for own, count, gradient in zip(graph.blocks, tokens, gradients, strict=True):
+            if gradient is not None:
+                self.tokens.update(dict.fromkeys(own, count))
         assert graph.inputs.grad is not None
         return part(graph.inputs.grad, graph.shapes)
 
@@ -133,6 +157,16 @@ class Trunk:
             for name, weight in self.trainable().items():
                 if name in tensors:
                     weight.copy_(tensors[name])
+
+
+def shared_stretches(blocks: Sequence[range]) -> list[range]:
+    """Ranges of several clients -> the longest ranges over which nobody joins or leaves, from the bottom up.
+
+    Blocks in which nobody is are left out: 1..3 and 2..5 and 7..9 give 1, 2..3, 4..5 and 7..9 (ends included).
+    """
+    edges = sorted({edge for own in blocks for edge in (own.start, own.stop)})
+    stretches = [range(start, stop) for start, stop in pairwise(edges)]
+    return [stretch for stretch in stretches if any(stretch.start in own for own in blocks)]
 
 
 def join(clients: Sequence[Rows]) -> tuple[Tensor, Tensor | None]:

@@ -207,6 +207,11 @@ class TrunkSettings(Section):
     grace_s: float = Field(120.0, ge=0, description="seconds that a session outlives its connection")
     cache_gib: float = Field(8.0, ge=0, description="GiB of disk for released activations; the rest is sent each epoch")
     max_tokens_in_flight: int = Field(262_144, ge=1, description="tokens whose graphs the trunk holds at once")
+    recompute: bool = Field(
+        False,
+        description="true: the trunk keeps no graph while clients compute, and runs each forward again in its "
+        "backward: a third more arithmetic, and room for hundreds of clients",
+    )
     gradient_clip_norm: float = Field(
         0.0,
         ge=0,

@@ -109,9 +109,8 @@ def run_federation(
     nothing: the report says so. ``report`` hears every event as it happens, one at a time.
 
     The same arguments give the same weights, to the bit, on the same machine: the first round waits for everybody, and
-    the trunk orders its batches by name. With ``cuts`` that differ they are equal but for rounding (gradients of
-    different block ranges are summed as they come); with ``trunk.mode = "sequential"`` or with deadlines it counts
-    who comes first.
+    the trunk orders its batches by name. With ``trunk.mode = "sequential"``, with deadlines, or where a step's tokens
+    are more than ``trunk.max_tokens_in_flight``, it counts who comes first.
 
     All clients and the trunk share the cores. With many clients ``torch.set_num_threads(1)`` is fastest.
 

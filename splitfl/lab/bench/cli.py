@@ -15,7 +15,7 @@ from splitfl.errors import ConfigError
 if TYPE_CHECKING:
     from splitfl.lab.bench.harness import Result
 
-NAMES = ("federation", "memory", "overhead", "pipe", "privacy", "startup", "wan")
+NAMES = ("federation", "memory", "overhead", "pipe", "privacy", "scale", "startup", "wan")
 
 
 def bench(
@@ -60,7 +60,7 @@ def run_named(
     name: str, steps: int | None, model: Path | None, cut: Cut, seeds: int, jobs: int, work: Path | None
 ) -> Result:
     """Run one benchmark."""
-    from splitfl.lab.bench import federation, memory, overhead, pipe, privacy, startup, wan
+    from splitfl.lab.bench import federation, memory, overhead, pipe, privacy, scale, startup, wan
     from splitfl.lab.bench.contenders import Effort
     from splitfl.lab.bench.hospitals import Scale
 
@@ -69,6 +69,8 @@ def run_named(
             return federation.run(scale=Scale(), seeds=seeds, work=work, jobs=jobs, say=note)
         case "memory":
             return memory.run(say=note)
+        case "scale":
+            return scale.run(say=note)
         case "startup":
             return startup.run(say=note)
         case "pipe":
@@ -84,9 +86,14 @@ def run_named(
 
 def draw(result: Result, out: Path) -> None:
     """The picture that belongs to a benchmark, if it has one."""
-    from splitfl.lab.bench.plots import draw_federation, draw_frontier, draw_timeline
+    from splitfl.lab.bench.plots import draw_federation, draw_frontier, draw_scale, draw_timeline
 
-    pictures = {"federation": draw_federation, "privacy": draw_frontier, "wan": draw_timeline}
+    pictures = {
+        "federation": draw_federation,
+        "privacy": draw_frontier,
+        "scale": draw_scale,
+        "wan": draw_timeline,
+    }
     if result.bench in pictures:
         pictures[result.bench](result, out / f"{result.bench}.png")
 

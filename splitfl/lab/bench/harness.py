@@ -12,6 +12,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -137,6 +139,7 @@ def served(model: Path, federation: str, *, threads: int = 0) -> Iterator[tuple[
             if not line:
                 raise SplitFLError("the trunk service did not start", log.read_text()[-300:])
             listening = json.loads(line)
+            threading.Thread(target=deque, args=(process.stdout, 0), daemon=True).start()  # a full pipe would stop it
             yield listening["url"], listening["agreement"]
         finally:
             process.terminate()

@@ -155,11 +155,11 @@ def parse_settings(text: str) -> Federation:
     return parse_federation(tomllib.loads(text), "the benchmark")
 
 
-def random_batch() -> Batch:
+def random_batch(records: int = RECORDS, length: int = LENGTH, vocab: int = VOCAB, seed: int = 0) -> Batch:
     """Random tokens, every position labelled but the last."""
-    ids = np.random.default_rng(0).integers(0, VOCAB, (RECORDS, LENGTH))
-    labels = np.concatenate([ids[:, 1:], np.full((RECORDS, 1), -100)], axis=1)
-    return Batch(ids, labels, np.full(RECORDS, LENGTH))
+    ids = np.random.default_rng(seed).integers(0, vocab, (records, length))
+    labels = np.concatenate([ids[:, 1:], np.full((records, 1), -100)], axis=1)
+    return Batch(ids, labels, np.full(records, length))
 
 
 class WholeStep:
@@ -191,8 +191,8 @@ def plain_gate(settings: Federation, state: Path) -> Gate:
 class SplitStep:
     """One split step through the service at ``url``; returns seconds and mean loss."""
 
-    def __init__(self, folder: Path, settings: Federation, url: str, state: Path) -> None:
-        self.link = Link(url, Hello(PROTOCOL_VERSIONS, "bench"), say=lambda _: None)
+    def __init__(self, folder: Path, settings: Federation, url: str, state: Path, name: str = "bench") -> None:
+        self.link = Link(url, Hello(PROTOCOL_VERSIONS, name), say=lambda _: None)
         self.link.open()
         ends = Ends(CheckpointFolder(folder), settings, Cut(1, 1), torch.device("cpu"))
         self.trainer = Trainer(ends, self.link, plain_gate(settings, state))

@@ -125,6 +125,29 @@ def draw_lanes(lanes: dict[str, Any], panel: Axes) -> None:
     tidy(panel, grid="x")
 
 
+def draw_scale(result: Result, path: Path) -> None:
+    """Tokens a second by number of clients, together and as one whole model on their batches. Raises StorageError."""
+    rows = [row for row in result.rows if "ratio" in row]
+    clients = [row["clients"] for row in rows]
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained", facecolor="white")
+    panel = figure.subplots()
+    for kind, label, marker, colour in (("split", "split", "o", BLUE), ("whole", "whole model", "s", GREY)):
+        rates = [row[f"{kind}_tokens_per_s"] for row in rows]
+        medians = [rate["median"] for rate in rates]
+        panel.errorbar(clients, medians, yerr=around(rates), marker=marker, color=colour, capsize=3, label=label)
+    for row in rows:
+        above = (row["clients"], row["split_tokens_per_s"]["max"])
+        panel.annotate(f"{row['ratio']['median']:.2f}x", above, xytext=(0, 6), ha="center", **NEAR)
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(clients, [str(number) for number in clients])
+    panel.set_ylim(bottom=0)
+    panel.set_xlabel("clients, each with the same batch")
+    panel.set_ylabel("tokens a second, all clients together")
+    legend_below(panel, 2)
+    tidy(panel, grid="y")
+    save(figure, path)
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a picture. Raises StorageError."""
     try:

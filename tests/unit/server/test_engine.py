@@ -19,7 +19,7 @@ from torch import Tensor
 
 from server_model.engine import Engine
 from server_model.steps import MissedError, StepKey
-from server_model.trunk import Graph, Rows, Trunk
+from server_model.trunk import Graph, Rows, Trunk, shared_stretches, true_lengths
 from splitfl.config import Federation, parse_federation
 from splitfl.errors import ProtocolError
 
@@ -47,6 +47,7 @@ class Piece:
     rows: Rows
     tokens: int
     gradient: Tensor
+    blocks: range = BLOCKS
 
     @classmethod
     def draw(cls, seed: int, *, batch: int = 2, time: int = 7, padded: bool = False) -> Piece:
@@ -57,6 +58,11 @@ class Piece:
 
 
 PIECES = {name: Piece.draw(seed, time=5 + seed, padded=seed == 2) for seed, name in enumerate("abc")}
+
+
+def each(settings: Federation, names: Iterable[str]) -> dict[str, int]:
+    """A cohort whose clients all compute a step in the federation's number of micro-batches."""
+    return dict.fromkeys(names, settings.batch.micro_batches)
 
 
 @dataclass
@@ -72,7 +78,7 @@ class Bench:
     async def __aenter__(self) -> Bench:
         self.trunk = Trunk(self.settings, self.source, BLOCKS, torch.device("cpu"))
         self.engine = Engine(self.trunk, self.settings)
-        self.engine.open_round(0, self.cohort)
+        self.engine.open_round(0, each(self.settings, self.cohort))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -80,7 +86,7 @@ class Bench:
 
     async def forward(self, name: str, step: int = 0, micro: int = 0, piece: Piece | None = None) -> Tensor:
         piece = piece or PIECES[name]
-        return await self.engine.forward(name, StepKey(0, step, micro), BLOCKS, piece.rows, piece.tokens, True)
+        return await self.engine.forward(name, StepKey(0, step, micro), piece.blocks, piece.rows, piece.tokens, True)
 
     async def backward(self, name: str, step: int = 0, micro: int = 0, piece: Piece | None = None) -> Tensor:
         return await self.engine.backward(name, StepKey(0, step, micro), (piece or PIECES[name]).gradient)
@@ -106,16 +112,16 @@ def alone(
     for pieces in steps:
         for piece in pieces:
             hidden = piece.rows.hidden.clone().requires_grad_()
-            output = trunk.segment(hidden, piece.rows.lengths)
+            output = trunk.segment.narrow(piece.blocks.start, piece.blocks.stop)(hidden, piece.rows.lengths)
             output.backward(piece.gradient)
             assert hidden.grad is not None
             results.append((output.detach(), hidden.grad))
-        tokens = sum(piece.tokens for piece in pieces)
         with torch.no_grad():
-            for weight in trunk.trainable().values():
-                assert weight.grad is not None
-                weight -= RATE * weight.grad / tokens
-                weight.grad = None
+            for name, weight in trunk.trainable().items():
+                if weight.grad is not None:
+                    block = trunk.segment.block_of(name)
+                    weight -= RATE * weight.grad / sum(piece.tokens for piece in pieces if block in piece.blocks)
+                    weight.grad = None
     return results, trunk.weights()
 
 
@@ -138,22 +144,69 @@ async def soon(work: Awaitable[Any]) -> bool:
 # one joint step
 
 
-def test_client_batch_gives_each_client_what_it_would_get_alone(source: MemorySource) -> None:
+def assert_each_gets_what_it_would_get_alone(source: MemorySource, pieces: dict[str, Piece], **trunk: Any) -> None:
     async def work() -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
-        async with Bench(source, federation()) as bench:
-            results = await asyncio.gather(*(bench.both(name) for name in "abc"))
+        async with Bench(source, federation(**trunk), pieces) as bench:
+            results = await asyncio.gather(*(bench.both(name, piece=piece) for name, piece in pieces.items()))
             return results, await bench.settled()
 
     results, weights = run(work)
-    expected, stepped = alone(source, [[PIECES[name] for name in "abc"]])
-    for (output, below), (output_alone, below_alone), name in zip(results, expected, "abc", strict=True):
-        lengths = PIECES[name].rows.lengths
-        valid = torch.ones(output.shape[:2], dtype=torch.bool)
-        if lengths is not None:
-            valid = torch.arange(output.shape[1]) < lengths[:, None]
-        torch.testing.assert_close(output[valid], output_alone[valid], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(below[valid], below_alone[valid], atol=1e-5, rtol=1e-5)
+    expected, stepped = alone(source, [list(pieces.values())])
+    for found, wanted, piece in zip(results, expected, pieces.values(), strict=True):
+        time = torch.arange(piece.rows.hidden.shape[1])
+        valid = time < true_lengths(piece.rows)[:, None]  # (B, T)
+        for tensor, tensor_alone in zip(found, wanted, strict=True):
+            torch.testing.assert_close(tensor[valid], tensor_alone[valid], atol=1e-5, rtol=1e-5)
     assert_close(weights, stepped)
+
+
+def test_client_batch_gives_each_client_what_it_would_get_alone(source: MemorySource) -> None:
+    assert_each_gets_what_it_would_get_alone(source, PIECES)
+
+
+RANGES = {
+    "a suffix": [range(1, 5), range(2, 5)],
+    "a prefix": [range(1, 3), range(1, 5)],
+    "one inside another": [range(2, 4), range(1, 5), range(2, 4)],
+    "they overlap": [range(1, 4), range(2, 5)],
+    "nothing": [range(1, 2), range(3, 5)],
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("ranges", RANGES.values(), ids=RANGES)
+def test_clients_share_the_blocks_that_both_have(source: MemorySource, ranges: list[range], recompute: bool) -> None:
+    pieces = {
+        name: replace(Piece.draw(seed, time=5 + seed, padded=seed == 1), blocks=blocks)
+        for seed, (name, blocks) in enumerate(zip("abc", ranges, strict=False))
+    }
+    assert_each_gets_what_it_would_get_alone(source, pieces, recompute=recompute)
+
+
+def test_shared_blocks_run_once_for_all(source: MemorySource, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[range, int]] = []
+    through = Trunk._through
+
+    def counted(self: Trunk, blocks: range, hidden: Tensor, lengths: Tensor | None) -> Tensor:
+        ran.append((blocks, len(hidden)))
+        return through(self, blocks, hidden, lengths)
+
+    monkeypatch.setattr(Trunk, "_through", counted)
+    pieces = {"a": replace(PIECES["a"], blocks=range(1, 5)), "b": replace(PIECES["b"], blocks=range(2, 5))}
+    assert_each_gets_what_it_would_get_alone(source, pieces)
+    assert ran == [(range(1, 2), 2), (range(2, 5), 4)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(1, 5)), min_size=1, max_size=5))
+def test_stretches_cover_each_range_and_nothing_else(drawn: list[tuple[int, int]]) -> None:
+    ranges = [range(start, start + length) for start, length in drawn]
+    stretches = shared_stretches(ranges)
+    for own in ranges:
+        inside = [stretch for stretch in stretches if stretch.start in own]
+        assert [block for stretch in inside for block in stretch] == list(own)
+    assert {block for stretch in stretches for block in stretch} == {block for own in ranges for block in own}
+    if len(set(ranges)) == 1:
+        assert stretches == ranges[:1]
 
 
 @pytest.mark.parametrize("scale", [1e6, -1e6, 1e30])
@@ -204,6 +257,31 @@ def test_micro_batches_add_up_to_one_step(source: MemorySource) -> None:
     weights, steps = run(work)
     assert steps == 1
     assert_close(weights, alone(source, [list(pieces.values())])[1])
+
+
+def test_clients_may_differ_in_their_micro_batches(source: MemorySource) -> None:
+    """One brings its four records at once and the other one by one: the same step as if both had brought all."""
+    whole = {name: Piece.draw(ord(name), batch=4) for name in "ab"}
+    each_row = [
+        Piece(Rows(whole["b"].rows.hidden[row : row + 1], None), 4, whole["b"].gradient[row : row + 1])
+        for row in range(4)
+    ]
+    each_row[0] = replace(each_row[0], tokens=whole["b"].tokens - 3 * 4)
+
+    async def together(micro: int) -> tuple[Tensor, dict[str, Tensor], int]:
+        async with Bench(source, federation(steps=2), "") as bench:
+            bench.engine.open_round(0, {"a": 1, "b": micro})
+            pieces = each_row if micro == 4 else [whole["b"]]
+            for step in range(2):
+                of_a = asyncio.ensure_future(bench.both("a", step, 0, whole["a"]))
+                of_b = [await bench.both("b", step, number, piece) for number, piece in enumerate(pieces)]
+                await of_a
+            return torch.cat([output for output, _ in of_b]), await bench.settled(), bench.engine.steps_applied
+
+    apart, in_one = run(lambda: together(4)), run(lambda: together(1))
+    torch.testing.assert_close(apart[0], in_one[0], atol=1e-6, rtol=1e-6)
+    assert_close(apart[1], in_one[1])
+    assert apart[2] == in_one[2] == 2
 
 
 def test_next_step_waits_until_the_one_before_is_applied(source: MemorySource) -> None:
@@ -536,7 +614,7 @@ def test_tokens_of_a_step_that_ends_while_a_new_round_opens_count_in_neither(sou
             await asyncio.sleep(0.01)
             applied = asyncio.ensure_future(bench.engine.call(bench.trunk.step, RATE))
             await asyncio.sleep(0.01)
-            bench.engine.open_round(1, "a")
+            bench.engine.open_round(1, each(bench.settings, "a"))
             blocker.set()
             await asyncio.wait([held, backward, applied])
             await bench.settled()
@@ -556,7 +634,7 @@ def test_round_that_opens_forgets_what_the_last_one_left(source: MemorySource) -
             await asyncio.gather(*late)
             pending = asyncio.ensure_future(bench.backward("a", 0, 1))
             await asyncio.sleep(0.01)
-            bench.engine.open_round(1, "a")
+            bench.engine.open_round(1, each(bench.settings, "a"))
             with pytest.raises(MissedError):
                 await pending
             assert bench.engine.tokens_held == 0
@@ -577,7 +655,7 @@ def test_forward_that_runs_while_a_new_round_opens_gives_its_room_back(source: M
             held = asyncio.ensure_future(bench.engine.call(blocker.wait, 10.0))
             running = asyncio.ensure_future(bench.forward("a"))
             await asyncio.sleep(0.01)
-            bench.engine.open_round(1, "a")
+            bench.engine.open_round(1, each(bench.settings, "a"))
             blocker.set()
             await held
             with pytest.raises(MissedError):
@@ -592,6 +670,56 @@ def test_forward_that_runs_while_a_new_round_opens_gives_its_room_back(source: M
 
 
 # memory
+
+
+def test_recomputed_gradients_are_the_same_bits(source: MemorySource) -> None:
+    async def work(recompute: bool) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
+        async with Bench(source, federation(recompute=recompute)) as bench:
+            results = [await asyncio.gather(*(bench.both(name, step) for name in "abc")) for step in range(2)]
+            return results[0] + results[1], await bench.settled()
+
+    kept, again = run(lambda: work(False)), run(lambda: work(True))
+    for pair, same in zip(kept[0], again[0], strict=True):
+        assert all(torch.equal(*tensors) for tensors in zip(pair, same, strict=True))
+    assert all(torch.equal(weight, again[1][name]) for name, weight in kept[1].items())
+
+
+def test_recomputing_trunk_keeps_no_activation_while_clients_compute(source: MemorySource) -> None:
+    """So clients whose graphs have no room together are served together."""
+    tokens = PIECES["a"].rows.hidden.shape[0] * PIECES["a"].rows.hidden.shape[1]
+
+    async def both_wait(recompute: bool) -> bool:
+        async with Bench(source, federation(max_tokens_in_flight=tokens, recompute=recompute), "ab") as bench:
+            forwards = [asyncio.ensure_future(bench.forward(name)) for name in "ab"]
+            together = await soon(asyncio.gather(*map(asyncio.shield, forwards)))
+            assert bench.engine.tokens_held == (0 if recompute else tokens)
+            assert all(joint.graph is None for joint in bench.engine.work.joints) == recompute  # type: ignore[union-attr]
+            for name, forward in zip("ab", forwards, strict=True):
+                await forward
+                await bench.backward(name)
+            await bench.settled()
+            return together
+
+    assert run(lambda: both_wait(True))
+    assert not run(lambda: both_wait(False))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_backward_of_a_round_that_ends_meanwhile_leaves_nothing(source: MemorySource, recompute: bool) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(recompute=recompute), "a") as bench:
+            await bench.forward("a")
+            backward = asyncio.ensure_future(bench.backward("a"))
+            while not bench.engine.work.joints[0].backward_started:  # type: ignore[union-attr]
+                await asyncio.sleep(0)
+            bench.engine.open_round(1, each(bench.settings, "a"))
+            with pytest.raises(MissedError):
+                await backward
+            await bench.settled()
+            assert all(weight.grad is None for weight in bench.trunk.trainable().values())
+            assert not bench.trunk.tokens
+
+    run(work)
 
 
 def test_backward_never_waits_behind_admission(source: MemorySource) -> None:
@@ -621,12 +749,14 @@ class FakeTrunk:
         self.fails = fails
         self.backward_fails = backward_fails
 
-    def forward(self, blocks: range, clients: Sequence[Rows], *, train: bool) -> tuple[list[Tensor], Graph | None]:
+    def forward(
+        self, blocks: Sequence[range], clients: Sequence[Rows], *, keep_graph: bool
+    ) -> tuple[list[Tensor], Graph | None]:
         if self.fails():
             raise RuntimeError("out of memory")
         outputs = [2 * rows.hidden for rows in clients]
         shapes = [(rows.hidden.shape[0], rows.hidden.shape[1]) for rows in clients]
-        return outputs, Graph(blocks, outputs[0], outputs[0], shapes) if train else None
+        return outputs, Graph(blocks, outputs[0], outputs[0], shapes) if keep_graph else None
 
     def backward(self, graph: Graph, gradients: Sequence[Tensor | None], tokens: Sequence[int]) -> list[Tensor]:
         assert len(gradients) == len(graph.shapes) == len(tokens)
@@ -683,9 +813,10 @@ def test_honest_clients_never_hang_whatever_the_memory(
         trunk = FakeTrunk()
         engine = Engine(trunk, chosen)  # type: ignore[arg-type]
         names = [f"client-{number}" for number in range(clients)]
-        engine.open_round(0, names)
+        micros = {name: chance.randint(1, micro) for name in names}
+        engine.open_round(0, micros)
         jobs = [
-            play(engine, name, 6, micro, range(1, 2 + number % cuts), random.Random(chance.random()))
+            play(engine, name, 6, micros[name], range(1, 2 + number % cuts), random.Random(chance.random()))
             for number, name in enumerate(names)
         ]
         await asyncio.gather(*jobs)
@@ -704,7 +835,7 @@ def test_forward_that_fails_inside_holds_nobody_up(mode: str) -> None:
         failures = iter([True])
         trunk = FakeTrunk(fails=lambda: next(failures, False))
         engine = Engine(trunk, federation(mode=mode))  # type: ignore[arg-type]
-        engine.open_round(0, "ab")
+        engine.open_round(0, {"a": 1, "b": 1})
         rows = Rows(torch.ones(2, 3, 1), None)
 
         async def client(name: str) -> list[str]:
@@ -735,7 +866,7 @@ def test_step_whose_backward_fails_is_void_for_all_of_it(failing: int) -> None:
         failures = iter([number == failing for number in range(2)])
         trunk = FakeTrunk(backward_fails=lambda: next(failures, False))
         engine = Engine(trunk, federation(micro=2))  # type: ignore[arg-type]
-        engine.open_round(0, "ab")
+        engine.open_round(0, {"a": 2, "b": 2})
         rows = Rows(torch.ones(2, 3, 1), None)
 
         async def hops(name: str, step: int, micro: int) -> str:
