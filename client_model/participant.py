@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from client_model.asking import Asker
 from client_model.assets import PIECE_BYTES
 from client_model.baselines import BaselineRun, Baselines, wanted
 from client_model.candidate import Candidate, Connection, preparation
@@ -53,7 +54,7 @@ GOODBYE_S = 10.0  # how long a client that is done waits for the server's farewe
 
 
 class PausedError(Exception):
-    """Ctrl-C, or all that was asked for is done: the state is saved.
+    """Ctrl-C, all that was asked for is done, or another plan is due: the state is saved.
 
     ``in_round``: this client is awaited, within the grace period.
     """
@@ -69,6 +70,7 @@ class Participant(Candidate):
 
     measured: Measurements = field(default_factory=Measurements)
     only_finish: bool = False  # stop as soon as the round that was paused is merged
+    wants_plan: Callable[[Asker], bool] = lambda _: False  # asked between rounds; True stops for another plan
     in_step: bool = False  # steps are under way: Ctrl-C waits for the end of the one that is
 
     def run(self, link: Connection, welcome: Welcome, url: str) -> dict[str, Any]:
@@ -153,7 +155,7 @@ class Participant(Candidate):
             self.welcome.session,
             self.link.next_seq,
             data=self._fingerprint(),
-            cut=str(self.cut),
+            plan=str(self.held),
             terms=self.terms.sha256,
             signer=self.welcome.signer,
             floor=repr(self.floor),
@@ -335,7 +337,7 @@ class Participant(Candidate):
 
     def _stop_if_asked(self, step: int | None, tokens: int) -> None:
         """On Ctrl-C: save where we are, so that the next start goes on here. Raises PausedError."""
-        if not (self.stop() or (self.only_finish and step is None)):
+        if not (self.stop() or (step is None and (self.only_finish or self._is_plan_over()))):
             return
         self.notary.settle()  # a journal begins with nothing unanswered
         if self.link.journal.doing_again:  # it goes further than this
@@ -343,6 +345,9 @@ class Participant(Candidate):
         if step is not None:
             self._begin_journal(self.store.save_pause(self._snapshot(self.round, step, tokens)), in_round=True)
         raise PausedError(in_round=step is not None)
+
+    def _is_plan_over(self) -> bool:
+        return not self.link.journal.doing_again and self.wants_plan(self.link)
 
     # -- measuring and the end ---------------------------------------------------------------------------------
 
