@@ -221,7 +221,9 @@ def run(
         participant.plan, participant.only_finish = plans(), False
         if (both := paused_choices(participant.store, participant.plan)) is not None:
             participant.plan, participant.only_finish = both[0], True
-            note(f"finishing the round that was paused with cut {both[0].cut}; after it, this client takes {both[1].cut}")
+            note(
+                f"finishing the round that was paused with cut {both[0].cut}; after it, this client takes {both[1].cut}"
+            )
         report = take_part(participant, url, patience, invited)
     print_json({"report": report}) if as_json else print_report(report)
 
@@ -230,6 +232,7 @@ def take_part(participant: Participant, url: str, patience: float, invited: Join
     """One connection from Hello to goodbye; returns the closing report, {} when another one with another plan is due."""
     from client_model.link import Link
     from client_model.participant import PausedError
+    from client_model.shortage import ShortageError
 
     store = participant.store
     check_same_client(participant.name, store)
@@ -250,6 +253,11 @@ def take_part(participant: Participant, url: str, patience: float, invited: Join
             return {}
         note(f"paused; the state is in {store.folder}. Run the same command to go on.")
         raise KeyboardInterrupt from None
+    except ShortageError:
+        if participant.exhausted:
+            say_goodbye(link, "failed")
+            raise
+        return {}
     except KeyboardInterrupt:
         say_goodbye(link, "interrupted")
         note(f"the state is in {store.folder}. Run the same command to go on.")

@@ -44,7 +44,10 @@ class KeptPlan:
 
     def still_fits(self, memory: int, link: LinkSpeed) -> bool:
         """Whether what there is now is within the hysteresis."""
-        before, now = replace(self.link, rtt_s=self.link.rtt_s + LEAST_RTT_S), replace(link, rtt_s=link.rtt_s + LEAST_RTT_S)
+        before, now = (
+            replace(self.link, rtt_s=self.link.rtt_s + LEAST_RTT_S),
+            replace(link, rtt_s=link.rtt_s + LEAST_RTT_S),
+        )
         speeds = [(getattr(before, field.name), getattr(now, field.name)) for field in fields(LinkSpeed)]
         return alike(self.memory, memory, MEMORY_HYSTERESIS) and all(alike(*pair, LINK_HYSTERESIS) for pair in speeds)
 
@@ -73,9 +76,7 @@ def keep_plan(store: ClientStore, plan: KeptPlan) -> None:
     write_file(store.folder / "plan.json", json.dumps(asdict(plan)).encode())
 
 
-def make_plan(
-    kept: KeptPlan | None, before: Choices | None, found: Scouted
-) -> tuple[KeptPlan, list[Candidate]]:
+def make_plan(kept: KeptPlan | None, before: Choices | None, found: Scouted) -> tuple[KeptPlan, list[Candidate]]:
     """The plan to take from now on, and all that were weighed; none where the ``kept`` one holds on.
 
     ``before`` is what this client has trained with, if it has. Raises PlanError when nothing can be taken.

@@ -122,11 +122,9 @@ def measure_pace(source: TensorSource, settings: Federation, device: torch.devic
     batch = settings.batch
     share = 1 / (batch.records * batch.max_length)  # of an update: once a step
     return Pace(
-        per_token(specimen, specimen.train_block, BLOCK_S)
-        + update_time(specimen, "block").scaled(share),
+        per_token(specimen, specimen.train_block, BLOCK_S) + update_time(specimen, "block").scaled(share),
         per_token(specimen, specimen.run_frozen, FROZEN_S),
-        per_token(specimen, specimen.train_head, HEAD_S)
-        + update_time(specimen, "head").scaled(share),
+        per_token(specimen, specimen.train_head, HEAD_S) + update_time(specimen, "head").scaled(share),
     )
 
 

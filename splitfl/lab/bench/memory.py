@@ -76,7 +76,7 @@ def client_peak(work: Path, blocks: int) -> int:
     with served(model, SETTINGS, threads=1) as (url, agreement):
         command = [sys.executable, "-m", "splitfl.cli", "join", url, "--name", "bench", "--data", str(data)]
         command += ["--state", str(work / f"client-{blocks}"), "--cache", str(work / "cache"), "--threads", "1"]
-        command += ["--accept", agreement, "--key", str(work / "key")]
+        command += ["--accept", agreement, "--key", str(work / "key"), "--plan", "federation"]
         return peak_of(command)
 
 

@@ -37,7 +37,9 @@ class KnownLink:
     def again(self, message: Request) -> None: ...
 
 
-@pytest.mark.parametrize("speed", [LinkSpeed(0.05, 2.5e6, 12.5e6), LinkSpeed(0.001, 1e8, 2e8), LinkSpeed(0.3, 3e4, 1e5)])
+@pytest.mark.parametrize(
+    "speed", [LinkSpeed(0.05, 2.5e6, 12.5e6), LinkSpeed(0.001, 1e8, 2e8), LinkSpeed(0.3, 3e4, 1e5)]
+)
 def test_speeds_are_told_from_the_round_trip(speed: LinkSpeed, monkeypatch: pytest.MonkeyPatch) -> None:
     link = KnownLink(speed)
     monkeypatch.setattr(bandwidth, "time", link)
