@@ -23,7 +23,7 @@ from splitfl.data.packing import Batch
 from splitfl.errors import PrivacyError
 from splitfl.privacy.charges import RecordRef
 from splitfl.privacy.gate import Gate
-from splitfl.split.modes import bottom_trains
+from splitfl.split.flow import bottom_trains
 
 
 @dataclass(frozen=True)
