@@ -34,7 +34,7 @@ from splitfl.errors import ConfigError, ProtocolError
 from splitfl.federation.agreement import Terms
 from splitfl.privacy.witness import Mark
 from splitfl.split.checkpoint import CheckpointFolder, TensorSource
-from splitfl.split.modes import bottom_trains
+from splitfl.split.flow import bottom_trains
 from splitfl.split.shares import ends_names
 from splitfl.wire.messages import Answer, Request, Welcome
 

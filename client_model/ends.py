@@ -17,8 +17,9 @@ from splitfl.federation.merging import choose_strategy
 from splitfl.privacy.noise import NormalSource
 from splitfl.privacy.policy import DpSgd
 from splitfl.split.checkpoint import TensorSource, load_segment
+from splitfl.split.flow import bottom_trains, trunk_needs_backward
 from splitfl.split.loss import HeadLoss, head_loss
-from splitfl.split.modes import arithmetic, bottom_trains, optimizer_spec, training_policy, trunk_needs_backward
+from splitfl.split.modes import arithmetic, optimizer_spec, training_policy
 from splitfl.split.narrow import NarrowRelease
 from splitfl.split.optimizer import PartOptimizer
 from splitfl.split.segment import Segment

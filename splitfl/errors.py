@@ -102,7 +102,7 @@ class TrustError(SplitFLError):
 
 
 class PlanError(SplitFLError):
-    """Nothing that the federation allows fits this machine. ``missing`` is in bytes, 0 where memory is not the cause."""
+    """Nothing that the federation allows fits this machine. ``missing``: bytes; 0 where memory is not the cause."""
 
     exit_code = 12
 

@@ -42,6 +42,11 @@ class Candidate:
         return max(0, self.peak_bytes - self.limit_bytes)
 
     @property
+    def pace_s(self) -> float:
+        """Seconds a step, over a whole round: what plans are compared by."""
+        return self.step_s + self.parts["update_s"]
+
+    @property
     def refused(self) -> str:
         """Why this plan cannot be chosen; "" when it can."""
         if self.forbidden or not self.missing_bytes:

@@ -23,12 +23,16 @@ UNGATED = frozenset(
     {"gpt2", "gpt_neox", "gptj", "phi", "opt", "bloom", "falcon", "starcoder2", "gpt_bigcode", "codegen"}
 )
 
+#: tensors that an activation written out in torch operations leaves for its backward, with its output
+WIDE = {"gelu_new": 5, "gelu_fast": 5, "gelu_pytorch_tanh": 2}
+
 
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a decoder: counts of blocks, channels, heads and words.
 
     ``gated``: the MLP has three matrices, not two. ``experts``: MLPs in a block, of which ``active`` see a token.
+    ``wide``: tensors as wide as the MLP that its forward leaves for the backward.
     ``positions``: rows of learned positions, 0 with rope. ``stored_bytes``: of one weight in the checkpoint.
     """
 
@@ -41,6 +45,7 @@ class ModelShape:
     vocab: int
     tied: bool
     gated: bool = True
+    wide: int = 4
     experts: int = 1
     active: int = 1
     positions: int = 0
@@ -55,6 +60,7 @@ class ModelShape:
         fields = config if isinstance(config, dict) else config.to_dict()
         family = str(fields.get("model_type", ""))
         hidden, heads = required(fields, "hidden"), required(fields, "heads")
+        activation = fields.get("activation_function") or fields.get("hidden_act")
         return cls(
             layers=required(fields, "layers"),
             hidden=hidden,
@@ -65,6 +71,7 @@ class ModelShape:
             vocab=required(fields, "vocab"),
             tied=bool(fields.get("tie_word_embeddings", family == "gpt2")),
             gated=family not in UNGATED,
+            wide=4 if family not in UNGATED else WIDE.get(str(activation), 2),
             experts=fields.get("num_local_experts") or fields.get("num_experts") or 1,
             active=fields.get("num_experts_per_tok") or 1,
             positions=fields["n_positions"] if family == "gpt2" else 0,
