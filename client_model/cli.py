@@ -221,15 +221,14 @@ def run(
         participant.plan, participant.only_finish = plans(), False
         if (both := paused_choices(participant.store, participant.plan)) is not None:
             participant.plan, participant.only_finish = both[0], True
-            note(
-                f"finishing the round that was paused with cut {both[0].cut}; after it, this client takes {both[1].cut}"
-            )
+            before, asked = (choices.cut for choices in both)
+            note(f"finishing the round that was paused with cut {before}; after it, this client takes {asked}")
         report = take_part(participant, url, patience, invited)
     print_json({"report": report}) if as_json else print_report(report)
 
 
 def take_part(participant: Participant, url: str, patience: float, invited: JoinString | None) -> dict[str, Any]:
-    """One connection from Hello to goodbye; returns the closing report, {} when another one with another plan is due."""
+    """One connection from Hello to goodbye; returns the closing report, {} when another connection is due."""
     from client_model.link import Link
     from client_model.participant import PausedError
     from client_model.shortage import ShortageError

@@ -1,4 +1,5 @@
-"""What `splitfl probe` shows: what was measured, the best plan of every cut, which one is taken, and why."""
+"""What `splitfl probe` shows: what was measured, the best plan of every cut and arithmetic that may be
+taken, which one is, and why."""
 
 from __future__ import annotations
 
@@ -12,10 +13,9 @@ from rich.table import Table
 from client_model.probe import Probe
 from client_model.scouting import Scouted
 from client_model.timing import Spread
-from splitfl.cut import Cut
 from splitfl.errors import SplitFLError
 from splitfl.planning.plan import Candidate, gib
-from splitfl.planning.planner import candidates, choose
+from splitfl.planning.planner import candidates, choose, shortlist, why
 
 MOST_ROWS = 40
 
@@ -35,15 +35,8 @@ class Weighed:
 
     @property
     def why(self) -> str:
-        """Why the chosen plan, in a sentence; "" when there is none."""
-        if self.chosen is None:
-            return ""
-        fitting = [one for one in self.candidates if not one.refused]
-        if self.chosen.trunk_blocks == 0:
-            return "this machine carries the whole model at a tolerable speed, and then no activation leaves it"
-        fastest = self.chosen.step_s <= min(one.step_s for one in fitting)
-        what = "the fastest" if fastest else "the best"
-        return f"{what} of {len(fitting)} plans that fit, of {len(self.candidates)} weighed"
+        """The reason for the choice, or for there being none."""
+        return str(self.refusal) if self.chosen is None else why(self.chosen, self.candidates)
 
 
 def weigh(found: Scouted) -> Weighed:
@@ -69,7 +62,7 @@ def as_json(found: Scouted, weighed: Weighed) -> dict[str, Any]:
         },
         "candidates": [row(one) for one in weighed.candidates],
         "choice": None if weighed.chosen is None else row(weighed.chosen),
-        "why": weighed.why or str(weighed.refusal),
+        "why": weighed.why,
     }
 
 
@@ -85,7 +78,8 @@ def show(found: Scouted, weighed: Weighed) -> None:
     for line in measured_lines(found.probe):
         console.print(line)
     table = Table("cut", "trunk", "pieces", "arithmetic", "wire", "memory", "step", "", box=None)
-    rows = best_of_cuts(weighed.candidates, weighed.chosen)
+    listed = shortlist(weighed.candidates)
+    rows = [one for one in listed if not one.forbidden] or listed
     for one in rows[:MOST_ROWS]:
         plan = one.plan
         mark = "<- taken" if one == weighed.chosen else one.refused
@@ -94,7 +88,7 @@ def show(found: Scouted, weighed: Weighed) -> None:
         table.add_row(*sizes, gib(one.peak_bytes), step, mark, style="bold" if one == weighed.chosen else None)
     console.print(table)
     if len(rows) > MOST_ROWS:
-        console.print(f"and {len(rows) - MOST_ROWS} cuts more: --json has every plan")
+        console.print(f"and {len(rows) - MOST_ROWS} rows more: --json has every plan")
     if weighed.chosen is not None:
         console.print(f"[bold]{weighed.chosen.plan.cut}[/bold]: {weighed.why}")
 
@@ -118,11 +112,3 @@ def shown(spread: Spread, factor: float) -> str:
     """A median with its spread, in units of 1 / ``factor``."""
     low, median, high = (f"{factor * value:.4g}" for value in (spread.low, spread.median, spread.high))
     return median if low == high else f"{median} ({low}-{high})"
-
-
-def best_of_cuts(weighed: Iterable[Candidate], chosen: Candidate | None) -> list[Candidate]:
-    """For each cut the plan that is taken, or the fastest that may be, or the one that is nearest to fitting."""
-    best: dict[Cut, Candidate] = {}
-    for one in sorted(weighed, key=lambda one: (one != chosen, bool(one.forbidden), one.missing_bytes, one.step_s)):
-        best.setdefault(one.plan.cut, one)
-    return [best[cut] for cut in sorted(best)]

@@ -50,7 +50,7 @@ def probe(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens inside.")] = False,
 ) -> None:
-    """Measure memory, arithmetic and link, weigh every plan, and say which one `join --plan auto` would take and why."""
+    """Measure memory, arithmetic and link, weigh every plan, and say which `join --plan auto` would take, and why."""
     with command(verbose=verbose):
         if bool(address) == (model is not None):
             raise ConfigError("nothing to probe, or two things", "Give a join string, or --model DIR.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -44,11 +44,9 @@ class KeptPlan:
 
     def still_fits(self, memory: int, link: LinkSpeed) -> bool:
         """Whether what there is now is within the hysteresis."""
-        before, now = (
-            replace(self.link, rtt_s=self.link.rtt_s + LEAST_RTT_S),
-            replace(link, rtt_s=link.rtt_s + LEAST_RTT_S),
-        )
-        speeds = [(getattr(before, field.name), getattr(now, field.name)) for field in fields(LinkSpeed)]
+        before = self.link
+        delays = (LEAST_RTT_S + before.rtt_s, LEAST_RTT_S + link.rtt_s)
+        speeds = (delays, (before.up, link.up), (before.down, link.down))
         return alike(self.memory, memory, MEMORY_HYSTERESIS) and all(alike(*pair, LINK_HYSTERESIS) for pair in speeds)
 
 
@@ -82,9 +80,9 @@ def make_plan(kept: KeptPlan | None, before: Choices | None, found: Scouted) -> 
     ``before`` is what this client has trained with, if it has. Raises PlanError when nothing can be taken.
     """
     capability, settings = found.probe.capability, found.settings
-    if kept is not None and kept.manifest == found.manifest and fits(kept.choices, settings):
-        if kept.still_fits(capability.memory, capability.link):
-            return kept, []
+    allowed = kept is not None and kept.manifest == found.manifest and fits(kept.choices, settings)
+    if kept is not None and allowed and kept.still_fits(capability.memory, capability.link):
+        return kept, []
     weighed = candidates(capability, found.shape, settings)
     if before is not None:
         weighed = [one for one in weighed if needs_no_new_release(before, one.plan, settings, capability.device)]

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class Pace:
 
 
 class Specimen:
-    """The model's last block, final norm and head on ``device``, trained as ``settings`` say, in the arithmetic ``dtype``."""
+    """The model's last block, final norm and head on ``device``, trained as ``settings`` say, in ``dtype``."""
 
     def __init__(self, source: TensorSource, settings: Federation, device: torch.device, dtype: str) -> None:
         layers = source.config.num_hidden_layers
@@ -135,8 +136,10 @@ def update_time(specimen: Specimen, part: str) -> Spread:
 
 
 def per_token(specimen: Specimen, run: Callable[[Tensor], None], budget_s: float) -> Spread:
-    """Seconds a token of ``run`` in a micro-batch of the federation: measured on one, or on as much of one as the budget
-    allows, and drawn on from there by what more tokens cost on top of what every run does (it reads all weights).
+    """Seconds a token of ``run`` in a micro-batch of the federation.
+
+    Measured on one, or on as much of one as the budget allows, and drawn on from there by what more tokens cost on top
+    of what every run does (it reads all weights).
     """
     batch = specimen.settings.batch
     whole = batch.max_length * (batch.records // batch.micro_batches)
@@ -146,17 +149,17 @@ def per_token(specimen: Specimen, run: Callable[[Tensor], None], budget_s: float
         hidden = specimen.hidden(tokens // length, length)
         tokens = hidden.shape[:2].numel()
         run(hidden)
-        once = min(seconds(lambda: run(hidden), specimen.device) for _ in range(2))
+        once = min(seconds(partial(run, hidden), specimen.device) for _ in range(2))
         if tokens * GROWTH > whole or (fewer and GROWTH * once * LEAST_RUNS > budget_s):
             break
         fewer, taken_by_fewer, tokens = tokens, once, GROWTH * tokens
-    taken = timed(lambda: run(hidden), budget_s, specimen.device, [once])
+    taken = timed(partial(run, hidden), budget_s, specimen.device, [once])
     slope = max(0.0, taken.median - taken_by_fewer) / (tokens - fewer)
     return taken.scaled((1 + (whole - tokens) * slope / taken.median) / whole)
 
 
 def timed(run: Callable[[], None], budget_s: float, device: torch.device, taken: list[float]) -> Spread:
-    """Seconds of ``run``, which is warm: three times at least, those ``taken`` before included, and as the budget allows."""
+    """Seconds of ``run``, which is warm: three times at least with those ``taken`` before, and as the budget allows."""
     while len(taken) < LEAST_RUNS or (sum(taken) < budget_s and len(taken) < MOST_RUNS):
         taken.append(seconds(run, device))
     return Spread.of(taken)
