@@ -57,6 +57,7 @@ def as_json(found: Scouted, weighed: Weighed) -> dict[str, Any]:
             "memory": probe.room.usable,
             "memory_limit": probe.room.source,
             "base": probe.base,
+            "base_data": probe.base_data,
             "compute": {dtype: asdict(pace) for dtype, pace in probe.pace.items()},
             "link": asdict(probe.link),
         },

@@ -35,12 +35,13 @@ DTYPES = ("fp32", "bf16")
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured: the tightest limit on memory, the bytes held before any model, seconds a token by number
-    format, and the link."""
+    """What was measured: the tightest limit on memory, the bytes held before any model and how many of them ``ulimit -d``
+    counts, seconds a token by number format, and the link."""
 
     device: str
     room: Room
     base: int
+    base_data: int
     pace: Mapping[str, Pace]
     link: LinkGauge
 
@@ -68,13 +69,13 @@ class Prober:
         Raises ConfigError where memory is too short for one block.
         """
         warm_up(self.device)
-        base = held_bytes(self.device)
+        base, base_data = held_bytes(self.device), int(psutil.Process().memory_info().data)
         pace = None if refresh else self._known()
         if pace is None:
             pace = self._measured(open_source())
             write_file(self.kept, json.dumps({dtype: asdict(own) for dtype, own in pace.items()}).encode())
         gc.collect()
-        return Probe(self.device.type, measure_room(self.device), base, pace, link)
+        return Probe(self.device.type, measure_room(self.device), base, base_data, pace, link)
 
     def _measured(self, source: TensorSource) -> dict[str, Pace]:
         wanted = self.settings.model.compute

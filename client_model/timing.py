@@ -154,7 +154,8 @@ def per_token(specimen: Specimen, run: Callable[[Tensor], None], budget_s: float
             break
         fewer, taken_by_fewer, tokens = tokens, once, GROWTH * tokens
     taken = timed(partial(run, hidden), budget_s, specimen.device, [once])
-    slope = max(0.0, taken.median - taken_by_fewer) / (tokens - fewer)
+    least = taken.median / tokens / 4  # most of a run is its tokens', and what came in between must not hide that
+    slope = max(least, (taken.median - taken_by_fewer) / (tokens - fewer))
     return taken.scaled((1 + (whole - tokens) * slope / taken.median) / whole)
 
 

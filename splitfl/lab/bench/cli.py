@@ -15,7 +15,7 @@ from splitfl.errors import ConfigError
 if TYPE_CHECKING:
     from splitfl.lab.bench.harness import Result
 
-NAMES = ("federation", "memory", "overhead", "privacy", "startup")
+NAMES = ("federation", "memory", "overhead", "planner", "privacy", "startup")
 
 
 def bench(
@@ -60,7 +60,7 @@ def run_named(
     name: str, steps: int | None, model: Path | None, cut: Cut, seeds: int, jobs: int, work: Path | None
 ) -> Result:
     """Run one benchmark."""
-    from splitfl.lab.bench import federation, memory, overhead, privacy, startup
+    from splitfl.lab.bench import federation, memory, overhead, planner, privacy, startup
     from splitfl.lab.bench.contenders import Effort
     from splitfl.lab.bench.hospitals import Scale
 
@@ -69,6 +69,8 @@ def run_named(
             return federation.run(scale=Scale(), seeds=seeds, work=work, jobs=jobs, say=note)
         case "memory":
             return memory.run(say=note)
+        case "planner":
+            return planner.run(say=note)
         case "startup":
             return startup.run(say=note)
         case "privacy":

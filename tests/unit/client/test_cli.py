@@ -119,7 +119,7 @@ def test_client_with_a_journal_goes_on_with_its_session(store: ClientStore, tmp_
     )
     store.save_session(SessionRecord("ward", "ws://x", "newer"))
     journal = open_journal(store, tmp_path / "key", Choices(Cut(2, 1)))
-    hello = first_words("ward", store, None, journal.head, "")
+    hello = first_words("ward", store, Choices(), journal.head, "")
     assert (hello.resume, hello.fresh, journal.next_seq) == ("token", False, 17)
 
 
