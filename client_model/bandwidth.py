@@ -65,7 +65,7 @@ def rate(link: Asker, rtt: Spread, most_pieces: int, sent: int, wanted: int) -> 
 
 
 def echo_s(link: Asker, pieces: int, sent: int, wanted: int) -> float:
-    """Seconds until ``pieces`` echoes, asked for at once, are all there; each has ``sent`` bytes up, ``wanted`` down."""
+    """Seconds until ``pieces`` echoes, asked for at once, are there: each has ``sent`` bytes up, ``wanted`` down."""
     data = TensorBytes("u8", (sent,), os.urandom(sent))
     began = time.perf_counter()
     for reply in [link.request(Echo(0, 0, data, wanted)) for _ in range(pieces)]:

@@ -84,6 +84,7 @@ class Participant(Candidate):
         anything that cannot go on. After a pause or a shortage it may be called again, with another link.
         """
         self.link, self.url = link, url
+        self.prepared_for = ()  # what was prepared speaks to the link before
         if self.count is not None:
             self.count.go_on(link)
         try:

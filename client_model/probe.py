@@ -35,8 +35,8 @@ DTYPES = ("fp32", "bf16")
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured: the tightest limit on memory, the bytes held before any model and how many of them ``ulimit -d``
-    counts, seconds a token by number format, and the link."""
+    """What was measured: the tightest limit on memory, the bytes held before any model (``base``, and what of them
+    ``ulimit -d`` counts), seconds a token by number format, and the link."""
 
     device: str
     room: Room

@@ -162,13 +162,11 @@ def splitfl(*arguments: object) -> list[str]:
 def run_limited(command: list[str], limit: int) -> Outcome:
     """Run a client that may have ``limit`` bytes of data. Raises SplitFLError when it made no step at all."""
     ulimit = partial(resource.setrlimit, resource.RLIMIT_DATA, (limit, limit))
-    at: list[float] = []
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=ulimit)
         assert process.stdout is not None
-        for line in process.stdout:
-            if json.loads(line).get("event") == "step":
-                at.append(time.perf_counter())
+        events = (json.loads(line) for line in process.stdout)
+        at = [time.perf_counter() for event in events if event.get("event") == "step"]
         _, _, usage = os.wait4(process.pid, 0)
         errors.seek(0)
         if len(at) < WARMUP + 2:
