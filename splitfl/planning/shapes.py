@@ -23,6 +23,8 @@ UNGATED = frozenset(
     {"gpt2", "gpt_neox", "gptj", "phi", "opt", "bloom", "falcon", "starcoder2", "gpt_bigcode", "codegen"}
 )
 
+#: families that normalise queries and keys
+HEAD_NORMS = frozenset({"qwen3", "qwen3_moe", "gemma3_text", "olmo2"})
 #: tensors that an activation written out in torch operations leaves for its backward, with its output
 WIDE = {"gelu_new": 5, "gelu_fast": 5, "gelu_pytorch_tanh": 2}
 
@@ -33,7 +35,7 @@ class ModelShape:
 
     ``gated``: the MLP has three matrices, not two. ``experts``: MLPs in a block, of which ``active`` see a token.
     ``wide``: tensors as wide as the MLP that its forward leaves for the backward.
-    ``positions``: rows of learned positions, 0 with rope. ``stored_bytes``: of one weight in the checkpoint.
+    ``head_norms``: queries and keys are normalised. ``positions``: rows of learned positions, 0 with rope. ``stored_bytes``: of one weight in the checkpoint.
     """
 
     layers: int
@@ -48,6 +50,7 @@ class ModelShape:
     wide: int = 4
     experts: int = 1
     active: int = 1
+    head_norms: bool = False
     positions: int = 0
     stored_bytes: int = 2
 
@@ -74,6 +77,7 @@ class ModelShape:
             wide=4 if family not in UNGATED else WIDE.get(str(activation), 2),
             experts=fields.get("num_local_experts") or fields.get("num_experts") or 1,
             active=fields.get("num_experts_per_tok") or 1,
+            head_norms=family in HEAD_NORMS,
             positions=fields["n_positions"] if family == "gpt2" else 0,
             stored_bytes=stored_bytes(fields.get("dtype") or fields.get("torch_dtype")),
         )
