@@ -82,9 +82,9 @@ def run_named(
 
 def draw(result: Result, out: Path) -> None:
     """The picture that belongs to a benchmark, if it has one."""
-    from splitfl.lab.bench.plots import draw_federation, draw_frontier
+    from splitfl.lab.bench.plots import draw_federation, draw_frontier, draw_planner
 
-    pictures = {"federation": draw_federation, "privacy": draw_frontier}
+    pictures = {"federation": draw_federation, "planner": draw_planner, "privacy": draw_frontier}
     if result.bench in pictures:
         pictures[result.bench](result, out / f"{result.bench}.png")
 

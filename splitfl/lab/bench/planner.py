@@ -78,18 +78,24 @@ def run(*, say: Callable[[str], None] = lambda _: None) -> Result:
             bench = Bench(Path(work), shape)
             for cut in CUTS:
                 row = bench.measure(cut, SURVIVED if cut == CUTS[-1] else STEPS)
-                say("  ".join(f"{key}={value}" for key, value in row.items()))
+                say(
+                    f"{shape.family} {cut}: peak {row['peak_ratio']:.2f}, step {row['step_ratio']:.2f} of the prediction"
+                )
                 result.rows.append(row)
-    worst_peak = max(abs(row["peak_ratio"] - 1) for row in result.rows)
-    worst_step = max(abs(row["step_ratio"] - 1) for row in result.rows)
-    survived = [row["steps"] for row in result.rows if row["survived"]]
-    result.bars = [
-        Bar("peak memory, furthest from the prediction", worst_peak, PEAK_WITHIN, "lower"),
-        Bar("step time, furthest from the prediction", worst_step, STEP_WITHIN, "lower"),
-        Bar("clients that lived under their limit", len(survived) / len(result.rows), 1.0, "higher"),
-        Bar("steps under a limit just above the prediction", max(survived, default=0), SURVIVED, "higher"),
-    ]
+    result.bars = bars(result.rows)
     return result
+
+
+def bars(rows: list[dict[str, Any]]) -> list[Bar]:
+    """How far off the worst prediction is, and whether clients lived under their limits."""
+    peak, step = (max(abs(row[ratio] - 1) for row in rows) for ratio in ("peak_ratio", "step_ratio"))
+    lived = [row["steps"] for row in rows if row["survived"]]
+    return [
+        Bar("peak memory, furthest from its prediction", peak, PEAK_WITHIN, "lower"),
+        Bar("step time, furthest from its prediction", step, STEP_WITHIN, "lower"),
+        Bar("share of clients that lived under their limit", len(lived) / len(rows), 1.0, "higher"),
+        Bar("most steps of one that lived", max(lived, default=0), SURVIVED, "higher"),
+    ]
 
 
 class Bench:
@@ -141,17 +147,18 @@ class Bench:
             "step_ratio": outcome.step_s / step,
             "limit": limit,
             "steps": outcome.steps,
-            "survived": outcome.steps == steps,
+            "survived": outcome.steps == steps and not outcome.shortages,
             "parts": candidate["parts"],
         }
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Steps that a client took, the median of their seconds, and its peak resident bytes."""
+    """Steps that a client took, the median of their seconds, how often memory ran out, and its peak resident bytes."""
 
     steps: int
     step_s: float
+    shortages: int
     peak: int
 
 
@@ -160,16 +167,19 @@ def splitfl(*arguments: object) -> list[str]:
 
 
 def run_limited(command: list[str], limit: int) -> Outcome:
-    """Run a client that may have ``limit`` bytes of data. Raises SplitFLError when it made no step at all."""
+    """Run a client that may have ``limit`` bytes of data. Raises SplitFLError when it made too few steps to tell."""
     ulimit = partial(resource.setrlimit, resource.RLIMIT_DATA, (limit, limit))
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=ulimit)
         assert process.stdout is not None
-        events = (json.loads(line) for line in process.stdout)
-        at = [time.perf_counter() for event in events if event.get("event") == "step"]
+        events = [(time.perf_counter(), json.loads(line)) for line in process.stdout]
         _, _, usage = os.wait4(process.pid, 0)
         errors.seek(0)
-        if len(at) < WARMUP + 2:
-            raise SplitFLError(f"a client under {limit} bytes made {len(at)} steps", errors.read()[-400:].decode())
+        said = errors.read()[-400:].decode(errors="replace")
+    at = [when for when, event in events if event.get("event") == "step"]
+    if len(at) < WARMUP + 2:
+        raise SplitFLError(f"a client under {limit} bytes made {len(at)} steps", said)
     apart = [after - before for before, after in zip(at[WARMUP - 1 :], at[WARMUP:], strict=False)]
-    return Outcome(len(at), statistics.median(apart), usage.ru_maxrss * 1024)
+    steps = {event["step"] for _, event in events if event.get("event") == "step"}
+    shortages = sum(event.get("event") == "memory_short" for _, event in events)
+    return Outcome(len(steps), statistics.median(apart), shortages, usage.ru_maxrss * 1024)
