@@ -78,9 +78,8 @@ def run(*, say: Callable[[str], None] = lambda _: None) -> Result:
             bench = Bench(Path(work), shape)
             for cut in CUTS:
                 row = bench.measure(cut, SURVIVED if cut == CUTS[-1] else STEPS)
-                say(
-                    f"{shape.family} {cut}: peak {row['peak_ratio']:.2f}, step {row['step_ratio']:.2f} of the prediction"
-                )
+                ratios = f"peak {row['peak_ratio']:.2f}, step {row['step_ratio']:.2f}"
+                say(f"{shape.family} {cut}, measured / predicted: {ratios}")
                 result.rows.append(row)
     result.bars = bars(result.rows)
     return result
