@@ -24,10 +24,12 @@ from client_model.bandwidth import LinkGauge
 from client_model.memory import Room, measure_room
 from client_model.shortage import is_shortage
 from client_model.timing import Pace, Spread, measure_pace
+from splitfl.allocator import give_back_freed_memory
 from splitfl.config import Federation
 from splitfl.errors import ConfigError
 from splitfl.files import write_file
 from splitfl.planning.capability import Arithmetic, Capability
+from splitfl.planning.shapes import ModelShape
 from splitfl.split.checkpoint import TensorSource
 
 DTYPES = ("fp32", "bf16")
@@ -75,10 +77,13 @@ class Prober:
             pace = self._measured(open_source())
             write_file(self.kept, json.dumps({dtype: asdict(own) for dtype, own in pace.items()}).encode())
         gc.collect()
+        give_back_freed_memory()
         return Probe(self.device.type, measure_room(self.device), base, base_data, pace, link)
 
     def _measured(self, source: TensorSource) -> dict[str, Pace]:
-        wanted = self.settings.model.compute
+        wanted, room = self.settings.model.compute, measure_room(self.device)
+        if specimen_bytes(source, self.settings) > room.left:  # a container's limit would kill without a word
+            raise too_small(room)
         try:
             return {
                 dtype: measure_pace(source, self.settings, self.device, dtype)
@@ -88,11 +93,7 @@ class Prober:
         except (MemoryError, RuntimeError) as error:
             if not is_shortage(error):
                 raise
-            left = measure_room(self.device)
-            raise ConfigError(
-                f"one block and the head do not fit into this machine's memory ({left.source})",
-                "Use a machine with more of it, or choose a smaller model.",
-            ) from error
+            raise too_small(room) from error
 
     def _known(self) -> dict[str, Pace] | None:
         """What was measured before; None for nothing, or nothing that can be read."""
@@ -108,6 +109,21 @@ class Prober:
         ours = (batch.records, batch.micro_batches, batch.max_length, model.train, model.head, model.compute)
         facts = [identity, fingerprint(self.device), ours, asdict_of(self.settings)]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+def specimen_bytes(source: TensorSource, settings: Federation) -> int:
+    """What one block and the head take to be trained: in fp32 the weights, and for full training gradients and moments
+    beside them."""
+    shape, model = ModelShape.of(source.config), settings.model
+    parts = ((shape.block_weights, model.train), (shape.head_weights, model.head))
+    return sum(4 * weights * (4 if how == "full" else 1) for weights, how in parts)
+
+
+def too_small(room: Room) -> ConfigError:
+    return ConfigError(
+        f"one block and the head do not fit into this machine's memory ({room.source})",
+        "Use a machine with more of it, or choose a smaller model.",
+    )
 
 
 def pace_from(table: Mapping[str, Mapping[str, float]]) -> Pace:

@@ -17,3 +17,10 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return all(bool(mallopt(name, KEEP_BELOW_BYTES)) for name in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD))
+
+
+def give_back_freed_memory() -> None:
+    """Give what was freed back to the system, where this C library can: after something large that comes but once."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

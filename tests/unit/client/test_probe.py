@@ -69,6 +69,7 @@ def test_json_has_what_was_measured_every_plan_and_the_choice(small_model: Path,
 def test_machine_that_is_too_small_is_told_what_is_missing(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    look(small_model, tmp_path)  # the pace is known by then
     monkeypatch.setattr(probing, "measure_room", lambda _: Room("the test", 1 << 20, 0))
     found = look(small_model, tmp_path)
     weighed = weigh(found)
@@ -120,6 +121,15 @@ def test_memory_too_short_for_a_block_is_one_clear_error(
     monkeypatch.setattr(probing, "measure_pace", short)
     with pytest.raises(ConfigError, match="one block and the head do not fit"):
         look(small_model, tmp_path)
+
+
+def test_nothing_is_tried_that_cannot_fit(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[str]
+) -> None:
+    monkeypatch.setattr(probing, "measure_room", lambda _: Room("the container", 1 << 20, 0))
+    with pytest.raises(ConfigError, match=r"do not fit into this machine's memory \(the container\)"):
+        look(small_model, tmp_path)
+    assert measured == []
 
 
 def test_link_is_read_in_the_units_of_its_flag() -> None:
