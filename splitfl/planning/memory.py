@@ -23,25 +23,28 @@ CORRECTIONS = {"fedprox": 1, "scaffold": 3}
 
 #: what a step holds beside what stays
 STEP = ("gradients_bytes", "activations_bytes", "head_bytes", "wire_bytes", "holes_bytes")
-#: freed memory that the C library keeps, of all that a step asks for and gives back: measured 0 to 0.7 on glibc, where
-#: with MALLOC_MMAP_THRESHOLD_=65536 there is none
-HOLES = 0.35
+#: freed memory that a CPU's heap keeps, of what a step asks for and gives back piece by piece: measured 0 to 0.7 with
+#: glibc (`splitfl bench planner`: 0.5 to 1 over the steps of a round), and none with MALLOC_MMAP_THRESHOLD_=65536
+HOLES = 0.7
 
 Bytes = dict[str, int]
 
 
 def memory_parts(carried: Carried, plan: Plan, base: int, device: str) -> Bytes:
     """Where memory goes under ``plan``; the names say what, all in bytes."""
+    moving = {
+        "activations_bytes": activations(carried, plan),
+        "head_bytes": head(carried, plan),
+        "wire_bytes": wire(carried, plan),
+    }
     return {
         "base_bytes": base,
         "weights_bytes": weights(carried, plan.dtype),
         "optimizer_bytes": moments(carried) + corrections(carried),
         "loading_bytes": loading(carried.shape),
         "gradients_bytes": gradients(carried),
-        "activations_bytes": activations(carried, plan),
-        "head_bytes": head(carried, plan),
-        "wire_bytes": wire(carried, plan),
-        "holes_bytes": holes(carried, plan),
+        **moving,
+        "holes_bytes": round(HOLES * sum(moving.values())) if device == "cpu" else 0,
         "merging_bytes": merging(carried, device),
         "baselines_bytes": second_ends(carried, plan.dtype),
     }
@@ -197,11 +200,6 @@ def wire(carried: Carried, plan: Plan) -> int:
         return carried.tokens(plan.micro_batches) * token
     token = round((3 * FP32 + 3 * WIRE_BYTES[plan.codec]) * carried.shape.hidden)
     return min(plan.in_flight, plan.micro_batches) * carried.tokens(plan.micro_batches) * token
-
-
-def holes(carried: Carried, plan: Plan) -> int:
-    """What is free in the heap, and not given back."""
-    return round(HOLES * (activations(carried, plan) + head(carried, plan) + wire(carried, plan)))
 
 
 def merging(carried: Carried, device: str) -> int:

@@ -28,21 +28,22 @@ from splitfl.planning.timing import step_seconds, time_parts
 
 TOLERABLE_STEP_S = 60.0  # of a step with the whole model here: a thousand steps are a night and a morning
 TIE = 1.1  # times the fastest: predictions are no better than that
+FREE = Arithmetic(0.0, 0.0, 0.0)
 DTYPES = ("fp32", "bf16")  # most exact first
 
 
 def candidates(
-    capability: Capability, shape: ModelShape, settings: Federation, *, trunk: Arithmetic | None = None
+    capability: Capability, shape: ModelShape, settings: Federation, *, trunk: Arithmetic = FREE
 ) -> list[Candidate]:
     """Every plan, with its predicted peak and step time, in the order of preference.
 
-    ``trunk``: its seconds a token. None takes the client's own speed: nobody at home knows the server's, nor how many
-    it serves. A cut that is not allowed is weighed with the federation's own formats, one piece after another.
+    ``trunk``: its seconds a token. Nobody at home knows them, nor how many others it serves, so they are left out
+    unless given: what the client can choose is its own part. A cut that is not allowed is weighed with the federation's
+    own formats, one piece after another.
     """
     dtypes = [name for name in DTYPES if name in capability.compute]
-    speed = trunk or capability.compute[next((d for d in dtypes if not wrong_dtype(settings, d)), dtypes[0])]
     return [
-        weighed(capability, Carried(shape, settings, cut), plan, speed)
+        weighed(capability, Carried(shape, settings, cut), plan, trunk)
         for cut in cuts(shape.layers)
         for plan in plans(settings, cut, dtypes)
     ]

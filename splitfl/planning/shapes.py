@@ -34,8 +34,8 @@ class ModelShape:
     """Sizes of a decoder: counts of blocks, channels, heads and words.
 
     ``gated``: the MLP has three matrices, not two. ``experts``: MLPs in a block, of which ``active`` see a token.
-    ``wide``: tensors as wide as the MLP that its forward leaves for the backward.
-    ``head_norms``: queries and keys are normalised. ``positions``: rows of learned positions, 0 with rope. ``stored_bytes``: of one weight in the checkpoint.
+    ``wide``: tensors as wide as the MLP that its forward leaves for the backward. ``head_norms``: queries and keys are
+    normalised. ``positions``: rows of learned positions, 0 with rope. ``stored_bytes``: of a weight in the checkpoint.
     """
 
     layers: int

@@ -35,12 +35,13 @@ def time_parts(carried: Carried, plan: Plan, own: Arithmetic, trunk: Arithmetic,
 
 
 def step_seconds(parts: Seconds, plan: Plan) -> float:
-    """The first micro-batch crosses alone; each of the others adds what the busiest stage takes, or its share of a
-    crossing when too few are under way to keep any stage busy."""
+    """The first micro-batch crosses alone. Each of the others adds what the busiest stage takes, unless too few are
+    under way to keep it busy: then they cross in groups."""
     pieces = plan.micro_batches
     stages = [parts[stage] / pieces for stage in STAGES]
     crossing, busiest = sum(stages) + parts["latency_s"] / pieces, max(stages)
-    return crossing + (pieces - 1) * max(busiest, crossing / min(plan.in_flight, pieces))
+    groups, rest = divmod(pieces - 1, plan.in_flight)
+    return crossing + max((pieces - 1) * busiest, groups * crossing + rest * busiest)
 
 
 def update(carried: Carried, link: LinkSpeed) -> float:
