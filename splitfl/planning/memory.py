@@ -24,8 +24,8 @@ CORRECTIONS = {"fedprox": 1, "scaffold": 3}
 #: what a step holds beside what stays
 STEP = ("gradients_bytes", "activations_bytes", "head_bytes", "wire_bytes", "holes_bytes")
 #: freed memory that a CPU's heap keeps, of what a step asks for and gives back piece by piece: measured 0 to 0.7 with
-#: glibc (`splitfl bench planner`: 0.5 to 1 over the steps of a round), and none with MALLOC_MMAP_THRESHOLD_=65536
-HOLES = 0.7
+#: glibc, and none with MALLOC_MMAP_THRESHOLD_=65536
+HOLES = 0.35
 
 Bytes = dict[str, int]
 
