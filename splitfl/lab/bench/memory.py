@@ -21,9 +21,10 @@ from splitfl.data.notes import generate_notes, write_notes
 from splitfl.errors import SplitFLError
 from splitfl.lab.bench.harness import Bar, Result, served
 from splitfl.split.checkpoint import CheckpointFolder, load_segment
+from splitfl.split.chunks import LOGIT_BYTES
 from splitfl.split.create import create_checkpoint
 from splitfl.split.families import build_small_model, small_config
-from splitfl.split.loss import LOGIT_BYTES, head_loss
+from splitfl.split.loss import head_loss
 from splitfl.split.modes import training_policy
 from splitfl.split.segment import Piece
 from splitfl.split.training import set_up_training
@@ -76,7 +77,7 @@ def client_peak(work: Path, blocks: int) -> int:
     with served(model, SETTINGS, threads=1) as (url, agreement):
         command = [sys.executable, "-m", "splitfl.cli", "join", url, "--name", "bench", "--data", str(data)]
         command += ["--state", str(work / f"client-{blocks}"), "--cache", str(work / "cache"), "--threads", "1"]
-        command += ["--accept", agreement, "--key", str(work / "key")]
+        command += ["--accept", agreement, "--key", str(work / "key"), "--plan", "federation"]
         return peak_of(command)
 
 

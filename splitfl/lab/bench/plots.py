@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from splitfl.errors import StorageError
 from splitfl.lab.bench.federation import ALONE
 from splitfl.lab.bench.harness import Result
+from splitfl.lab.bench.planner import PEAK_WITHIN, STEP_WITHIN
 from splitfl.lab.demo.plots import BLUE, GREEN, GREY, ORANGE, UNITS, legend_below, tidy
 
 BASELINES = {
@@ -23,6 +24,7 @@ BASELINES = {
 LINES = {"local-only": ("--", ORANGE), "centralised": ("-", GREEN)}
 TITLES = {"group": "each hospital one specialty", "dirichlet": "Dirichlet over specialties"}
 LANES = {"client": BLUE, "up": ORANGE, "trunk": GREEN, "down": GREY}
+COLOURS = (BLUE, ORANGE, GREEN)
 NEAR: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
 
 
@@ -75,6 +77,32 @@ def draw_federation(result: Result, path: Path) -> None:
     ):
         draw_partition({row["model"]: row["union"] for row in result.rows if row["partition"] == kind}, panel)
         panel.set_title(TITLES[kind], fontsize=11)
+    save(figure, path)
+
+
+def draw_planner(result: Result, path: Path) -> None:
+    """Measured against predicted, memory and time; the band is what a prediction may be off. Raises StorageError."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained", facecolor="white")
+    panels = figure.subplots(1, 2)
+    kinds = (("peak", PEAK_WITHIN, 2**20, "peak memory, MiB"), ("step_s", STEP_WITHIN, 1.0, "seconds a step"))
+    for panel, (kind, within, unit, title) in zip(panels, kinds, strict=True):
+        told = [row[f"predicted_{kind}"] / unit for row in result.rows]
+        line = [0.9 * min(told), 1.1 * max(told)]
+        panel.fill_between(line, [x * (1 - within) for x in line], [x * (1 + within) for x in line], color="#EEEEEE")
+        panel.plot(line, line, color=GREY, linewidth=0.8)
+        for model, marker, colour in zip(
+            dict.fromkeys(row["model"] for row in result.rows), "os^", COLOURS, strict=False
+        ):
+            rows = [row for row in result.rows if row["model"] == model]
+            x, y = ([row[name] / unit for row in rows] for name in (f"predicted_{kind}", kind))
+            panel.plot(x, y, marker, color=colour, label=model)
+            for row, at in zip(rows, zip(x, y, strict=True), strict=True):
+                panel.annotate(row["cut"], at, xytext=(5, -4), **NEAR)
+        panel.set_xlabel("predicted")
+        panel.set_ylabel("measured")
+        panel.set_title(title, fontsize=11)
+        legend_below(panel, 2)
+        tidy(panel, grid="y")
     save(figure, path)
 
 
