@@ -95,14 +95,13 @@ class ClientData:
         return self.micro_batches(self.pick(order, spend))
 
     def micro_batches(self, numbers: Sequence[int]) -> list[Batch]:
-        """The micro-batches of a step with these records, each padded to the longest record of the step."""
+        """The micro-batches of a step with these records, each padded to its own longest record."""
         batch = self.settings.batch
         picked = [self.train[number] for number in numbers]
         keys = [self.train_keys[number] for number in numbers] if self.train_keys else []
         size = batch.records // batch.micro_batches
-        longest = max(self._padded(len(record)) for record in picked)
         starts = range(0, len(picked), size)
-        return [self._collate(picked[at : at + size], longest, keys[at : at + size]) for at in starts]
+        return [self._collate(picked[at : at + size], keys[at : at + size]) for at in starts]
 
     def _affordable(self, order: DataOrder, spend: Spend) -> list[int]:
         """The next records that may take part; gives up once an epoch has passed without filling the step."""
@@ -128,11 +127,11 @@ class ClientData:
         buckets = self.settings.batch.padded_lengths
         return buckets[bisect_left(buckets, length)]
 
-    def _collate(self, records: Sequence[Record], pad_to: int | None, keys: Sequence[bytes]) -> Batch:
+    def _collate(self, records: Sequence[Record], keys: Sequence[bytes]) -> Batch:
         if not keys:
-            return collate(records, pad_to, self.pad_token_id)
+            return collate(records, None, self.pad_token_id)
         lengths = tuple(self._padded(len(record)) for record in records)
-        batch = collate(records, max(lengths), self.pad_token_id)  # the trunk pads no further than the longest
+        batch = collate(records, max(lengths), self.pad_token_id)
         return replace(batch, keys=tuple(keys), padded_lengths=lengths)
 
     def evaluation(self, spend: Spend | None = None) -> list[Batch]:
@@ -148,7 +147,7 @@ class ClientData:
         pieces = [numbers[at : at + size] for at in range(0, len(numbers), size)]
         keys = self.held_out_keys
         return [
-            self._collate([self.held_out[n] for n in piece], None, [keys[n] for n in piece] if keys else [])
+            self._collate([self.held_out[n] for n in piece], [keys[n] for n in piece] if keys else [])
             for piece in pieces
         ]
 

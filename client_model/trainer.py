@@ -21,7 +21,7 @@ from torch import Tensor
 
 from client_model.asking import Asker
 from client_model.ends import Ends
-from client_model.entry import DirectEntry, Entry, OnceEntry, records_of
+from client_model.entry import entry_of, records_of
 from splitfl.codec.tensors import decode_tensor
 from splitfl.data.packing import Batch
 from splitfl.errors import NumericalError, ProtocolError, RefusedError
@@ -87,8 +87,7 @@ class Trainer:
         self.link = link
         self.gate = gate
         self.in_flight = ends.settings.batch.in_flight
-        once = gate.policy.private and not ends.bottom_trains
-        self.entry: Entry = OnceEntry(link, gate.once) if once else DirectEntry(link, gate)
+        self.entry = entry_of(link, gate, bottom_trains=ends.bottom_trains)
         # With a deadline a step can be refused at its very end; only without one may the top move on before.
         settings = ends.settings
         self._top_may_run_ahead = settings.trunk.step_deadline_s == 0 == settings.rounds.deadline_s
@@ -203,12 +202,13 @@ class Trainer:
     ) -> Generator[None, None, Answer]:
         """Activations into the trunk, and what comes back; it keeps its graph for a Backward if asked."""
         forward = Forward(0, 0, place.round, place.step, place.micro, keep_graph, batch.told_tokens, (), None)
-        reply = self.entry.ask(kind, forward, batch, lambda: self.ends.encoded(hidden()))
+        encoded = cache(lambda: self.ends.encoded(hidden()))  # (B, T, D)
+        reply = self.entry.ask(kind, forward, batch, encoded)
         yield
         for _ in range(MOST_REPEATS):
             if not isinstance(answer := answered(reply), Missing):
                 return answer
-            reply = self.entry.ask_again(answer, forward, batch)
+            reply = self.entry.ask_again(answer, kind, forward, batch, encoded)
             yield
         raise ProtocolError("the server keeps losing what it was sent", "Tell its operator.")
 

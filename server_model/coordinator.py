@@ -36,7 +36,7 @@ from server_model.store import Store
 from server_model.trunk import Rows, Trunk
 from server_model.updates import HEADER_ALLOWANCE
 from server_model.witness import Witness
-from splitfl.codec.tensors import WIRE_DTYPES, by_record, decode_tensor, encode_tensor
+from splitfl.codec.tensors import BY_WIRE, by_record, decode_tensor, encode_tensor
 from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError, NumericalError, ProtocolError, RefusedError, SplitFLError, StorageError
@@ -59,6 +59,8 @@ from splitfl.wire.messages import (
     Chunk,
     Countersign,
     Countersigned,
+    Echo,
+    Echoed,
     ErrorCode,
     Failed,
     Farewell,
@@ -210,6 +212,8 @@ class Coordinator:
                 return self._forward(member, request)
             case Release():
                 return self._release(member, request)
+            case Echo():
+                return self._echo(request)
             case AskHeld():
                 return self._held(member, request)
             case Countersign():
@@ -234,6 +238,9 @@ class Coordinator:
         data, total = await loop.run_in_executor(None, self.blobs.read, request.sha256, request.offset, request.limit)
         return Chunk(request.seq, request.sha256, request.offset, total, TensorBytes("u8", (len(data),), data))
 
+    async def _echo(self, request: Echo) -> Answer:
+        return Echoed(request.seq, TensorBytes("u8", (request.want,), bytes(request.want)))
+
     async def _held(self, member: Member, request: AskHeld) -> Answer:
         held = await self._in_order(lambda: [self.releases.holds(member.name, name) for name in request.records])
         return Held(request.seq, tuple(held))
@@ -246,7 +253,7 @@ class Coordinator:
         limits, payload = self.settings.batch, request.hidden
         if len(payload.shape) != 3 or payload.shape[0] != len(request.records) or 0 in payload.shape:
             raise ProtocolError(f"{len(request.records)} records in shape {list(payload.shape)}", field="hidden")
-        if payload.shape[2] != self.width or payload.dtype not in WIRE_DTYPES:
+        if payload.shape[2] != self.width or payload.dtype not in BY_WIRE:
             raise ProtocolError(f"{payload.dtype} {list(payload.shape)} is no activation here", field="hidden")
         if payload.shape[0] > limits.records or payload.shape[1] > limits.max_length:
             raise RefusedError("more records, or longer ones, than a step has", "Send fewer.", code="over_limit")
@@ -275,7 +282,7 @@ class Coordinator:
         output = await self.engine.forward(
             member.name, key, member.cut.trunk(self.layers), came, request.label_tokens, request.train
         )
-        payload = await self._encode(output, "the trunk's output for these activations")
+        payload = await self._encode(member, output, "the trunk's output for these activations")
         return Hidden(request.seq, key.round, key.step, key.micro, payload)
 
     def _rows_of(self, member: Member, request: Forward, key: StepKey) -> Rows | Missing:
@@ -289,7 +296,7 @@ class Coordinator:
                 return found
             hidden, lengths = found
         batch, time_, _ = checked_shape(hidden, self.width)
-        self._check_size(request, batch, time_, lengths)
+        self._check_size(member, request, batch, time_, lengths)
         if self.decoder is not None:
             with torch.no_grad():
                 hidden = self.decoder(hidden)
@@ -299,7 +306,7 @@ class Coordinator:
         """Released records as one batch (B, T, D), with their lengths where these differ."""
         if not request.records:
             raise ProtocolError("neither hidden states nor records", field="hidden")
-        most = self.settings.batch.records // self.settings.batch.micro_batches
+        most = self.settings.batch.records // member.micro_batches
         if len(request.records) > most:
             raise RefusedError(f"{len(request.records)} records in a micro-batch of {most}", code="over_limit")
         if member.stalled is not None and (member.stalled.round, member.stalled.step) != (key.round, key.step):
@@ -319,13 +326,13 @@ class Coordinator:
         hidden = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T, D)
         return hidden, lengths if min(lengths) != max(lengths) else ()
 
-    def _check_size(self, request: Forward, batch: int, time_: int, lengths: tuple[int, ...]) -> None:
-        """Raise RefusedError or ProtocolError for a micro-batch that this federation does not have."""
+    def _check_size(self, member: Member, request: Forward, batch: int, time_: int, lengths: tuple[int, ...]) -> None:
+        """Raise RefusedError or ProtocolError for a micro-batch that this client does not have."""
         limits = self.settings.batch
-        if batch > limits.records // limits.micro_batches or time_ > limits.max_length:
+        most = limits.records // member.micro_batches
+        if batch > most or time_ > limits.max_length:
             raise RefusedError(
-                f"a micro-batch of {batch} x {time_} tokens, where {limits.records // limits.micro_batches} x "
-                f"{limits.max_length} is the most",
+                f"a micro-batch of {batch} x {time_} tokens, where {most} x {limits.max_length} is the most",
                 "Train with the settings that the server sent.",
                 code="over_limit",
             )
@@ -335,8 +342,8 @@ class Coordinator:
             raise ProtocolError(f"{request.label_tokens} label tokens in {batch * time_}", field="label_tokens")
         if request.train and request.step >= self.settings.rounds.local_steps:
             raise ProtocolError(f"step {request.step} of {self.settings.rounds.local_steps}", field="step")
-        if request.train and request.micro >= limits.micro_batches:
-            raise ProtocolError(f"micro-batch {request.micro} of {limits.micro_batches}", field="micro")
+        if request.train and request.micro >= member.micro_batches:
+            raise ProtocolError(f"micro-batch {request.micro} of {member.micro_batches}", field="micro")
 
     async def _backward(self, member: Member, request: Backward) -> Answer:
         gradient = await self._in_order(decode_tensor, request.gradient, self.device, what="gradient")
@@ -344,16 +351,16 @@ class Coordinator:
         key = StepKey(request.round, request.step, request.micro)
         below = await self.engine.backward(member.name, key, gradient)
         owed = bottom_trains(self.settings, member.cut)
-        payload = await self._encode(below, "the gradient at the trunk's input") if owed else None
+        payload = await self._encode(member, below, "the gradient at the trunk's input") if owed else None
         return Gradient(request.seq, key.round, key.step, key.micro, payload)
 
     async def _in_order(self, convert: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a codec on its one thread, so that no micro-batch overtakes the one that its client sent before."""
         return await asyncio.get_running_loop().run_in_executor(self._codec, partial(convert, *args, **kwargs))
 
-    async def _encode(self, output: Tensor, what: str) -> TensorBytes:
+    async def _encode(self, member: Member, output: Tensor, what: str) -> TensorBytes:
         try:
-            return await self._in_order(encode_tensor, output, self.settings.wire.codec)
+            return await self._in_order(encode_tensor, output, member.codec)
         except NumericalError as error:
             raise NumericalError(f"{what} holds NaN or infinity", error.remedy) from error
 

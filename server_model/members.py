@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from server_model.steps import StepKey
+from splitfl.codec.tensors import CodecName
 from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.errors import RefusedError
@@ -26,6 +27,8 @@ class Member:
     token: str
     cut: Cut
     shared: Shapes  # the weights that it sends for merging
+    micro_batches: int = 1  # pieces of a step
+    codec: CodecName = "bf16"  # of what it is sent
     wire: ServerSession = field(default_factory=ServerSession)
     connected: bool = True
     certificate: str = ""  # serial number of the one that it came with last; "" on a plain socket
@@ -69,12 +72,12 @@ class Members:
             known.connected = True
             cancel(known)
             return known, True
-        cut = self._cut_of(hello)  # a mistaken plan must not cost the session that there is
+        cut, pieces = self._cut_of(hello), self._pieces_of(hello)  # a mistaken plan must not cost the session there is
         if known is not None and known.name == hello.name:
             self.forget(known)  # it came back without that session's state
-        return self._new(hello, cut), False
+        return self._new(hello, cut, pieces), False
 
-    def _new(self, hello: Hello, cut: Cut) -> Member:
+    def _new(self, hello: Hello, cut: Cut, pieces: int) -> Member:
         for other in self:
             if other.name != hello.name:
                 continue
@@ -89,9 +92,22 @@ class Members:
             raise RefusedError(
                 f"{MAX_SESSIONS} clients are here already", "Try again later, or tell the operator.", code="over_limit"
             )
-        member = Member(hello.name, secrets.token_urlsafe(24), cut, self._shapes_of(cut))
+        codec = hello.codec or self.settings.wire.codec
+        member = Member(hello.name, secrets.token_urlsafe(24), cut, self._shapes_of(cut), pieces, codec)
         self._by_token[member.token] = member
         return member
+
+    def _pieces_of(self, hello: Hello) -> int:
+        """The micro-batches that Hello asks for, or the federation's. Raises RefusedError."""
+        records = self.settings.batch.records
+        pieces = hello.micro_batches or self.settings.batch.micro_batches
+        if records % pieces:
+            raise RefusedError(
+                f"{pieces} micro-batches do not divide the {records} records of a step",
+                "Plan again with `splitfl probe`.",
+                code="bad_plan",
+            )
+        return pieces
 
     def _cut_of(self, hello: Hello) -> Cut:
         """The cut that Hello asks for, or the federation's. Raises RefusedError."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from splitfl.errors import StorageError
 from splitfl.files import storage_errors, write_file
-from splitfl.wire.messages import TensorBytes, expected_bytes
+from splitfl.wire.messages import ELEMENT_BYTES, TensorBytes, expected_bytes
 
 MAGIC = b"SFLR"
 HEADER = struct.Struct("<4s16s4s4xII32s")  # magic, name, dtype, time, width, SHA-256
@@ -150,7 +150,7 @@ def opened(path: Path) -> Shelf:
             file.seek(shelf.end)
             magic, name, dtype, time, width, digest = HEADER.unpack(file.read(HEADER.size))
             wire = dtype.rstrip(b"\0").decode(errors="replace")
-            if magic != MAGIC or wire not in ("f32", "bf16", "f16"):
+            if magic != MAGIC or wire not in ELEMENT_BYTES:
                 break
             place = Place(shelf.end + HEADER_BYTES, wire, (time, width), digest)
             end = place.offset + place.nbytes + -place.nbytes % ALIGNMENT

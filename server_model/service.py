@@ -306,6 +306,6 @@ def as_any(connection: ServerConnection) -> Any:
 
 
 def frame_limit(settings: Federation, width: int) -> int:
-    """Most bytes a client's frame may have: one micro-batch of fp32 activations, or a piece of an upload."""
+    """Most bytes a client's frame may have: a step in one piece as fp32 activations, or a piece of an upload."""
     batch = settings.batch
-    return 4 * batch.records // batch.micro_batches * batch.max_length * width + FRAME_SLACK
+    return 4 * batch.records * batch.max_length * width + FRAME_SLACK

@@ -218,7 +218,9 @@ CODEC_NAMES = ("fp32", "fp16", "bf16", "int8")
 class Wire(Section):
     """What crosses the link."""
 
-    codec: Literal["bf16", "fp32"] = Field("bf16", description="number format of activations and gradients")
+    codec: Literal["bf16", "fp16", "fp32", "int8"] = Field(
+        "bf16", description="number format of activations and gradients, unless a client's plan says otherwise"
+    )
     coarsest: Literal["fp32", "fp16", "bf16", "int8"] | None = Field(
         None, description="coarsest number format that a client's plan may choose where its link is slow; none = codec"
     )

@@ -1,16 +1,19 @@
 """Torch tensors to wire bytes and back. The wire knows bytes; whether they are sound numbers is checked here.
 
-``fp32`` is exact. ``bf16`` halves the bytes and rounds to 8 bits of mantissa. A codec is a row in ``CODECS``.
+``fp32`` is exact. ``bf16`` halves the bytes and rounds to 8 bits of mantissa, ``fp16`` to 11 but ends at 65,504.
+``int8`` takes 1.03 bytes a number (``splitfl/codec/groups.py``). A codec is a row in ``CODECS``.
 """
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from splitfl.codec.groups import pack_groups, unpack_groups
 from splitfl.errors import NumericalError, ProtocolError
 from splitfl.wire.messages import TensorBytes
 
@@ -20,19 +23,44 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
-CodecName = Literal["fp32", "bf16"]
+CodecName = Literal["fp32", "bf16", "fp16", "int8"]
 
-#: codec -> (torch dtype that is sent, the wire's name of it)
-CODECS: dict[str, tuple[torch.dtype, str]] = {"fp32": (torch.float32, "f32"), "bf16": (torch.bfloat16, "bf16")}
-WIRE_DTYPES = {wire: dtype for dtype, wire in CODECS.values()}
+
+@dataclass(frozen=True)
+class Codec:
+    """``wire`` is the wire's dtype, ``dtype`` torch's where one is sent as it is; ``rounding`` bounds the error of
+    usual numbers in units of their root mean square."""
+
+    wire: str
+    dtype: torch.dtype | None
+    rounding: float
+
+
+CODECS: dict[str, Codec] = {
+    "fp32": Codec("f32", torch.float32, 2.0**-23),
+    "bf16": Codec("bf16", torch.bfloat16, 2.0**-7),
+    "fp16": Codec("f16", torch.float16, 2.0**-10),
+    "int8": Codec("i8g", None, 2.0**-6),
+}
+BY_WIRE = {codec.wire: codec for codec in CODECS.values()}
 
 
 def encode_tensor(tensor: Tensor, codec: CodecName) -> TensorBytes:
     """Any float tensor -> bytes. Raises NumericalError for NaN or infinity: they are refused at home first."""
     check_finite(tensor, "what is about to be sent")
-    dtype, wire = CODECS[codec]
-    sent = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-    return TensorBytes(wire, tuple(sent.shape), sent.reshape(-1).view(torch.uint8).numpy().data)
+    form, shape = CODECS[codec], tuple(tensor.shape)
+    at_home = tensor.detach().to(device="cpu")
+    if form.dtype is None:
+        return TensorBytes(form.wire, shape, as_bytes(pack_groups(at_home.float())))
+    sent = at_home.to(form.dtype).contiguous()
+    if form.dtype is torch.float16 and not sent.isfinite().all():
+        raise NumericalError("what is about to be sent does not fit fp16, which ends at 65,504", "Use the codec bf16.")
+    return TensorBytes(form.wire, shape, as_bytes(sent))
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's own memory."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def decode_tensor(payload: TensorBytes, device: torch.device, *, what: str) -> Tensor:
@@ -40,15 +68,23 @@ def decode_tensor(payload: TensorBytes, device: torch.device, *, what: str) -> T
 
     Raises ProtocolError for bytes that are not floats, NumericalError for NaN or infinity.
     """
-    dtype = WIRE_DTYPES.get(payload.dtype)
-    if dtype is None:
-        raise ProtocolError(f"{what} came as {payload.dtype}, which is no float codec", field=what)
+    codec = BY_WIRE.get(payload.dtype)
+    if codec is None:
+        raise ProtocolError(f"{what} came as {payload.dtype}, which is no codec of numbers", field=what)
     if payload.nbytes == 0:
         raise ProtocolError(f"{what} is empty", field=what)
-    view = torch.frombuffer(payload.data, dtype=dtype)
-    tensor = view.reshape(payload.shape).to(device=device, dtype=torch.float32)
+    if codec.dtype is None:
+        tensor = unpack_groups(torch.frombuffer(payload.data, dtype=torch.uint8), payload.shape).to(device)
+    else:
+        view = torch.frombuffer(payload.data, dtype=codec.dtype)
+        tensor = view.reshape(payload.shape).to(device=device, dtype=torch.float32)
     check_finite(tensor, what)
     return tensor
+
+
+def rounded(tensor: Tensor, codec: CodecName) -> Tensor:
+    """What arrives of a float tensor: fp32 of the same shape. Raises NumericalError."""
+    return decode_tensor(encode_tensor(tensor, codec), torch.device("cpu"), what="a tensor")
 
 
 def by_record(payload: TensorBytes) -> list[TensorBytes]:

@@ -111,8 +111,15 @@ class OnceReleases:
 
     def name_of(self, record: RecordRef) -> str:
         """The opaque name of a record's activation: 32 hex digits, another one for whatever it depends on."""
-        text = f"{self.context}\0{self.mechanism}\0{self.codec}\0{record.padded_length}\0"
-        return hmac.new(self.secret, b"name\0" + text.encode() + record.key, hashlib.sha256).hexdigest()[:32]
+        return self._name(record.key, record.padded_length)
+
+    def name_of_tokens(self, tokens: bytes) -> str:
+        """The same in mode off, where a row's tokens decide all."""
+        return self._name(tokens, len(tokens))
+
+    def _name(self, key: bytes, length: int) -> str:
+        text = f"{self.context}\0{self.mechanism}\0{self.codec}\0{length}\0"
+        return hmac.new(self.secret, b"name\0" + text.encode() + key, hashlib.sha256).hexdigest()[:32]
 
 
 def digest(payload: TensorBytes) -> bytes:

@@ -16,10 +16,12 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, InstanceOf
 
-PROTOCOL_VERSIONS = (2,)
+PROTOCOL_VERSIONS = (3,)
 
-#: bytes an element takes, by the wire's dtype name
-ELEMENT_BYTES = {"u8": 1, "f32": 4, "bf16": 2, "f16": 2}
+#: bytes an element takes, by the wire's dtype name; i8g also has a scale of two bytes for each group of channels
+ELEMENT_BYTES = {"u8": 1, "f32": 4, "bf16": 2, "f16": 2, "i8g": 1}
+GROUP = 64  # neighbouring channels that share a scale in i8g
+MAX_ECHO_BYTES = 4 << 20
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Index = Annotated[int, Field(ge=-1, le=2**31)]
@@ -32,6 +34,7 @@ Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 Token = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,128}$")]
 Text = Annotated[str, Field(max_length=2000)]
 PEM_TEXT = r"^-----BEGIN [A-Z ]+-----\n[A-Za-z0-9+/=\n]+-----END [A-Z ]+-----\n$"
+Codec = Literal["", "fp32", "bf16", "fp16", "int8"]  # "" = the federation's own
 Pem = Annotated[str, Field(max_length=8000, pattern=PEM_TEXT)]
 
 ErrorCode = Literal[
@@ -41,6 +44,7 @@ ErrorCode = Literal[
     "damaged",  # bytes that changed on the way: connect again
     "bad_tensor",  # NaN, infinity or a shape that does not fit
     "bad_cut",  # the federation does not allow this cut
+    "bad_plan",  # micro-batches that do not divide a step
     "not_found",  # no blob with this hash
     "wrong_round",  # not the round that is open
     "over_limit",  # more bytes or requests than allowed
@@ -75,7 +79,15 @@ class TensorBytes:
 
 def expected_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """How many bytes a tensor takes. Raises KeyError for a dtype the wire does not know."""
-    return ELEMENT_BYTES[dtype] * math.prod(shape)
+    size = ELEMENT_BYTES[dtype] * math.prod(shape)
+    if dtype == "i8g":
+        size += 2 * math.prod(shape[:-1]) * group_count(shape[-1] if shape else 1)
+    return size
+
+
+def group_count(width: int) -> int:
+    """How many groups a vector of ``width`` channels has; the last may be smaller."""
+    return -(-width // GROUP)
 
 
 Tensor = InstanceOf[TensorBytes]
@@ -86,8 +98,9 @@ class Hello:
     """Client's first word. ``resume`` is the token of an earlier Welcome; ``round`` the last one it holds durably.
 
     ``fresh`` says that the client lost that session's state (it crashed): the server replaces the session.
-    ``n_bottom`` and ``n_top`` of -1 take the federation's own cut. ``next_seq`` is the number of its next request:
-    a client that forgot some that it has sent cannot resume.
+    ``n_bottom`` and ``n_top`` of -1 take the federation's own cut, ``micro_batches`` of 0 and ``codec`` of "" its own
+    pieces of a step and number format; else they are what the client plans for itself. ``next_seq`` is the number of
+    its next request: a client that forgot some that it has sent cannot resume.
     """
 
     versions: tuple[Annotated[int, Field(ge=1, le=10_000)], ...]
@@ -99,6 +112,8 @@ class Hello:
     n_top: Index = -1
     software: Annotated[str, Field(max_length=64)] = ""
     next_seq: Count | None = None
+    micro_batches: Annotated[int, Field(ge=0, le=2**16)] = 0
+    codec: Codec = ""
 
 
 @dataclass(frozen=True)
@@ -184,6 +199,16 @@ class NextRound:
     seq: Count
     ack: Count
     after: Index
+
+
+@dataclass(frozen=True)
+class Echo:
+    """Measure the link: ``data`` is of no meaning, and ``want`` such bytes come back. Answered by Echoed."""
+
+    seq: Count
+    ack: Count
+    data: Tensor
+    want: Annotated[int, Field(ge=0, le=MAX_ECHO_BYTES)]
 
 
 @dataclass(frozen=True)
@@ -329,6 +354,14 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Echoed:
+    """As many bytes as were wanted, of no meaning."""
+
+    seq: Count
+    data: Tensor
+
+
+@dataclass(frozen=True)
 class Held:
     """Which of the records the server holds, in the order in which they were named."""
 
@@ -429,11 +462,14 @@ class Failed:
     field: Annotated[str, Field(max_length=64)] = ""
 
 
-Request = Fetch | NextRound | AskHeld | Release | Countersign | Forward | Backward | SitOut | Upload | Update | Bye
+Request = (
+    Fetch | NextRound | Echo | AskHeld | Release | Countersign | Forward | Backward | SitOut | Upload | Update | Bye
+)
 Answer = (
     Chunk
     | RoundOpen
     | Finished
+    | Echoed
     | Held
     | Missing
     | Countersigned
@@ -462,6 +498,7 @@ MESSAGE_TYPES: dict[str, type] = {
     "enrolled": Enrolled,
     "fetch": Fetch,
     "next_round": NextRound,
+    "echo": Echo,
     "ask_held": AskHeld,
     "release": Release,
     "countersign": Countersign,
@@ -474,6 +511,7 @@ MESSAGE_TYPES: dict[str, type] = {
     "chunk": Chunk,
     "round_open": RoundOpen,
     "finished": Finished,
+    "echoed": Echoed,
     "held": Held,
     "missing": Missing,
     "countersigned": Countersigned,

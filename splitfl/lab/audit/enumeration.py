@@ -80,7 +80,7 @@ class Walk:
         self.prior = knowledge.log_unigram.expand(self.records, -1)  # (N, V)
         self.scores = torch.zeros(self.records)  # (N,)
         self.tokens = torch.zeros(self.records, 0, dtype=torch.long)  # (N, t)
-        rounding = torch.finfo(CODECS[mechanism.codec][0]).eps * target.released.square().mean().sqrt()
+        rounding = CODECS[mechanism.codec].rounding * target.released.square().mean().sqrt()
         self.variance = mechanism.sigma**2 + float(rounding) ** 2
 
     @property

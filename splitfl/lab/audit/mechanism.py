@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from splitfl.codec.tensors import CODECS, CodecName
+from splitfl.codec.tensors import CodecName, rounded
 from splitfl.privacy.mechanism import Clip, clip_factors
 
 
@@ -48,7 +48,7 @@ class Mechanism:
     def blur(self, clean: Tensor, generator: torch.Generator) -> Tensor:
         """Noise and cast of clipped states, of any shape."""
         noised = clean + self.sigma * torch.randn(clean.shape, generator=generator) if self.sigma else clean
-        return noised.to(CODECS[self.codec][0]).float()
+        return rounded(noised, self.codec)
 
     def averaged(self, releases: float) -> Mechanism:
         """The mechanism whose noise is that of the mean of so many releases."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from gates import open_gate, ref
 
-from client_model.entry import DirectEntry, OnceEntry, sent_lengths
+from client_model.entry import DirectEntry, KeptEntry, OnceEntry, sent_lengths
 from splitfl.codec.tensors import by_record, decode_tensor
 from splitfl.data.packing import Batch
 from splitfl.errors import ProtocolError
@@ -43,6 +43,17 @@ class FakeLink:
 
     def sent(self, kind: type) -> list[Request]:
         return [message for message in self.asked if isinstance(message, kind)]
+
+
+class FullLink(FakeLink):
+    """A server without room."""
+
+    def request(self, message: Request) -> Future[Answer]:
+        reply = super().request(message)
+        if isinstance(message, Release):
+            reply = Future()
+            reply.set_result(Held(0, (False,) * len(message.records)))
+        return reply
 
 
 def batch() -> Batch:
@@ -107,4 +118,66 @@ def test_a_record_that_was_not_named_is_not_sent_again(tmp_path: Path) -> None:
     entry = OnceEntry(FakeLink(), noisy_gate(tmp_path).once)
     ask(entry)
     with pytest.raises(ProtocolError, match="not named"):
-        entry.ask_again(Missing(0, 3, 1, 0, ("ff" * 16,)), FORWARD, batch())
+        entry.ask_again(Missing(0, 3, 1, 0, ("ff" * 16,)), ReleaseKind.ACTIVATION, FORWARD, batch(), lambda: HIDDEN)
+
+
+# -- mode off, where the server keeps activations as they are ---------------------------------------------------------
+
+
+def plain_batch() -> Batch:
+    """Three rows of 8, 3 and 8 tokens; the third is the first one again."""
+    ids = np.arange(24, dtype=np.int64).reshape(3, 8)
+    ids[2] = ids[0]
+    return Batch(ids, ids, np.array([8, 3, 8]))
+
+
+PLAIN = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(1))
+
+
+def ask_plainly(entry: KeptEntry) -> None:
+    entry.ask(ReleaseKind.ACTIVATION, FORWARD, plain_batch(), lambda: PLAIN)
+
+
+def test_in_mode_off_rows_go_once_as_they_are_and_without_padding(tmp_path: Path) -> None:
+    gate, link = open_gate(tmp_path, "off"), FakeLink()
+    entry = KeptEntry(link, gate)
+    ask_plainly(entry)
+    ask_plainly(entry)
+    releases = [message for message in link.asked if isinstance(message, Release)]
+    assert [message.hidden.shape for message in releases] == [(1, 3, 16), (1, 8, 16)]
+    assert torch.equal(decode_tensor(releases[1].hidden, CPU, what="hidden")[0], PLAIN[0])
+    assert all(gate.ledger.knows(digest(message.hidden)) for message in releases)
+    first, second = (message for message in link.asked if isinstance(message, Forward))
+    assert first == second
+    assert first.hidden is None
+    assert first.records[0] == first.records[2] != first.records[1]
+
+
+def test_in_mode_off_what_the_server_lost_is_computed_again(tmp_path: Path) -> None:
+    link = FakeLink()
+    entry = KeptEntry(link, open_gate(tmp_path, "off"))
+    ask_plainly(entry)
+    short = link.asked[0]
+    assert isinstance(short, Release)
+    missing = Missing(0, 3, 1, 0, short.records)
+    entry.ask_again(missing, ReleaseKind.ACTIVATION, FORWARD, plain_batch(), lambda: PLAIN)
+    assert [type(message) for message in link.asked[-2:]] == [Release, Forward]
+    assert link.asked[-2] == short
+    strange = Missing(0, 3, 1, 0, ("ff" * 16,))
+    with pytest.raises(ProtocolError, match="not named"):
+        entry.ask_again(strange, ReleaseKind.ACTIVATION, FORWARD, plain_batch(), lambda: PLAIN)
+
+
+def test_what_the_server_has_no_room_for_goes_in_each_epoch(tmp_path: Path) -> None:
+    link = FullLink()
+    entry = KeptEntry(link, open_gate(tmp_path, "off"))
+    ask_plainly(entry)
+    ask_plainly(entry)
+    assert [type(message) for message in link.asked] == [Release, Release, Forward] * 2
+
+
+def test_names_depend_on_the_codec_and_the_bottom(tmp_path: Path) -> None:
+    tokens, names = b"tokens", set()
+    for number, changed in enumerate(({}, {"codec": "bf16"}, {"context": "another bottom"})):
+        names.add(open_gate(tmp_path / str(number), "off", **changed).once.name_of_tokens(tokens))
+    assert len(names) == 3

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from splitfl.codec.tensors import CODECS, check_finite, decode_tensor, encode_tensor
+from splitfl.codec.tensors import CODECS, CodecName, check_finite, decode_tensor, encode_tensor, rounded
 from splitfl.errors import NumericalError, ProtocolError
 from splitfl.wire.messages import TensorBytes
 
@@ -42,17 +42,39 @@ def test_bf16_comes_back_within_half_a_unit_of_its_mantissa(shape: tuple[int, ..
     assert bool(((back - tensor).abs() <= tensor.abs() * 2.0**-8).all())
 
 
-def test_bf16_does_lose_something() -> None:
+@given(SHAPES, st.integers(0, 99), st.sampled_from([1e-3, 1.0, 1e3]))
+def test_fp16_comes_back_within_half_a_unit_of_its_mantissa(shape: tuple[int, ...], seed: int, scale: float) -> None:
+    tensor = drawn(shape, seed, scale)
+    back = there_and_back(tensor, "fp16")
+    assert bool(((back - tensor).abs() <= tensor.abs() * 2.0**-11 + 2.0**-25).all())
+
+
+def test_what_fp16_cannot_hold_is_refused_at_home() -> None:
+    with pytest.raises(NumericalError, match="65,504"):
+        encode_tensor(torch.tensor([1.0, 70_000.0]), "fp16")
+
+
+@pytest.mark.parametrize("codec", ["bf16", "fp16", "int8"])
+def test_codec_does_lose_something_and_only_once(codec: CodecName) -> None:
     tensor = drawn((100,))
-    back = there_and_back(tensor, "bf16")
+    back = rounded(tensor, codec)
     assert not torch.equal(back, tensor)
-    assert torch.equal(there_and_back(back, "bf16"), back)
+    torch.testing.assert_close(rounded(back, codec), back, rtol=2.0**-8, atol=0)
 
 
-@pytest.mark.parametrize(("codec", "size"), [("fp32", 4), ("bf16", 2)])
-def test_codec_takes_as_many_bytes_as_it_says(codec: str, size: int) -> None:
-    payload = encode_tensor(drawn((3, 5, 7)), codec)  # type: ignore[arg-type]
-    assert payload.nbytes == len(memoryview(payload.data)) == 3 * 5 * 7 * size
+@pytest.mark.parametrize("codec", CODECS)
+def test_rounding_bounds_the_error_of_usual_numbers(codec: CodecName) -> None:
+    tensor = drawn((50, 256))
+    error = (rounded(tensor, codec) - tensor).square().mean().sqrt() / tensor.square().mean().sqrt()
+    assert 0 <= error <= CODECS[codec].rounding
+
+
+@pytest.mark.parametrize(
+    ("codec", "size"), [("fp32", 4 * 7 * 15), ("bf16", 2 * 7 * 15), ("fp16", 2 * 7 * 15), ("int8", (7 + 2) * 15)]
+)
+def test_codec_takes_as_many_bytes_as_it_says(codec: CodecName, size: int) -> None:
+    payload = encode_tensor(drawn((3, 5, 7)), codec)
+    assert payload.nbytes == len(memoryview(payload.data)) == size
 
 
 def test_bytes_are_little_endian_and_row_major() -> None:
@@ -103,7 +125,7 @@ def test_large_numbers_whose_sum_overflows_are_numbers_all_the_same() -> None:
     assert torch.equal(there_and_back(tensor, "fp32"), tensor)
 
 
-@pytest.mark.parametrize("dtype", ["u8", "f16", "i64", ""])
+@pytest.mark.parametrize("dtype", ["u8", "i8", "i64", ""])
 def test_bytes_that_are_no_float_codec_are_refused(dtype: str) -> None:
     with pytest.raises(ProtocolError) as error:
         decode_tensor(TensorBytes(dtype, (2,), bytes(4)), CPU, what="gradient")

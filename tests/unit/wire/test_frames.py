@@ -33,6 +33,8 @@ from splitfl.wire.messages import (
     Chunk,
     Countersign,
     Countersigned,
+    Echo,
+    Echoed,
     Enrol,
     Enrolled,
     Failed,
@@ -74,8 +76,9 @@ FLOATS = TensorBytes("f32", (1, 1, 2), bytes.fromhex("0000803f 000000c0"))  # 1.
 GOLDEN: list[tuple[Message, str]] = [
     (
         Hello((1,), "ward-a"),
-        "51000000 89 a174a568656c6c6f a876657273696f6e739101 a46e616d65a6776172642d61 a6726573756d65a0"
-        "a56672657368c2 a5726f756e64ff a86e5f626f74746f6dff a56e5f746f70ff a8736f667477617265a0",
+        "67000000 8b a174a568656c6c6f a876657273696f6e739101 a46e616d65a6776172642d61 a6726573756d65a0"
+        "a56672657368c2 a5726f756e64ff a86e5f626f74746f6dff a56e5f746f70ff a8736f667477617265a0"
+        "ad6d6963726f5f6261746368657300 a5636f646563a0",
     ),
     (
         Welcome(1, "s1", False, "i1", -1, 2, 1, "{}", HASH, HASH),
@@ -108,6 +111,12 @@ GOLDEN: list[tuple[Message, str]] = [
         + "a66f666673657400 a56c696d6974cd0400",
     ),
     (NextRound(1, 1, -1), "1f000000 84 a174aa6e6578745f726f756e64 a373657101 a361636b01 a56166746572ff"),
+    (
+        Echo(8, 8, ABC, 2),
+        "26000000 85 a174a46563686f a373657108 a361636b08 a477616e7402 a178 91 93a464617461a27538 9103"
+        + "00" * 22
+        + "616263",
+    ),
     (
         AskHeld(7, 7, (RECORD,)),
         "4100000084a174a861736b5f68656c64a373657107a361636b07a77265636f72647391d9206364636463646364"
@@ -170,6 +179,10 @@ GOLDEN: list[tuple[Message, str]] = [
     (
         Finished(1, 3, HASH),
         "62000000 84 a174a866696e6973686564 a373657101 a5726f756e6403 a777656967687473" + HASH_HEX,
+    ),
+    (
+        Echoed(8, ABC),
+        "1d000000 83 a174a66563686f6564 a373657108 a178 91 93a464617461a27538 9103" + "00" * 31 + "616263",
     ),
     (
         Held(7, (True, False)),
