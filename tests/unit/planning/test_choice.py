@@ -100,7 +100,7 @@ def test_bottom_is_the_shallowest_where_memory_allows_no_fast_plan() -> None:
 
 
 def test_lack_of_memory_alone_never_deepens_the_bottom() -> None:
-    """In small pieces over slow round trips all depths are equally slow; more memory must not make the bottom shallow."""
+    """In small pieces over slow round trips all depths are equally slow, in large ones not."""
     settings = {
         "model": {"max_bottom": 4},
         "batch": {"in_flight": 1},
