@@ -99,6 +99,20 @@ def test_bottom_is_the_shallowest_where_memory_allows_no_fast_plan() -> None:
     assert "shallowest" in why(choose(weighed), weighed)
 
 
+def test_lack_of_memory_alone_never_deepens_the_bottom() -> None:
+    """In small pieces over slow round trips all depths are equally slow, in large ones not."""
+    settings = {
+        "model": {"max_bottom": 4},
+        "batch": {"in_flight": 1},
+        "optimizer": {"name": "sgd"},
+        "merge": {"share": "none"},
+    }
+    far = replace(FAST, link=LinkSpeed(0.1, 1e9, 1e9))
+    peaks = sorted({c.peak_bytes for c in weigh(far, **settings) if not c.forbidden})
+    depths = [choose(weigh(replace(far, memory=limit), **settings)).plan.cut.n_bottom for limit in peaks]
+    assert depths == sorted(depths)
+
+
 def test_coarser_format_is_taken_on_a_slow_link_and_only_if_allowed() -> None:
     coarse = {"wire": {"coarsest": "int8"}}
     assert choose(weigh(SLOW_LINK, **coarse)).plan.codec == "int8"
