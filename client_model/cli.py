@@ -88,6 +88,9 @@ def join(
     What the server can make of them depends on the federation's privacy mode, which its terms state.
     """
     with command(verbose=verbose):
+        from splitfl.pipe import tune_process
+
+        tune_process(note)
         invited = read_join_string(address, name)
         url = invited.url if invited else check_address(address, insecure=insecure)
         name = invited.name if invited else name

@@ -158,12 +158,15 @@ class KeptEntry:
         self.link = link
         self.gate = gate
         self.shelf = Shelf(link)
+        self._sent_before = gate.ledger.count > 0
 
     def ask(self, kind: ReleaseKind, forward: Forward, batch: Batch, hidden: Callable[[], Tensor]) -> Future[Answer]:
         names = self._names(batch)
         named = with_input(forward, (), None, names)
         if (reply := self.link.again(named)) is not None:
             return reply
+        if self._sent_before:
+            self.shelf.ask(names)
         self._send(kind, forward.round, batch, names, {name for name in names if self.shelf.lacks(name)}, hidden)
         return self.link.request(named)
 

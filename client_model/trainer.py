@@ -9,11 +9,13 @@ Everything computed from a record passes the gate (``splitfl.privacy.gate``), ac
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import cache, partial
 
 import torch
@@ -76,7 +78,14 @@ class Sum:
         self.loss, self.tokens, self.tops = self.loss + loss.total, self.tokens + loss.tokens, self.tops + 1
 
 
-Crossing = Generator[None, None, None]  # a micro-batch on its way: it pauses wherever it waits for the trunk
+class Awaits(Enum):
+    """What a micro-batch on its way waits for."""
+
+    OUTPUT = "the trunk's output"
+    GRADIENT = "the trunk's gradient"
+
+
+Crossing = Generator[Awaits, None, None]  # a micro-batch on its way: it pauses wherever it waits for the trunk
 
 
 class Trainer:
@@ -86,7 +95,7 @@ class Trainer:
         self.ends = ends
         self.link = link
         self.gate = gate
-        self.in_flight = ends.settings.batch.in_flight
+        self.in_flight = 1 if ends.private_top is not None else ends.settings.batch.in_flight
         self.entry = entry_of(link, gate, bottom_trains=ends.bottom_trains)
         # With a deadline a step can be refused at its very end; only without one may the top move on before.
         settings = ends.settings
@@ -160,7 +169,7 @@ class Trainer:
         if returned.grad is None:
             return
         reply = self._send_gradient(place, batch, returned, returned.grad)
-        yield
+        yield Awaits.GRADIENT
         answer = answered(reply)
         if not isinstance(answer, Gradient):
             raise ProtocolError(f"{type(answer).__name__} instead of a gradient")
@@ -199,17 +208,17 @@ class Trainer:
 
     def _cross(
         self, kind: ReleaseKind, place: StepPlace, batch: Batch, hidden: Callable[[], Tensor], *, keep_graph: bool
-    ) -> Generator[None, None, Answer]:
+    ) -> Generator[Awaits, None, Answer]:
         """Activations into the trunk, and what comes back; it keeps its graph for a Backward if asked."""
         forward = Forward(0, 0, place.round, place.step, place.micro, keep_graph, batch.told_tokens, (), None)
         encoded = cache(lambda: self.ends.encoded(hidden()))  # (B, T, D)
         reply = self.entry.ask(kind, forward, batch, encoded)
-        yield
+        yield Awaits.OUTPUT
         for _ in range(MOST_REPEATS):
             if not isinstance(answer := answered(reply), Missing):
                 return answer
             reply = self.entry.ask_again(answer, kind, forward, batch, encoded)
-            yield
+            yield Awaits.OUTPUT
         raise ProtocolError("the server keeps losing what it was sent", "Tell its operator.")
 
     def _decoded(self, answer: Answer, batch: Batch) -> Tensor:
@@ -227,23 +236,23 @@ class Trainer:
 
 
 def in_turn(crossings: Iterable[Crossing], in_flight: int) -> Iterator[None]:
-    """Run micro-batches with at most ``in_flight`` of them under way; yields after each hop.
+    """Run micro-batches; yields after each hop. At most ``in_flight`` of them wait for the trunk's output, and at most
+    ``2 * in_flight - 1`` are under way in all: one after another at 1.
 
-    They go on in the order of their requests, which is the trunk's order of answers. So gradients add up in one
-    order, whatever the window, and while the trunk works on one micro-batch its client works on another.
+    Each goes on in the order of their requests, which is the trunk's order of answers: gradients add up in one order.
+    As soon as a gradient has been sent the next micro-batch follows it up the link, so that a link with a long way
+    back has something to carry in both directions, and while the trunk works its client does.
     """
-    to_come, under_way = iter(crossings), deque[Crossing]()
+    to_come, under_way = iter(crossings), deque[tuple[Awaits, Crossing]]()
     while True:
-        fresh = next(to_come, None) if len(under_way) < in_flight else None
+        inside = sum(awaits is Awaits.OUTPUT for awaits, _ in under_way)
+        room = inside < in_flight and len(under_way) < 2 * in_flight - 1
+        fresh = next(to_come, None) if room else None
         if fresh is None and not under_way:
             return
-        crossing = fresh or under_way.popleft()
-        try:
-            next(crossing)
-        except StopIteration:
-            pass
-        else:
-            under_way.append(crossing)
+        crossing = fresh or under_way.popleft()[1]
+        with contextlib.suppress(StopIteration):
+            under_way.append((next(crossing), crossing))
         yield
 
 

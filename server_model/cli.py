@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitfl.allocator import keep_freed_memory
 from splitfl.console import command, is_loopback, note, parse_address, print_json
 from splitfl.errors import INTERRUPTED_EXIT_CODE, SplitFLError
 from splitfl.files import claimed
@@ -45,7 +44,9 @@ def serve(
         host, port = parse_address(listen)
         plain = is_loopback(host) or insecure
         report = report_json if as_json else report_text
-        keep_freed_memory()
+        from splitfl.pipe import tune_process
+
+        tune_process(note)
         from server_model.admission import Admission
 
         with claimed(state):

@@ -8,12 +8,13 @@ from __future__ import annotations
 import ctypes
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-KEEP_BELOW_BYTES = 1 << 30
+KEEP_BELOW_BYTES = (1 << 30, 32 << 20)  # the latter is the most that glibc took before 2.35
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed blocks below 1 GiB in the process; whether this C library could be told so."""
+    """Keep freed blocks below 1 GiB (old glibc: 32 MiB) in the process; whether this C library could be told so."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return all(bool(mallopt(name, KEEP_BELOW_BYTES)) for name in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD))
+    below = next((size for size in KEEP_BELOW_BYTES if mallopt(M_MMAP_THRESHOLD, size)), 0)
+    return bool(below and mallopt(M_TRIM_THRESHOLD, below))

@@ -62,7 +62,11 @@ class Batch(Section):
     records: int = Field(8, ge=1, description="records (sequences) in a step")
     micro_batches: int = Field(1, ge=1, description="pieces that a step is computed in; divides records")
     in_flight: int = Field(
-        2, ge=1, le=32, description="micro-batches that a client has under way at once; 1 = one after another"
+        2,
+        ge=1,
+        le=32,
+        description="micro-batches of a client that wait for the trunk's output at once; one less than that may wait "
+        "for its gradients; 1 = one after another, as always with privacy.dp_sgd",
     )
     max_length: int = Field(256, ge=2, description="tokens in a record, at most")
     pack: bool | None = Field(

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from importlib.util import find_spec
 from typing import Any, Protocol
 
+from splitfl.allocator import keep_freed_memory
 from splitfl.wire.frames import Parts, frame_bytes
 
 FRAGMENT_BYTES = 1 << 20
@@ -28,6 +30,16 @@ class Connection(Protocol):
     def send(self, message: Any) -> Awaitable[None]: ...
 
     def ping(self) -> Awaitable[Awaitable[float]]: ...
+
+
+def tune_process(say: Callable[[str], None]) -> None:
+    """Make this process fit for large frames, before anything large is allocated; ``say`` what it lacks."""
+    keep_freed_memory()
+    if find_spec("websockets.speedups") is None:
+        say(
+            "websockets is installed without its C extension, so large frames take several times as long: "
+            "install it anew from a wheel, or with a C compiler at hand"
+        )
 
 
 async def send_frame(connection: Connection, parts: Parts) -> None:

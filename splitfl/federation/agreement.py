@@ -87,9 +87,11 @@ def padded(settings: Federation) -> str:
 
 def activations_line(settings: Federation) -> str:
     """What of every record leaves, in one line."""
+    once = settings.freeze_below >= settings.bottoms[-1]
     if not settings.privacy.on:
-        return "of every record, held-out ones too, are sent as they are."
-    often = "once" if settings.freeze_below >= settings.bottoms[-1] else "anew in each step"
+        kept = ", and the server keeps them until the federation ends" if once and settings.trunk.cache_gib else ""
+        return f"of every record, held-out ones too, are sent as they are{kept}."
+    often = "once" if once else "anew in each step"
     return f"of every record, held-out ones too, are sent {often}, clipped and noised as above."
 
 

@@ -13,10 +13,12 @@ from raw_client import RawClient
 from serving import ServiceThread
 from websockets.exceptions import ConnectionClosed
 
+from client_model.link import Link
 from server_model.service import Line
 from splitfl.config import Federation
 from splitfl.wire.frames import Parts, encode
-from splitfl.wire.messages import Chunk, Fetch
+from splitfl.wire.messages import PROTOCOL_VERSIONS, Chunk, Fetch, Hello, TensorBytes, Upload
+from splitfl.wire.session import CREDIT_WINDOW
 
 PIECE_BYTES = 80_000
 LIMIT_BYTES = 1_000_000
@@ -88,3 +90,26 @@ def test_client_that_never_listens_is_silent_and_its_connection_ends(service: Ca
         while running.service.lines:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def test_two_sides_that_both_send_more_than_their_sockets_hold_go_on(
+    service: Callable[..., ServiceThread], most_waiting: list[int]
+) -> None:
+    """The server reads no more while its answers wait; they leave because the client reads while it cannot send."""
+    piece = 900_000
+    data = TensorBytes("u8", (piece,), bytes(piece))
+    with service() as running:
+        digest = running.coordinator.blobs.add_bytes(bytes(piece))
+        link = Link(running.url, Hello(PROTOCOL_VERSIONS, "both"), say=lambda _: None)
+        try:
+            link.open()
+            asked = []
+            for _ in range(CREDIT_WINDOW // 2):
+                asked.append(link.request(Fetch(0, 0, digest, 0, piece)))
+                asked.append(link.request(Upload(0, 0, "ab" * 32, 0, 1, data)))  # refused, once it is there
+            for fetched, refused in zip(asked[::2], asked[1::2], strict=True):
+                assert isinstance(fetched.result(60), Chunk)
+                assert refused.exception(60) is not None
+        finally:
+            link.close()
+    assert max(most_waiting) > LIMIT_BYTES  # so that the server did stop reading

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 
-from client_model.trainer import in_turn
+from client_model.trainer import Awaits, in_turn
 from splitfl.codec.tensors import decode_tensor
 from tests.parity.federating import exact_settings, federate
 
@@ -46,22 +46,39 @@ def test_no_micro_batch_overtakes_another_at_the_server(llama, notes, tmp_path, 
 
 @pytest.mark.parametrize("in_flight", [1, 2, 3, 5, 9])
 def test_requests_are_awaited_in_the_order_in_which_they_were_made(in_flight):
-    made, awaited, open_now, most = [], [], set(), 0
+    made, awaited, open_now, inside, most, most_inside = [], [], set(), set(), 0, 0
 
     def crossing(number):
-        nonlocal most
+        nonlocal most, most_inside
         open_now.add(number)
         most = max(most, len(open_now))
-        for hop in range(2):
+        for hop, awaits in enumerate(Awaits):
             made.append((number, hop))
-            yield
+            inside.add(number) if hop == 0 else inside.discard(number)
+            most_inside = max(most_inside, len(inside))
+            yield awaits
             awaited.append((number, hop))
         open_now.discard(number)
 
     list(in_turn((crossing(number) for number in range(5)), in_flight))
     assert awaited == made
     assert len(awaited) == 10
-    assert most == min(in_flight, 5)
+    assert most_inside == min(in_flight, 5)
+    assert most == min(2 * in_flight - 1, 5)
+
+
+def test_next_micro_batch_follows_each_gradient_at_once():
+    """The way up is never empty for want of an answer to a gradient, which brings the top nothing."""
+    made = []
+
+    def crossing(number):
+        for awaits in Awaits:
+            made.append(f"{awaits.name} {number}")
+            yield awaits
+
+    list(in_turn((crossing(number) for number in range(4)), 2))
+    assert made[:4] == ["OUTPUT 0", "OUTPUT 1", "GRADIENT 0", "OUTPUT 2"]
+    assert made[4:] == ["GRADIENT 1", "OUTPUT 3", "GRADIENT 2", "GRADIENT 3"]
 
 
 def test_failure_of_one_micro_batch_ends_the_step():
@@ -69,7 +86,7 @@ def test_failure_of_one_micro_batch_ends_the_step():
     reply.set_exception(ValueError("lost"))
 
     def crossing():
-        yield
+        yield Awaits.OUTPUT
         reply.result()
 
     with pytest.raises(ValueError, match="lost"):

@@ -15,7 +15,7 @@ from splitfl.errors import ConfigError
 if TYPE_CHECKING:
     from splitfl.lab.bench.harness import Result
 
-NAMES = ("federation", "memory", "overhead", "privacy", "scale", "startup")
+NAMES = ("federation", "memory", "overhead", "pipe", "privacy", "scale", "startup", "wan")
 
 
 def bench(
@@ -60,7 +60,7 @@ def run_named(
     name: str, steps: int | None, model: Path | None, cut: Cut, seeds: int, jobs: int, work: Path | None
 ) -> Result:
     """Run one benchmark."""
-    from splitfl.lab.bench import federation, memory, overhead, privacy, scale, startup
+    from splitfl.lab.bench import federation, memory, overhead, pipe, privacy, scale, startup, wan
     from splitfl.lab.bench.contenders import Effort
     from splitfl.lab.bench.hospitals import Scale
 
@@ -73,6 +73,10 @@ def run_named(
             return scale.run(say=note)
         case "startup":
             return startup.run(say=note)
+        case "pipe":
+            return pipe.run(say=note)
+        case "wan":
+            return wan.run(say=note)
         case "privacy":
             scope, effort = privacy.Scope(cut, seeds=seeds), Effort(public_steps=steps or Effort.public_steps)
             return privacy.run(model=model, scope=scope, effort=effort, work=work, jobs=jobs, say=note)
@@ -82,9 +86,14 @@ def run_named(
 
 def draw(result: Result, out: Path) -> None:
     """The picture that belongs to a benchmark, if it has one."""
-    from splitfl.lab.bench.plots import draw_federation, draw_frontier, draw_scale
+    from splitfl.lab.bench.plots import draw_federation, draw_frontier, draw_scale, draw_timeline
 
-    pictures = {"federation": draw_federation, "privacy": draw_frontier, "scale": draw_scale}
+    pictures = {
+        "federation": draw_federation,
+        "privacy": draw_frontier,
+        "scale": draw_scale,
+        "wan": draw_timeline,
+    }
     if result.bench in pictures:
         pictures[result.bench](result, out / f"{result.bench}.png")
 

@@ -46,16 +46,18 @@ class Bar:
 
 @dataclass
 class Result:
-    """One benchmark's outcome."""
+    """One benchmark's outcome; ``drawn`` is what its picture shows and its table does not."""
 
     bench: str
     config: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
+    drawn: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         bars = [{**asdict(bar), "holds": bar.holds} for bar in self.bars]
-        return {"bench": self.bench, "config": self.config, "machine": machine(), "rows": self.rows, "bars": bars}
+        found = {"bench": self.bench, "config": self.config, "machine": machine(), "rows": self.rows, "bars": bars}
+        return {**found, "drawn": self.drawn} if self.drawn else found
 
 
 def machine() -> dict[str, Any]:

@@ -22,6 +22,7 @@ BASELINES = {
 }
 LINES = {"local-only": ("--", ORANGE), "centralised": ("-", GREEN)}
 TITLES = {"group": "each hospital one specialty", "dirichlet": "Dirichlet over specialties"}
+LANES = {"client": BLUE, "up": ORANGE, "trunk": GREEN, "down": GREY}
 NEAR: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
 
 
@@ -117,6 +118,34 @@ def draw_scale(result: Result, path: Path) -> None:
     legend_below(panel, 2)
     tidy(panel, grid="y")
     save(figure, path)
+
+
+def draw_timeline(result: Result, path: Path) -> None:
+    """Who works and who waits in a training step, a panel a way, all on one scale. Raises StorageError."""
+    figure = Figure(figsize=(11, 5.5), layout="constrained", facecolor="white")
+    shown = 1.02 * min(lanes["step_s"] for lanes in result.drawn.values())
+    panels = figure.subplots(len(result.drawn), 1, sharex=True)
+    for panel, (name, lanes) in zip(panels, result.drawn.items(), strict=True):
+        draw_lanes(lanes, panel)
+        part = "all of it" if lanes["step_s"] <= shown else f"its first {shown:.1f} s"
+        panel.set_title(f"{name}: a step of {lanes['step_s']:.2f} s, {part}", fontsize=11, loc="left")
+    panels[-1].set_xlim(0, shown)
+    panels[-1].set_xlabel("seconds from the step's beginning; client and trunk: height is the share of a core in use")
+    save(figure, path)
+
+
+def draw_lanes(lanes: dict[str, Any], panel: Axes) -> None:
+    """One step: client, up, trunk, down, from top to bottom."""
+    for place, (name, colour) in enumerate(LANES.items()):
+        if name in ("up", "down"):
+            spells = [(began, left - began) for began, left in lanes[name]]
+            panel.broken_barh(spells, (place - 0.4, 0.8), color=colour)
+        else:
+            heights = [place + 0.4 - 0.8 * min(1.0, share) for share in lanes[name]]
+            panel.stairs(heights, lanes["times"], baseline=place + 0.4, fill=True, color=colour)
+    panel.set_yticks(range(len(LANES)), list(LANES))
+    panel.set_ylim(len(LANES) - 0.5, -0.5)
+    tidy(panel, grid="x")
 
 
 def save(figure: Figure, path: Path) -> None:

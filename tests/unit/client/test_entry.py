@@ -153,6 +153,15 @@ def test_in_mode_off_rows_go_once_as_they_are_and_without_padding(tmp_path: Path
     assert first.records[0] == first.records[2] != first.records[1]
 
 
+def test_in_mode_off_a_later_start_asks_before_it_sends(tmp_path: Path) -> None:
+    ask_plainly(KeptEntry(FakeLink(), open_gate(tmp_path, "off")))
+    link = FakeLink()
+    entry = KeptEntry(link, open_gate(tmp_path, "off"))
+    ask_plainly(entry)
+    ask_plainly(entry)
+    assert [type(message) for message in link.asked] == [AskHeld, Release, Release, Forward, Forward]
+
+
 def test_in_mode_off_what_the_server_lost_is_computed_again(tmp_path: Path) -> None:
     link = FakeLink()
     entry = KeptEntry(link, open_gate(tmp_path, "off"))

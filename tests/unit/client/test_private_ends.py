@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from gates import open_gate
 from transformers import AutoModelForCausalLM
 
 from client_model.ends import Ends
+from client_model.trainer import Trainer
 from splitfl.config import Federation, parse_federation
 from splitfl.cut import Cut
 from splitfl.privacy.dp_sgd import check_precision
@@ -43,3 +45,13 @@ def test_half_precision_is_widened_for_dp_sgd_whatever_the_settings_say(small_mo
     private = Ends(CheckpointFolder(tmp_path), settings, Cut(1, 1), CPU, DpSgd(1.0, 1.0), NoiseStream())
     assert {weight.dtype for weight in private.top.parameters()} == {torch.float32}
     check_precision(private.bottom)
+
+
+@pytest.mark.parametrize(("dp_sgd", "in_flight"), [(None, 2), (DpSgd(1.0, 1.0), 1)])
+def test_micro_batches_of_dp_sgd_go_one_after_another(
+    small_model: Path, tmp_path: Path, dp_sgd: DpSgd | None, in_flight: int
+) -> None:
+    parts = ends(small_model, dp_sgd, NoiseStream())
+    trainer = Trainer(parts, None, open_gate(tmp_path))  # type: ignore[arg-type]
+    assert parts.settings.batch.in_flight == 2
+    assert trainer.in_flight == in_flight
