@@ -1,12 +1,11 @@
 """How fast the link to the server is, through the very websocket that training uses: round trip, up and down.
 
-Bytes are made up and thrown away at the other end. More of them are sent until they take long enough to be told from
+What travels is zeros, thrown away at the other end. More of them are sent until they take long enough to be told from
 the round trip, so that a slow link is not kept busy and a fast one has left its slow start behind.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 
@@ -66,7 +65,7 @@ def rate(link: Asker, rtt: Spread, most_pieces: int, sent: int, wanted: int) -> 
 
 def echo_s(link: Asker, pieces: int, sent: int, wanted: int) -> float:
     """Seconds until ``pieces`` echoes, asked for at once, are there: each has ``sent`` bytes up, ``wanted`` down."""
-    data = TensorBytes("u8", (sent,), os.urandom(sent))
+    data = TensorBytes("u8", (sent,), bytes(sent))
     began = time.perf_counter()
     for reply in [link.request(Echo(0, 0, data, wanted)) for _ in range(pieces)]:
         if not isinstance(answer := reply.result(), Echoed):

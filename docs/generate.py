@@ -183,7 +183,6 @@ def roomy_federation(shape: ModelShape, train: str) -> Federation:
         "rounds": {"local_steps": 50},
         "batch": {"records": 8, "max_length": 512, "in_flight": 4},
         "model": {"max_bottom": 4, "max_top": shape.layers - 1, "train": train, "head": train},
-        "wire": {"coarsest": "int8"},
     }
     return parse_federation(table, "docs/generate.py")
 

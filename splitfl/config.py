@@ -231,13 +231,16 @@ class Wire(Section):
         "bf16", description="number format of activations and gradients, unless a client's plan says otherwise"
     )
     coarsest: Literal["fp32", "fp16", "bf16", "int8"] | None = Field(
-        None, description="coarsest number format that a client's plan may choose where its link is slow; none = codec"
+        None,
+        description="coarsest number format that a client's plan may choose where its link is slow; none = int8, "
+        'or fp32 where codec = "fp32"',
     )
 
     @property
     def codecs(self) -> tuple[str, ...]:
         """What a plan may choose from, the federation's own first."""
-        first, last = (CODEC_NAMES.index(name) for name in (self.codec, self.coarsest or self.codec))
+        coarsest = self.coarsest or ("fp32" if self.codec == "fp32" else "int8")
+        first, last = CODEC_NAMES.index(self.codec), CODEC_NAMES.index(coarsest)
         return CODEC_NAMES[first : last + 1]
 
     @model_validator(mode="after")

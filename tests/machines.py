@@ -52,7 +52,7 @@ def federations(draw: st.DrawFn, layers: int = 2) -> Federation:
         ),
         optimizer=Optimizer(name=draw(st.sampled_from(["adamw", "sgd"]))),
         merge=Merge(share=draw(st.sampled_from(["top", "ends"]))),
-        wire=Wire(coarsest=draw(st.sampled_from([None, "int8"]))),
+        wire=Wire(coarsest=draw(st.sampled_from([None, "bf16"]))),
         privacy=Privacy(
             mode="measured" if private else "off",
             dp_sgd=dp_sgd,

@@ -134,7 +134,12 @@ def graph_tokens(carried: Carried, plan: Plan) -> int:
 
 def bottoms_under_way(carried: Carried, plan: Plan) -> int:
     """Bottom graphs held at once: each micro-batch under way keeps its own, DP-SGD runs the forward again."""
-    return 1 if carried.private_ends or not carried.trunk else min(plan.in_flight, plan.micro_batches)
+    return 1 if carried.private_ends or not carried.trunk else under_way(plan)
+
+
+def under_way(plan: Plan) -> int:
+    """Micro-batches that a client has begun and not ended: some wait for the trunk's output, others for a gradient."""
+    return min(2 * plan.in_flight - 1, plan.micro_batches)
 
 
 def block_graph(carried: Carried, dtype: str, tokens: int) -> int:
@@ -199,7 +204,7 @@ def wire(carried: Carried, plan: Plan) -> int:
     if not carried.trunk:
         return carried.tokens(plan.micro_batches) * token
     token = round((3 * FP32 + 3 * WIRE_BYTES[plan.codec]) * carried.shape.hidden)
-    return min(plan.in_flight, plan.micro_batches) * carried.tokens(plan.micro_batches) * token
+    return under_way(plan) * carried.tokens(plan.micro_batches) * token
 
 
 def merging(carried: Carried, device: str) -> int:

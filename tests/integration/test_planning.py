@@ -16,7 +16,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rounds": {"count": 2, "local_steps": 2},
     "batch": {"records": 4, "max_length": 32},
     "model": {"min_bottom": 0, "max_bottom": 1, "min_top": 1, "max_top": 2, "freeze_below": 1},
-    "wire": {"coarsest": "int8"},
     "evaluation": {"records": 4},
 }
 

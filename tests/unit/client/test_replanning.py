@@ -78,9 +78,8 @@ def test_first_plan_is_the_planners(tmp_path: Path) -> None:
 
 
 def test_slower_link_moves_all_but_the_bottom() -> None:
-    wire = {"coarsest": "int8"}
-    fast, _ = make_plan(None, None, found(8 * GIB, LinkSpeed(1e-3, 1e9, 1e9), wire=wire))
-    slow, weighed = make_plan(fast, fast.choices, found(8 * GIB, LinkSpeed(0.2, 2e4, 2e4), wire=wire))
+    fast, _ = make_plan(None, None, found(8 * GIB, LinkSpeed(1e-3, 1e9, 1e9)))
+    slow, weighed = make_plan(fast, fast.choices, found(8 * GIB, LinkSpeed(0.2, 2e4, 2e4)))
     assert fast.choices.cut is not None
     assert (fast.choices.codec, slow.choices.codec) == ("bf16", "int8")
     assert {one.plan.cut.n_bottom for one in weighed} == {fast.choices.cut.n_bottom}
@@ -115,7 +114,7 @@ def test_what_needs_a_new_release(plan: Plan, private: bool, same: bool) -> None
 
 def test_private_client_goes_on_under_the_names_of_its_releases() -> None:
     before = Choices(Cut(1, 1), 1, 1, "auto", "bf16")
-    private = found(8 * GIB, privacy={"mode": "measured"}, wire={"coarsest": "int8"})
+    private = found(8 * GIB, privacy={"mode": "measured"})
     plan, _ = make_plan(None, before, private)
     assert (plan.choices.dtype, plan.choices.codec) == ("auto", "bf16")
 

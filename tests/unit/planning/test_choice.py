@@ -114,10 +114,9 @@ def test_lack_of_memory_alone_never_deepens_the_bottom() -> None:
 
 
 def test_coarser_format_is_taken_on_a_slow_link_and_only_if_allowed() -> None:
-    coarse = {"wire": {"coarsest": "int8"}}
-    assert choose(weigh(SLOW_LINK, **coarse)).plan.codec == "int8"
-    assert choose(weigh(FAST, **coarse)).plan.codec == "bf16"
-    weighed = weigh(SLOW_LINK)
+    assert choose(weigh(SLOW_LINK)).plan.codec == "int8"
+    assert choose(weigh(FAST)).plan.codec == "bf16"
+    weighed = weigh(SLOW_LINK, wire={"coarsest": "bf16"})
     assert choose(weighed).plan.codec == "bf16"
     assert {c.refused for c in weighed if c.plan.codec == "int8"} == {'wire.coarsest is "bf16"'}
 
