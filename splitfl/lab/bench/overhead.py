@@ -3,7 +3,11 @@
 The trunk service runs in a process of its own, behind a real websocket on loopback; the client and the whole model
 run here, in turn, step by step. The whole model is trained as anyone would, by transformers and torch: with
 ``torch.optim.AdamW(parameters)`` as it comes (the bar), and with its fused variant, which is what both sides of the
-split use and which leaves less to do behind the reply.
+split use and which leaves less to do behind the reply. It trains what the split trains: with a frozen bottom its
+embedding and first block are frozen too, and with bf16 arithmetic it runs under the same autocast.
+
+A sample is a burst of steps: the trunk's own step ends behind the reply, and one that ran into the next contender's
+time would flatter the split.
 """
 
 from __future__ import annotations
@@ -11,8 +15,8 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +42,8 @@ from splitfl.split.checkpoint import CheckpointFolder
 from splitfl.split.create import create_checkpoint
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello, NextRound
 
-HIDDEN, LAYERS, VOCAB, RECORDS, LENGTH = 512, 10, 2048, 8, 128
-WARMUP = 2
-BAR, PRIVACY_BAR = 1.0, 1.05
+BURST = 4  # steps of one contender at a time
+BAR, PRIVACY_BAR = 0.95, 1.05
 BASELINES = ("plain", "fused")
 
 SETTINGS = """
@@ -52,8 +55,8 @@ max_length = {length}
 [model]
 n_bottom = 1
 n_top = 1
-freeze_below = 0
-compute = "fp32"
+freeze_below = {frozen}
+compute = "{compute}"
 [optimizer]
 schedule = "constant"
 learning_rate = 1e-4
@@ -61,7 +64,6 @@ max_grad_norm = 0
 [wire]
 codec = "{codec}"
 """
-FROZEN = SETTINGS.replace("freeze_below = 0", "freeze_below = 1").replace("{codec}", "bf16")
 PRIVATE = """
 [privacy]
 mode = "measured"
@@ -70,83 +72,110 @@ gradients = "noised"
 """
 
 
-def run(*, steps: int = 20, say: Callable[[str], None] = lambda _: None) -> Result:
-    """Measure for the codecs fp32 and bf16. ``steps`` interleaved pairs each."""
-    config = {"hidden": HIDDEN, "layers": LAYERS, "vocab": VOCAB, "batch": [RECORDS, LENGTH], "cut": [1, 1]}
-    result = Result("overhead", {**config, "optimizer": "adamw, all parts trained, fp32", "steps": steps})
+@dataclass(frozen=True)
+class Size:
+    """What is measured: a llama, and a step's batch of ``records`` x ``length`` tokens."""
+
+    hidden: int = 512
+    layers: int = 10
+    vocab: int = 2048
+    records: int = 8
+    length: int = 128
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way of splitting, and the bar on its step against the whole model's, if it has one."""
+
+    name: str
+    codec: str
+    compute: str = "fp32"
+    frozen: int = 0  # blocks below this number, and the embedding
+    private: bool = False
+    bar: float | None = None
+
+    def settings(self, size: Size) -> str:
+        """As federation.toml has it."""
+        text = SETTINGS.format(
+            records=size.records, length=size.length, frozen=self.frozen, compute=self.compute, codec=self.codec
+        )
+        return text + PRIVATE * self.private
+
+
+MODES = (
+    Mode("fp32 on the wire", "fp32", bar=BAR),
+    Mode("bf16 on the wire", "bf16", bar=BAR),
+    Mode("bf16 on the wire and in arithmetic", "bf16", compute="bf16", bar=BAR),
+    Mode("default: bottom frozen, bf16 on the wire", "bf16", frozen=1),
+    Mode("privacy measured, int8 on the wire", "int8", frozen=1, private=True, bar=PRIVACY_BAR),
+)
+
+
+def run(*, steps: int = 20, size: Size = Size(), say: Callable[[str], None] = lambda _: None) -> Result:
+    """Measure every mode; ``steps`` timed steps of each contender, in interleaved bursts."""
+    result = Result("overhead", {**asdict(size), "cut": [1, 1], "optimizer": "adamw", "steps": steps, "burst": BURST})
     with tempfile.TemporaryDirectory() as work:
         model = Path(work) / "model"
         create_checkpoint(
             model,
             family="llama",
-            layers=LAYERS,
-            hidden=HIDDEN,
-            vocab=VOCAB,
+            layers=size.layers,
+            hidden=size.hidden,
+            vocab=size.vocab,
             corpus=generate_notes("general", 400, 0),
             seed=0,
         )
-        for codec in ("fp32", "bf16"):
-            row = measure(model, codec, steps)
+        for mode in MODES:
+            row = measure(model, mode, size, max(1, steps // BURST))
             plain, fused = (row[f"ratio_to_{name}"]["median"] for name in BASELINES)
-            say(f"codec {codec}: split / whole = {plain:.3f} (whole with fused AdamW: {fused:.3f})")
+            say(f"{mode.name}: split / whole = {plain:.3f} (whole with fused AdamW: {fused:.3f})")
             result.rows.append(row)
-            result.bars.append(Bar(f"step time ratio, {codec}", plain, BAR, "lower"))
-        row = measure_privacy(model, steps)
-        ratio = row["ratio_to_off"]["median"]
-        say(f"clip, noise and ledger: private / off = {ratio:.3f}")
-        result.rows.append(row)
-        result.bars.append(Bar("step time ratio, privacy measured / off", ratio, PRIVACY_BAR, "lower"))
+            if mode.bar is not None:
+                result.bars.append(Bar(f"step time ratio, {mode.name}", plain, mode.bar, "lower"))
     return result
 
 
-def measure_privacy(model: Path, steps: int) -> dict[str, Any]:
-    """Interleaved split steps without privacy and with it; all records are new in each step, as in a first epoch."""
-    texts = [FROZEN.format(records=RECORDS, length=LENGTH), FROZEN.format(records=RECORDS, length=LENGTH) + PRIVATE]
-    with ExitStack() as stack:
-        runners = []
-        for text in texts:
-            url, _ = stack.enter_context(served(model, text))
-            state = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            runners.append(SplitStep(model, parse_settings(text), url, state))
-            stack.callback(runners[-1].close)
-        plain = random_batch()
-        taken = []
-        for step in range(WARMUP + steps):
-            keys = tuple(bytes([step, row]) * 8 for row in range(RECORDS))
-            private = replace(plain, keys=keys, padded_lengths=(LENGTH,) * RECORDS)
-            taken.append((runners[0](plain)[0], runners[1](private)[0]))
-        rows = runners[1].trainer.gate.ledger.count
-    off, private_s = ([pair[number] for pair in taken[WARMUP:]] for number in (0, 1))
+def measure(model: Path, mode: Mode, size: Size, repeats: int) -> dict[str, Any]:
+    """Interleaved bursts of steps (whole with either AdamW, split) on one model, after one that warms up."""
+    settings = parse_settings(mode.settings(size))
+    batch, steps = random_batch(size.records, size.length, size.vocab), count()
+    with served(model, mode.settings(size)) as (url, _), tempfile.TemporaryDirectory() as state:
+        split = SplitStep(model, settings, url, Path(state))
+        runners: dict[str, Callable[[Batch], tuple[float, float]]] = {
+            name: WholeStep(model, fused=fused, frozen=mode.frozen, bf16=mode.compute == "bf16")
+            for name, fused in zip(BASELINES, (None, True), strict=True)
+        }
+        runners["split"] = lambda plain: split(new_records(plain, next(steps), settings))
+        try:
+            taken = [{name: burst(run, batch) for name, run in runners.items()} for _ in range(1 + repeats)][1:]
+        finally:
+            split.close()
+        rows = split.trainer.gate.ledger.count
+    seconds = {name: [sample[name][0] for sample in taken] for name in runners}
+    ratios = {name: [b / a for a, b in zip(seconds[name], seconds["split"], strict=True)] for name in BASELINES}
     return {
-        "codec": "bf16",
-        "privacy": "measured, gradients noised, every record new",
-        "off_s": spread(off),
-        "private_s": spread(private_s),
-        "ratio_to_off": spread([b / a for a, b in zip(off, private_s, strict=True)]),
+        "mode": mode.name,
+        **{f"{name}_s": spread(values) for name, values in seconds.items()},
+        **{f"ratio_to_{name}": spread(values) for name, values in ratios.items()},
+        "largest_loss_difference": max(abs(sample["split"][1] - sample["fused"][1]) for sample in taken),
         "ledger_rows": rows,
     }
 
 
-def measure(model: Path, codec: str, steps: int) -> dict[str, Any]:
-    """Interleaved steps (whole with either AdamW, split) on one model and codec."""
-    text = SETTINGS.format(records=RECORDS, length=LENGTH, codec=codec)
-    batch = random_batch()
-    with served(model, text) as (url, _), tempfile.TemporaryDirectory() as state:
-        split = SplitStep(model, parse_settings(text), url, Path(state))
-        runners: dict[str, Callable[[Batch], tuple[float, float]]]
-        runners = {"plain": WholeStep(model, fused=None), "fused": WholeStep(model, fused=True), "split": split}
-        try:
-            taken = [{name: run(batch) for name, run in runners.items()} for _ in range(WARMUP + steps)][WARMUP:]
-        finally:
-            split.close()
-    seconds = {name: [step[name][0] for step in taken] for name in runners}
-    ratios = {name: [b / a for a, b in zip(seconds[name], seconds["split"], strict=True)] for name in BASELINES}
-    return {
-        "codec": codec,
-        **{f"{name}_s": spread(values) for name, values in seconds.items()},
-        **{f"ratio_to_{name}": spread(values) for name, values in ratios.items()},
-        "largest_loss_difference": max(abs(step["split"][1] - step["fused"][1]) for step in taken),
-    }
+def burst(step: Callable[[Batch], tuple[float, float]], batch: Batch) -> tuple[float, float]:
+    """Mean seconds of a step, and the last one's loss."""
+    taken = [step(batch) for _ in range(BURST)]
+    return sum(seconds for seconds, _ in taken) / BURST, taken[-1][1]
+
+
+def new_records(batch: Batch, step: int, settings: Federation) -> Batch:
+    """The batch as the trunk has not seen it, where it would be known by name: the step is one of a first epoch."""
+    if settings.privacy.on:
+        keys = tuple(step.to_bytes(8, "big") + row.to_bytes(8, "big") for row in range(len(batch.input_ids)))
+        return replace(batch, keys=keys, padded_lengths=(batch.input_ids.shape[1],) * len(keys))
+    if settings.freeze_below == 0:
+        return batch
+    return replace(batch, input_ids=np.random.default_rng(step).permutation(batch.input_ids, axis=1))
 
 
 def parse_settings(text: str) -> Federation:
@@ -155,7 +184,7 @@ def parse_settings(text: str) -> Federation:
     return parse_federation(tomllib.loads(text), "the benchmark")
 
 
-def random_batch(records: int = RECORDS, length: int = LENGTH, vocab: int = VOCAB, seed: int = 0) -> Batch:
+def random_batch(records: int, length: int, vocab: int, seed: int = 0) -> Batch:
     """Random tokens, every position labelled but the last."""
     ids = np.random.default_rng(seed).integers(0, vocab, (records, length))
     labels = np.concatenate([ids[:, 1:], np.full((records, 1), -100)], axis=1)
@@ -163,17 +192,27 @@ def random_batch(records: int = RECORDS, length: int = LENGTH, vocab: int = VOCA
 
 
 class WholeStep:
-    """One ordinary training step; returns seconds and loss. ``fused`` as torch's AdamW has it (None: its default)."""
+    """One ordinary training step; returns seconds and loss. ``fused`` as torch's AdamW has it (None: its default).
 
-    def __init__(self, folder: Path, *, fused: bool | None) -> None:
+    Embedding and blocks below ``frozen`` do not train; ``bf16``: forward and loss under autocast.
+    """
+
+    def __init__(self, folder: Path, *, fused: bool | None, frozen: int = 0, bf16: bool = False) -> None:
         self.model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.0, fused=fused)
+        self.bf16 = bf16
+        if frozen:
+            below = ("model.embed_tokens.", *(f"model.layers.{number}." for number in range(frozen)))
+            for name, weight in self.model.named_parameters():
+                weight.requires_grad_(not name.startswith(below))
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=fused)
 
     def __call__(self, batch: Batch) -> tuple[float, float]:
         began = time.perf_counter()
         ids, labels = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels)
-        logits = self.model(input_ids=ids, use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -183,7 +222,7 @@ class WholeStep:
 def plain_gate(settings: Federation, state: Path) -> Gate:
     """The gate of a client in ``state``, as join opens it."""
     key = bytes(32)
-    policy = policy_of(settings, workload(settings, RECORDS, 0))
+    policy = policy_of(settings, workload(settings, settings.batch.records, 0))
     ledger, vault = Ledger(state / "ledger.sqlite"), Vault(state / "releases.sqlite", key)
     return Gate(policy, settings.wire.codec, ledger, vault, NoiseStream(), secret=key)
 

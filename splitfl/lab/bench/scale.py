@@ -30,7 +30,8 @@ from splitfl.data.packing import Batch
 from splitfl.lab.bench.crowd import Crowd
 from splitfl.lab.bench.crowd import measure as measure_crowd
 from splitfl.lab.bench.harness import Bar, Result, served, spread
-from splitfl.lab.bench.overhead import SETTINGS, SplitStep, WholeStep, parse_settings, random_batch
+from splitfl.lab.bench.overhead import Mode, SplitStep, WholeStep, parse_settings, random_batch
+from splitfl.lab.bench.overhead import Size as Step
 from splitfl.split.create import create_checkpoint
 
 LAST_BAR = 0.95  # of the whole model's tokens a second, with the most clients
@@ -90,7 +91,7 @@ def make_model(folder: Path, size: Size) -> Path:
 
 def measure(model: Path, size: Size, clients: int) -> dict[str, Any]:
     """Interleaved bursts of steps: all clients together, and the whole model on the union of their batches."""
-    text = SETTINGS.format(records=size.records, length=size.length, codec="bf16")
+    text = Mode("", "bf16").settings(Step(records=size.records, length=size.length))
     text = text.replace("[rounds]", f"[rounds]\nmin_clients = {clients}")
     batches = [random_batch(size.records, size.length, size.vocab, seed) for seed in range(clients)]
     whole, union = WholeStep(model, fused=None), joined(batches)

@@ -1,0 +1,63 @@
+"""The overhead benchmark at a tiny size: every mode against a whole model that trains the same, over a real service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from splitfl.data.notes import generate_notes
+from splitfl.lab.bench.overhead import (
+    BURST,
+    MODES,
+    Mode,
+    Size,
+    WholeStep,
+    measure,
+    new_records,
+    parse_settings,
+    random_batch,
+)
+from splitfl.split.create import create_checkpoint
+
+TINY = Size(hidden=64, layers=3, vocab=300, records=2, length=16)
+PRIVATE = next(mode for mode in MODES if mode.private)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("overhead") / "model"
+    corpus = generate_notes("general", 60, 0)
+    create_checkpoint(folder, family="llama", layers=3, hidden=64, vocab=300, corpus=corpus, seed=0)
+    return folder
+
+
+def test_split_and_whole_train_the_same(model: Path) -> None:
+    row = measure(model, MODES[0], TINY, 1)
+    assert row["largest_loss_difference"] < 1e-5
+    assert all(row[f"{name}_s"]["median"] > 0 for name in ("plain", "fused", "split"))
+    assert row["ratio_to_plain"]["median"] == pytest.approx(row["split_s"]["median"] / row["plain_s"]["median"])
+
+
+def test_private_steps_are_all_paid_for(model: Path) -> None:
+    row = measure(model, PRIVATE, TINY, 1)
+    assert row["ledger_rows"] >= 2 * BURST * TINY.records  # activations, and gradients beside them
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.frozen], ids=lambda mode: mode.name)
+def test_no_step_meets_a_record_that_the_trunk_knows(mode: Mode) -> None:
+    settings = parse_settings(mode.settings(TINY))
+    first, second = (new_records(random_batch(2, 16, 300), step, settings) for step in range(2))
+    if settings.privacy.on:
+        assert not {*first.keys} & {*second.keys}
+    else:
+        assert (first.input_ids != second.input_ids).any(axis=1).all()
+
+
+def test_whole_model_freezes_what_the_split_freezes(model: Path) -> None:
+    whole = WholeStep(model, fused=None, frozen=1)
+    before = {name: weight.clone() for name, weight in whole.model.named_parameters()}
+    whole(random_batch(2, 16, 300))
+    still = {name for name, weight in whole.model.named_parameters() if torch.equal(before[name], weight)}
+    assert still == {name for name in before if name.startswith(("model.embed_tokens.", "model.layers.0."))}
