@@ -9,7 +9,6 @@ set just above the prediction: a client that needs more cannot have it, and says
 from __future__ import annotations
 
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ from typing import Any
 from splitfl.data.notes import generate_notes, write_notes
 from splitfl.errors import SplitFLError
 from splitfl.lab.bench.harness import Bar, Result, served
+from splitfl.lab.peaks import PeakWatch
 from splitfl.split.create import create_checkpoint
 
 PEAK_WITHIN, STEP_WITHIN = 0.15, 0.25
@@ -170,9 +170,10 @@ def run_limited(command: list[str], limit: int) -> Outcome:
     ulimit = partial(resource.setrlimit, resource.RLIMIT_DATA, (limit, limit))
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=ulimit)
+        watch = PeakWatch(process)
         assert process.stdout is not None
         events = [(time.perf_counter(), json.loads(line)) for line in process.stdout]
-        _, _, usage = os.wait4(process.pid, 0)
+        process.wait()
         errors.seek(0)
         said = errors.read()[-400:].decode(errors="replace")
     at = [when for when, event in events if event.get("event") == "step"]
@@ -181,4 +182,4 @@ def run_limited(command: list[str], limit: int) -> Outcome:
     apart = [after - before for before, after in zip(at[WARMUP - 1 :], at[WARMUP:], strict=False)]
     steps = {event["step"] for _, event in events if event.get("event") == "step"}
     shortages = sum(event.get("event") == "memory_short" for _, event in events)
-    return Outcome(len(steps), statistics.median(apart), shortages, usage.ru_maxrss * 1024)
+    return Outcome(len(steps), statistics.median(apart), shortages, watch.peak)

@@ -122,7 +122,8 @@ def test_private_client_goes_on_under_the_names_of_its_releases() -> None:
 @pytest.fixture
 def auto(tmp_path: Path) -> Callable[..., AutoPlan]:
     def make(memory: int = 8 * GIB) -> AutoPlan:
-        return AutoPlan(ClientStore(tmp_path / "state"), CPU, lambda: found(memory), lambda _: None)
+        slow = LinkSpeed(0.02, 1e6, 1e6)  # what sets the pace, so that a deeper bottom costs next to nothing
+        return AutoPlan(ClientStore(tmp_path / "state"), CPU, lambda: found(memory, slow), lambda _: None)
 
     return make
 

@@ -140,9 +140,10 @@ def test_arithmetic_is_the_fastest_that_the_federation_leaves_open_and_the_more_
 
 def test_slow_round_trips_put_more_pieces_under_way_up_to_the_federations_number() -> None:
     far = replace(FAST, link=LinkSpeed(0.2, 2e6, 2e6))
-    plan = choose(weigh(far)).plan
+    exact: dict[str, Any] = {"wire": {"coarsest": "bf16"}}
+    plan = choose(weigh(far, **exact)).plan
     assert 1 < plan.in_flight <= 4
-    assert choose(weigh(far, batch={"in_flight": 1})).plan.in_flight == 1
+    assert choose(weigh(far, batch={"in_flight": 1}, **exact)).plan.in_flight == 1
 
 
 def test_dp_sgd_ends_force_one_micro_batch_in_flight_and_fp32() -> None:
