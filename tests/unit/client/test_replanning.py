@@ -28,6 +28,7 @@ from splitfl.planning.shapes import ModelShape
 
 CPU = torch.device("cpu")
 LINK = LinkSpeed(0.02, 1e7, 1e7)
+SLOW = LinkSpeed(0.02, 1e6, 1e6)  # it sets the pace, so that a deeper bottom costs next to nothing
 GIB = 2**30
 SHAPE = ModelShape(24, 1024, 4096, 16, 16, 64, 32_000, tied=False)
 MODEL = {"min_bottom": 0, "max_bottom": 4, "n_bottom": 1, "min_top": 0, "max_top": 8}
@@ -122,8 +123,7 @@ def test_private_client_goes_on_under_the_names_of_its_releases() -> None:
 @pytest.fixture
 def auto(tmp_path: Path) -> Callable[..., AutoPlan]:
     def make(memory: int = 8 * GIB) -> AutoPlan:
-        slow = LinkSpeed(0.02, 1e6, 1e6)  # what sets the pace, so that a deeper bottom costs next to nothing
-        return AutoPlan(ClientStore(tmp_path / "state"), CPU, lambda: found(memory, slow), lambda _: None)
+        return AutoPlan(ClientStore(tmp_path / "state"), CPU, lambda: found(memory, SLOW), lambda _: None)
 
     return make
 
@@ -155,7 +155,7 @@ def test_machine_is_looked_at_between_rounds_once_a_while(
     plan.choose()
     kept = kept_plan(plan.store)
     assert kept is not None
-    monkeypatch.setattr(replanning, "measure_link", lambda *_: LinkGauge.of(LINK))
+    monkeypatch.setattr(replanning, "measure_link", lambda *_: LinkGauge.of(SLOW))
     monkeypatch.setattr(replanning, "measure_room", lambda _: Room("x", kept.memory, 0))
     link: Any = None
     assert not plan.is_stale(link)
