@@ -38,6 +38,7 @@ bench: $(VENV)/.installed ## speed and memory, as JSON in results/
 	@$(BIN)/splitfl bench startup --out results
 	@$(BIN)/splitfl bench pipe --out results
 	@$(BIN)/splitfl bench wan --out results
+	@$(BIN)/splitfl bench planner --out results
 	@$(BIN)/splitfl bench scale --out results
 
 docs: $(VENV)/.installed ## write docs/federation.md and docs/commands.md anew from the code

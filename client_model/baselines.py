@@ -23,7 +23,7 @@ from splitfl.data.packing import Batch
 from splitfl.errors import PrivacyError
 from splitfl.privacy.charges import RecordRef
 from splitfl.privacy.gate import Gate
-from splitfl.split.modes import bottom_trains
+from splitfl.split.flow import bottom_trains
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ def wanted(settings: Federation, cut: Cut) -> tuple[bool, bool]:
 
     For the latter the trunk must be as published, and with privacy on every record released for good.
     """
-    chosen = settings.evaluation.baselines
-    if chosen == "auto":
-        chosen = "all" if settings.privacy.on else "none"
+    chosen = settings.baselines
     costs_nothing = not settings.privacy.on or not bottom_trains(settings, cut)
     return chosen != "none", chosen == "all" and not settings.trains_trunk and costs_nothing
 

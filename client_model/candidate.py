@@ -11,7 +11,7 @@ import hmac
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ import torch
 
 from client_model.asking import Asker
 from client_model.assets import Assets, RemoteSource
+from client_model.choices import Choices
 from client_model.counting import Count
 from client_model.events import Event
 from client_model.floor import Floor
@@ -33,7 +34,7 @@ from splitfl.errors import ConfigError, ProtocolError
 from splitfl.federation.agreement import Terms
 from splitfl.privacy.witness import Mark
 from splitfl.split.checkpoint import CheckpointFolder, TensorSource
-from splitfl.split.modes import bottom_trains
+from splitfl.split.flow import bottom_trains
 from splitfl.split.shares import ends_names
 from splitfl.wire.messages import Answer, Request, Welcome
 
@@ -68,7 +69,7 @@ class Candidate:
     stop: Callable[[], bool] = lambda: False
     skip_bad: bool = False
     local_model: Path | None = None
-    plan: Cut | None = None  # the cut that was asked for; None takes the federation's own
+    plan: Choices = field(default_factory=Choices)  # what this client wants for itself
     accept: Accept = lambda _: False  # asked to accept the federation's terms
     floor: Floor = field(default_factory=Floor)  # the least privacy that this client takes part with
     key_file: Path | None = None
@@ -80,6 +81,7 @@ class Candidate:
     prepared_for: tuple[object, ...] = ()  # what of Welcome everything here was prepared for
     link: Connection = field(init=False)
     url: str = field(init=False)
+    held: Choices = field(init=False)  # what it takes part with, nothing left open
 
     def _prepare(self, welcome: Welcome) -> None:
         """Fetch config, tokenizer and ends; read the data."""
@@ -90,6 +92,8 @@ class Candidate:
         self._check_journal(welcome)
         self.link.go_on()
         self._remember(welcome)
+        self.held = replace(self.plan, cut=self.cut).settled(self.settings)
+        self.settings = self.plan.applied(self.settings)
         self.assets = Assets(self.link, self.cache, self.store.model, lambda text: self._say("fetching", text=text))
         self.assets.open(welcome.manifest)
         tokenizer = open_tokenizer(self.store.model)
@@ -101,12 +105,12 @@ class Candidate:
         self.source: TensorSource = self._open_source()
         self._open_count()
         self._open_gate()
-        self.store.save_federation(welcome.settings, (self.cut.n_bottom, self.cut.n_top))
+        self.store.save_federation(welcome.settings, (self.cut.n_bottom, self.cut.n_top), self.plan.as_table())
         self.prepared_for = preparation(welcome)
 
     def _checked_cut(self, cut: Cut) -> Cut:
         """The server's word on the cut, unless it is not ours: how much stays here is not for it to change."""
-        asked = self.plan or (self.cut if self.prepared_for else self.settings.cut)
+        asked = self.plan.cut or (self.cut if self.prepared_for else self.settings.cut)
         if cut != asked:
             raise ProtocolError(f"the server says cut {cut}, this client keeps {asked}", "Do not trust this server.")
         return cut

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -13,10 +14,11 @@ from urllib.parse import SplitResult, urlsplit
 import typer
 from pydantic import TypeAdapter, ValidationError
 
+from client_model.choices import Choices
 from client_model.consent import Consent
 from client_model.floor import Floor
 from client_model.places import default_cache, default_state
-from client_model.resuming import check_same_client, cuts_of_pause, first_words, open_journal
+from client_model.resuming import check_same_client, first_words, open_journal, paused_choices
 from client_model.telling import EventPrinter, print_report
 from splitfl.allocator import keep_freed_memory
 from splitfl.channel.joining import JoinString
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from client_model.link import Link
     from client_model.participant import Participant
+    from client_model.scouting import Scouted
 
 
 def join(
@@ -63,7 +66,8 @@ def join(
     plan: Annotated[
         str,
         typer.Option(
-            help="Blocks to keep here, BOTTOM,TOP, from the next round on; auto takes the federation's own cut."
+            help="Blocks to keep here, BOTTOM,TOP, from the next round on; federation takes its own cut; auto measures "
+            "this machine and the link, and plans cut, micro-batches, arithmetic and codec (see `splitfl probe`)."
         ),
     ] = "auto",
     model: Annotated[
@@ -96,15 +100,16 @@ def join(
         name = invited.name if invited else name
         check_name(name)
         check_data(data, skip_bad=skip_bad)
-        cut = parse_plan(plan)
+        choices = parse_plan(plan)
         folder = state or default_state(url, name, invited.authority if invited else "")
         with claimed(folder):
             participant = prepare(name, data, folder, cache or default_cache(), device, threads)
-            participant.skip_bad, participant.local_model, participant.plan = skip_bad, model, cut
+            participant.skip_bad, participant.local_model = skip_bad, model
             participant.accept, participant.key_file = Consent(accept, as_json=as_json), key
             participant.floor = Floor.parse(privacy)
             participant.report = EventPrinter(as_json=as_json)
-            run(participant, url, patience, as_json=as_json, invited=invited)
+            plans = plans_of(participant, choices, url, patience, invited)
+            run(participant, plans, url, patience, as_json=as_json, invited=invited)
 
 
 def read_join_string(address: str, name: str) -> JoinString | None:
@@ -165,8 +170,11 @@ def check_data(path: Path, *, skip_bad: bool) -> None:
     check_beginning(path, skip_bad=skip_bad)
 
 
-def parse_plan(plan: str) -> Cut | None:
-    return None if plan == "auto" else Cut.parse(plan)
+def parse_plan(plan: str) -> Choices | None:
+    """None for one that is still to be made. Raises ConfigError."""
+    if plan == "auto":
+        return None
+    return Choices() if plan == "federation" else Choices(Cut.parse(plan))
 
 
 def prepare(name: str, data: Path, state: Path, cache: Path, device: str, threads: int) -> Participant:
@@ -183,22 +191,52 @@ def prepare(name: str, data: Path, state: Path, cache: Path, device: str, thread
     return Participant(name, data, ClientStore(state), cache.expanduser(), choose_device(device))
 
 
-def run(participant: Participant, url: str, patience: float, *, as_json: bool, invited: JoinString | None) -> None:
-    """Connect, take part, and end well however it ends. A paused round keeps the cut that it began with."""
+def plans_of(
+    participant: Participant, choices: Choices | None, url: str, patience: float, invited: JoinString | None
+) -> Callable[[], Choices]:
+    """What gives the plan to take part with, now and whenever the participant asks for another one."""
+    if choices is not None:
+        return lambda: choices
+    from client_model.replanning import AutoPlan
+    from client_model.scouting import Scout
+
+    def visit() -> Scouted:
+        check_same_client(participant.name, participant.store)
+        tls = enrolled(invited, participant.store.folder, patience) if invited else None
+        return Scout(participant.name, url, tls, participant.cache, participant.device, patience, note).look()
+
+    auto = AutoPlan(participant.store, participant.device, visit, note)
+    participant.wants_plan = auto.is_stale
+    return auto.choose
+
+
+def run(
+    participant: Participant,
+    plans: Callable[[], Choices],
+    url: str,
+    patience: float,
+    *,
+    as_json: bool,
+    invited: JoinString | None,
+) -> None:
+    """Connect, take part, and end well however it ends. A paused round keeps the plan that it began with."""
     participant.stop = StopSignal(participant).asked
-    if (cuts := cuts_of_pause(participant.store, participant.plan)) is not None:
-        participant.plan, participant.only_finish = cuts[0], True
-        note(f"finishing the round that was paused with cut {cuts[0]}; after it, this client takes {cuts[1]}")
-        take_part(participant, url, patience, invited)
-        participant.plan, participant.only_finish = cuts[1], False
-    report = take_part(participant, url, patience, invited)
+    report: dict[str, Any] = {}
+    while not report:
+        participant.plan, participant.only_finish = plans(), False
+        if (both := paused_choices(participant.store, participant.plan)) is not None:
+            participant.plan, participant.only_finish = both[0], True
+            before, asked = (choices.cut for choices in both)
+            note(f"finishing the round that was paused with cut {before}; after it, this client takes {asked}")
+        report = take_part(participant, url, patience, invited)
     print_json({"report": report}) if as_json else print_report(report)
 
 
 def take_part(participant: Participant, url: str, patience: float, invited: JoinString | None) -> dict[str, Any]:
-    """One connection from Hello to goodbye; returns the closing report, {} when the paused round was all to be done."""
+    """One connection from Hello to goodbye; returns the closing report, {} when another connection is due."""
     from client_model.link import Link
     from client_model.participant import PausedError
+    from client_model.shortage import ShortageError
 
     store = participant.store
     check_same_client(participant.name, store)
@@ -214,10 +252,16 @@ def take_part(participant: Participant, url: str, patience: float, invited: Join
     except PausedError as paused:
         if not paused.in_round:
             say_goodbye(link, "interrupted")  # between rounds there is nothing that the server should wait for
-        if participant.only_finish and not participant.stop():
+            journal.drop()
+        if not participant.stop():
             return {}
         note(f"paused; the state is in {store.folder}. Run the same command to go on.")
         raise KeyboardInterrupt from None
+    except ShortageError:
+        if participant.exhausted:
+            say_goodbye(link, "failed")
+            raise
+        return {}
     except KeyboardInterrupt:
         say_goodbye(link, "interrupted")
         note(f"the state is in {store.folder}. Run the same command to go on.")

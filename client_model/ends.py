@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,8 +17,9 @@ from splitfl.federation.merging import choose_strategy
 from splitfl.privacy.noise import NormalSource
 from splitfl.privacy.policy import DpSgd
 from splitfl.split.checkpoint import TensorSource, load_segment
+from splitfl.split.flow import bottom_trains, trunk_needs_backward
 from splitfl.split.loss import HeadLoss, head_loss
-from splitfl.split.modes import arithmetic, bottom_trains, optimizer_spec, training_policy, trunk_needs_backward
+from splitfl.split.modes import arithmetic, optimizer_spec, training_policy
 from splitfl.split.narrow import NarrowRelease
 from splitfl.split.optimizer import PartOptimizer
 from splitfl.split.segment import Segment
@@ -71,6 +73,7 @@ class Ends:
         self.bottom_trains = bottom_trains(settings, cut)
         self.trunk_is_empty = len(cut.trunk(self.layers)) == 0
         self.trunk_left_out = False
+        self.row_pieces = 1  # in how many pieces the rows of a micro-batch are computed, where memory is short
         self.head_name = f"{self.top.anatomy.head}.weight"
         self.needs_backward = trunk_needs_backward(settings, cut, self.layers)
         self.private_top: PrivateTop | None = None
@@ -90,9 +93,13 @@ class Ends:
     def run_bottom(self, input_ids: Tensor, lengths: Tensor | None, *, train: bool) -> Tensor:
         """Token ids (B, T) -> hidden states (B, T, D) at the trunk's input.
 
-        Without a graph where DP-SGD trains the bottom: that runs the forward again.
+        Without a graph where DP-SGD trains the bottom, and where memory is short: its backward runs the forward again.
         """
-        keep_graph = train and self.bottom_trains and self.private_bottom is None
+        keep_graph = train and self.bottom_trains and self.private_bottom is None and self.row_pieces == 1
+        pieces = self._pieces(len(input_ids))
+        return joined([self._run_bottom(input_ids[p], rows_of(lengths, p), keep_graph=keep_graph) for p in pieces])
+
+    def _run_bottom(self, input_ids: Tensor, lengths: Tensor | None, *, keep_graph: bool) -> Tensor:
         with torch.set_grad_enabled(keep_graph), arithmetic(self.settings, self.device):
             hidden: Tensor = self.bottom(self.bottom.embed(input_ids), lengths)
         return hidden.float()
@@ -113,6 +120,17 @@ class Ends:
         ``own`` gives the bottom's clean output, which a narrow release mixes in. Gradients accumulate in the top's
         weights, and in ``hidden`` where it asks for one.
         """
+        if self.row_pieces == 1:
+            return self._run_top(hidden, own, lengths, labels, train=train)
+        parts = [
+            self._run_top(hidden[p], partial(row_of, own, p), rows_of(lengths, p), labels[p], train=train)
+            for p in self._pieces(len(labels))
+        ]
+        return HeadLoss(sum(part.total for part in parts), sum(part.tokens for part in parts))
+
+    def _run_top(
+        self, hidden: Tensor, own: Callable[[], Tensor], lengths: Tensor | None, labels: Tensor, *, train: bool
+    ) -> HeadLoss:
         with torch.set_grad_enabled(train), arithmetic(self.settings, self.device):
             mixed = hidden if self.narrow is None else self._mixed(own(), hidden)
         if train and self.private_top is not None:
@@ -132,11 +150,21 @@ class Ends:
         return mixed.float()
 
     def backward_bottom(self, hidden: Tensor, gradient: Tensor, input_ids: Tensor, lengths: Tensor | None) -> None:
-        """Take the gradient (B, T, D) at the trunk's input into the bottom's weights."""
-        if self.private_bottom is not None:
-            self.private_bottom.backward(input_ids, lengths, gradient)
-        else:
+        """Take the gradient (B, T, D) at the trunk's input into the bottom's weights; ``hidden`` is what it gave."""
+        if hidden.grad_fn is not None:
             hidden.backward(gradient)  # type: ignore[no-untyped-call]
+            return
+        for p in self._pieces(len(input_ids)):
+            if self.private_bottom is not None:
+                self.private_bottom.backward(input_ids[p], rows_of(lengths, p), gradient[p])
+            else:
+                again = self._run_bottom(input_ids[p], rows_of(lengths, p), keep_graph=True)
+                again.backward(gradient[p])  # type: ignore[no-untyped-call]
+
+    def _pieces(self, rows: int) -> list[slice]:
+        """The rows of a micro-batch as they are computed: all at once, where there is memory."""
+        size = -(-rows // self.row_pieces)
+        return [slice(at, at + size) for at in range(0, rows, size)]
 
     def step_top(self, learning_rate: float, tokens: int) -> float:
         """Apply the top's gradients; returns their norm. With DP-SGD ``tokens`` is the public number of records."""
@@ -218,6 +246,21 @@ class Ends:
         """Put moments back."""
         self.bottom_optimizer.load_state_tensors(tensors)
         self.top_optimizer.load_state_tensors(tensors)
+
+
+def joined(pieces: list[Tensor]) -> Tensor:
+    """Pieces of a batch (B, T, D) as one; a single one as it is."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def rows_of(lengths: Tensor | None, rows: slice) -> Tensor | None:
+    """Some of a batch's lengths (B,), None for rows that are not padded."""
+    return None if lengths is None else lengths[rows]
+
+
+def row_of(hidden: Callable[[], Tensor], rows: slice) -> Tensor:
+    """Some rows of a batch (B, T, D)."""
+    return hidden()[rows]
 
 
 def trainable(segment: Segment) -> dict[str, nn.Parameter]:

@@ -52,7 +52,7 @@ class Head:
     """Where a journal begins: the state folder's ``base`` ("" = the published weights) in the session ``token``.
 
     ``in_round``: the base is in the middle of its round, which is to be finished; else the next one is asked for.
-    ``next_seq`` is the first request's number; ``data`` and ``cut`` are what the round must be done again with.
+    ``next_seq`` is the first request's number; ``data`` and ``plan`` are what the round must be done again with.
     ``terms`` (SHA-256), the server's ``signer`` and ``url`` and the client's own ``floor`` are what everything was sent
     under: to others, or under others, nothing of it leaves.
     """
@@ -62,7 +62,7 @@ class Head:
     token: str
     next_seq: int
     data: str = ""
-    cut: str = ""
+    plan: str = ""
     terms: str = ""
     signer: str = ""
     floor: str = ""

@@ -7,9 +7,10 @@ go on once the merge is durable. After a server's restart it goes back to the sn
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from client_model.asking import Asker
 from client_model.assets import PIECE_BYTES
 from client_model.baselines import BaselineRun, Baselines, wanted
 from client_model.candidate import Candidate, Connection, preparation
@@ -25,6 +27,7 @@ from client_model.journal import Head
 from client_model.link import SessionLostError
 from client_model.measuring import Measurements, due
 from client_model.notary import Notary
+from client_model.shortage import ShortageError, is_shortage
 from client_model.store import Snapshot
 from client_model.trainer import MissedStepError, Trainer
 from splitfl.config import Federation
@@ -53,7 +56,7 @@ GOODBYE_S = 10.0  # how long a client that is done waits for the server's farewe
 
 
 class PausedError(Exception):
-    """Ctrl-C, or all that was asked for is done: the state is saved.
+    """Ctrl-C, all that was asked for is done, or another plan is due: the state is saved.
 
     ``in_round``: this client is awaited, within the grace period.
     """
@@ -68,24 +71,47 @@ class Participant(Candidate):
     """Takes part: rounds, snapshots, evaluations, and what becomes of each fault."""
 
     measured: Measurements = field(default_factory=Measurements)
+    row_pieces: int = 1  # in how many pieces a micro-batch is computed: more after each time that memory ran out
+    exhausted: bool = False  # it ran out though no smaller pieces can be had
     only_finish: bool = False  # stop as soon as the round that was paused is merged
+    wants_plan: Callable[[Asker], bool] = lambda _: False  # asked between rounds; True stops for another plan
     in_step: bool = False  # steps are under way: Ctrl-C waits for the end of the one that is
 
     def run(self, link: Connection, welcome: Welcome, url: str) -> dict[str, Any]:
         """Take part until the federation ends; returns the closing report.
 
-        Raises PausedError after Ctrl-C, and SplitFLError with its remedy for anything that cannot go on. After a pause
-        it may be called again, with another link and another ``plan``.
+        Raises PausedError after Ctrl-C, ShortageError when memory has run out, and SplitFLError with its remedy for
+        anything that cannot go on. After a pause or a shortage it may be called again, with another link.
         """
         self.link, self.url = link, url
+        self.prepared_for = ()  # what was prepared speaks to the link before
         if self.count is not None:
             self.count.go_on(link)
         try:
             return self._run(welcome)
+        except (MemoryError, RuntimeError) as error:
+            if not is_shortage(error):
+                raise
+            said = str(error)
         finally:
             if self.count is not None:
                 with contextlib.suppress(SplitFLError):  # unsaved, it says so itself: it stays open
                     self.count.save(still_open=False)
+
+        raise self._shortage(said)  # outside of the handler, whose traceback holds tensors
+
+    def _shortage(self, said: str) -> ShortageError:
+        """Let go of the ends, and halve the pieces that they compute in."""
+        vars(self).pop("ends", None)
+        vars(self).pop("trainer", None)
+        gc.collect()
+        rows = self.settings.batch.records // self.settings.batch.micro_batches
+        self.exhausted, self.row_pieces = self.row_pieces >= rows, min(rows, 2 * self.row_pieces)
+        self._say("memory_short", pieces=self.row_pieces)
+        return ShortageError(
+            f"out of memory, record by record too: {said[:200]}" if self.exhausted else "out of memory",
+            "Join with --plan auto or a smaller cut, or give this process more memory.",
+        )
 
     def _run(self, welcome: Welcome) -> dict[str, Any]:
         """Go on, from one restart of the server to the next, until the federation ends."""
@@ -153,7 +179,7 @@ class Participant(Candidate):
             self.welcome.session,
             self.link.next_seq,
             data=self._fingerprint(),
-            cut=str(self.cut),
+            plan=str(self.held),
             terms=self.terms.sha256,
             signer=self.welcome.signer,
             floor=repr(self.floor),
@@ -181,7 +207,9 @@ class Participant(Candidate):
     def _fresh_ends(self, settings: Federation, dp_sgd: DpSgd | None = None) -> Ends:
         """Ends with the base weights; without DP-SGD for what never leaves."""
         narrow = load_release(self.store.model) if settings.release.rank is not None else None
-        return Ends(self.source, settings, self.cut, self.device, dp_sgd, self.gate.noise, narrow)
+        ends = Ends(self.source, settings, self.cut, self.device, dp_sgd, self.gate.noise, narrow)
+        ends.row_pieces = self.row_pieces
+        return ends
 
     # -- rounds ------------------------------------------------------------------------------------------------
 
@@ -335,7 +363,7 @@ class Participant(Candidate):
 
     def _stop_if_asked(self, step: int | None, tokens: int) -> None:
         """On Ctrl-C: save where we are, so that the next start goes on here. Raises PausedError."""
-        if not (self.stop() or (self.only_finish and step is None)):
+        if not (self.stop() or (step is None and (self.only_finish or self._is_plan_over()))):
             return
         self.notary.settle()  # a journal begins with nothing unanswered
         if self.link.journal.doing_again:  # it goes further than this
@@ -343,6 +371,9 @@ class Participant(Candidate):
         if step is not None:
             self._begin_journal(self.store.save_pause(self._snapshot(self.round, step, tokens)), in_round=True)
         raise PausedError(in_round=step is not None)
+
+    def _is_plan_over(self) -> bool:
+        return not self.link.journal.doing_again and self.wants_plan(self.link)
 
     # -- measuring and the end ---------------------------------------------------------------------------------
 

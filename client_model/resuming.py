@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from client_model.choices import Choices
 from splitfl.config import parse_federation
 from splitfl.console import note
 from splitfl.cut import Cut
@@ -18,18 +20,23 @@ if TYPE_CHECKING:
     from client_model.store import ClientStore
 
 
-def cuts_of_pause(store: ClientStore, plan: Cut | None) -> tuple[Cut, Cut] | None:
-    """The cut of a round that was paused and the one that ``plan`` asks for now, where they differ."""
+def paused_choices(store: ClientStore, plan: Choices) -> tuple[Choices, Choices] | None:
+    """What a round that was paused began with and what ``plan`` asks for now, where they differ."""
     if not store.pause_folder.exists():
         return None
-    _, held = store.federation()
-    before, asked = Cut(*held), asked_cut(store, plan)
+    before, asked = held_choices(store), settled(store, plan)
     return (before, asked) if before != asked else None
 
 
-def asked_cut(store: ClientStore, plan: Cut | None) -> Cut:
-    """The cut that ``plan`` asks for; None is the federation's own, as the state folder knows it."""
-    return plan or parse_federation(json.loads(store.federation()[0]), str(store.folder)).cut
+def held_choices(store: ClientStore) -> Choices:
+    """What this client took part with last, nothing left open. Raises StorageError when it never did."""
+    table, (n_bottom, n_top) = store.choices(), store.federation()[1]
+    return settled(store, replace(Choices.from_table(table) if table else Choices(), cut=Cut(n_bottom, n_top)))
+
+
+def settled(store: ClientStore, plan: Choices) -> Choices:
+    """``plan`` with what it leaves open as the federation has it, which the state folder knows."""
+    return plan.settled(parse_federation(json.loads(store.federation()[0]), str(store.folder)))
 
 
 def check_same_client(name: str, store: ClientStore) -> None:
@@ -42,9 +49,9 @@ def check_same_client(name: str, store: ClientStore) -> None:
 
 
 def open_journal(
-    store: ClientStore, key_file: Path | None, cut: Cut | None, *, floor: str = "", url: str = ""
+    store: ClientStore, key_file: Path | None, plan: Choices, *, floor: str = "", url: str = ""
 ) -> Journal:
-    """The journal of a state folder; one that is damaged, or of another ``cut`` or ``floor``, is begun anew.
+    """The journal of a state folder; one that is damaged, or of another ``plan`` or ``floor``, is begun anew.
 
     So is one of another ``url``, unless TLS proves that it is the same server. Raises PrivacyError.
     """
@@ -61,7 +68,7 @@ def open_journal(
     head = journal.head
     if head is None:
         return journal
-    if not is_same_server(head.url, url) or (head.cut, head.floor) != (str(asked_cut(store, cut)), floor):
+    if not is_same_server(head.url, url) or (head.plan, head.floor) != (str(settled(store, plan)), floor):
         journal.drop()
     return journal
 
@@ -71,20 +78,22 @@ def is_same_server(before: str, url: str) -> bool:
     return before == url or url.startswith("wss:")
 
 
-def first_words(name: str, store: ClientStore, cut: Cut | None, head: Head | None, url: str) -> Hello:
+def first_words(name: str, store: ClientStore, plan: Choices, head: Head | None, url: str) -> Hello:
     """Hello for a new session, for one that the journal ``head`` goes on with, or for one whose state is lost.
 
     The session's token is for the server at ``url`` that gave it.
     """
     record = store.session()
     last = record.token if record is not None and is_same_server(record.url, url) else ""
-    return Hello(
-        versions=PROTOCOL_VERSIONS,
-        name=name,
+    return replace(
+        new_hello(name, plan),
         resume=last if head is None else head.token,
         fresh=head is None,
         round=max(store.rounds(), default=-1),
-        software=f"splitfl {version('splitfl')}",
-        n_bottom=cut.n_bottom if cut else -1,
-        n_top=cut.n_top if cut else -1,
     )
+
+
+def new_hello(name: str, plan: Choices) -> Hello:
+    """Hello of a client that begins."""
+    software = f"splitfl {version('splitfl')}"
+    return Hello(PROTOCOL_VERSIONS, name, fresh=True, software=software, **plan.announced())

@@ -8,7 +8,8 @@
     audit.json                  what `splitfl audit` found, and of which ledger
     identity/                   certificate and private key of an invitation (client_model.identity)
     tally.json                  starts, rounds and traffic so far
-    federation.json             the settings that were agreed to, and the cut
+    federation.json             the settings that were agreed to, the cut, and what else this client chose
+    plan.json                   what `--plan auto` chose last, and for which machine and link (client_model.replanning)
     client.json                 name, federation, session token
     journal                     what was sent and heard since the snapshot to go on from (client_model.journal)
     model/                      config and tokenizer as the server handed them out
@@ -111,9 +112,10 @@ class ClientStore:
         """Remember a session."""
         write_file(self.folder / "client.json", json.dumps(asdict(record)).encode())
 
-    def save_federation(self, settings: str, cut: tuple[int, int]) -> None:
-        """Remember the settings (JSON) that this client takes part under, and its cut."""
-        write_file(self.folder / "federation.json", json.dumps({"settings": settings, "cut": cut}).encode())
+    def save_federation(self, settings: str, cut: tuple[int, int], choices: Mapping[str, Any] | None = None) -> None:
+        """Remember the settings (JSON) that this client takes part under, its cut, and what it chose for itself."""
+        facts = {"settings": settings, "cut": cut, "choices": choices}
+        write_file(self.folder / "federation.json", json.dumps(facts).encode())
 
     def federation(self) -> tuple[str, tuple[int, int]]:
         """What ``save_federation`` wrote. Raises StorageError when there is none."""
@@ -123,6 +125,12 @@ class ClientStore:
             return str(facts["settings"]), (int(facts["cut"][0]), int(facts["cut"][1]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{path} cannot be read", "Name the state folder of a client that took part.") from error
+
+    def choices(self) -> Mapping[str, Any] | None:
+        """What was chosen beside them; None for nothing. Raises StorageError as ``federation``."""
+        self.federation()
+        choices: Mapping[str, Any] | None = json.loads((self.folder / "federation.json").read_text()).get("choices")
+        return choices
 
     def tally(self) -> Tally:
         """What was saved last; an empty one on a fresh folder. Raises StorageError when it is damaged."""

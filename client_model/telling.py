@@ -86,6 +86,8 @@ def describe(event: str, facts: dict[str, Any]) -> str:
         case "cut_changed":
             anew = "; activations leave anew, and are charged anew" if facts["released_anew"] else ""
             return f"this client's cut was {facts['before']} and is {facts['now']} from now on{anew}"
+        case "memory_short":
+            return f"memory ran out; each micro-batch is computed in {facts['pieces']} pieces from now on"
         case "resumed":
             return f"going on with round {facts['round'] + 1} at step {facts['step'] + 1}"
     return ""

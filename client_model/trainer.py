@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from client_model.asking import Asker
-from client_model.ends import Ends
+from client_model.ends import Ends, row_of, rows_of
 from client_model.entry import entry_of, records_of
 from splitfl.codec.tensors import decode_tensor
 from splitfl.data.packing import Batch
@@ -156,10 +156,11 @@ class Trainer:
         run_bottom = cache(lambda: ends.run_bottom(input_ids, lengths, train=True))  # (B, T, D)
         if ends.trunk_is_empty:
             hidden = run_bottom()
-            if ends.private_top is not None:
+            apart = hidden.grad_fn is None  # DP-SGD, or memory is short: the bottom's backward is run on its own
+            if apart:
                 hidden.requires_grad_(ends.bottom_trains)
             done.add(ends.run_top(hidden, run_bottom, lengths, labels, train=True))
-            if ends.private_top is not None and hidden.grad is not None:
+            if apart and hidden.grad is not None:
                 ends.backward_bottom(hidden, hidden.grad, input_ids, lengths)
             return
         keep = ends.needs_backward
@@ -202,7 +203,7 @@ class Trainer:
         for row in range(len(labels)):
             one = slice(row, row + 1)
             own = partial(row_of, run_bottom, one)
-            loss = ends.run_top(hidden[one], own, None if lengths is None else lengths[one], labels[one], train=False)
+            loss = ends.run_top(hidden[one], own, rows_of(lengths, one), labels[one], train=False)
             done.add(loss)
             done.each.append(loss.mean)
 
@@ -254,11 +255,6 @@ def in_turn(crossings: Iterable[Crossing], in_flight: int) -> Iterator[None]:
         with contextlib.suppress(StopIteration):
             under_way.append((next(crossing), crossing))
         yield
-
-
-def row_of(hidden: Callable[[], Tensor], row: slice) -> Tensor:
-    """Some rows of a batch (B, T, D)."""
-    return hidden()[row]
 
 
 def answered(reply: Future[Answer]) -> Answer:

@@ -1,4 +1,4 @@
-"""Writes the reference pages that repeat what the code says: federation.md, simulating.md and commands.md.
+"""Writes the reference pages that repeat what the code says: federation.md, simulating.md, commands.md, planning.md.
 
 ``make docs`` runs it; tests/unit/test_docs.py fails while a page differs from what the code says now.
 """
@@ -15,8 +15,13 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from splitfl.cli import app
-from splitfl.config import Federation, Section
+from splitfl.config import Federation, Section, parse_federation
+from splitfl.errors import PlanError
 from splitfl.lab.simulate.settings import Simulation
+from splitfl.planning.machines import Machine
+from splitfl.planning.plan import Candidate, gib
+from splitfl.planning.planner import candidates, choose
+from splitfl.planning.shapes import ModelShape
 
 HERE = Path(__file__).parent
 BOUNDS: dict[type, str] = {Ge: ">=", Gt: ">", Le: "<=", Lt: "<"}
@@ -135,6 +140,53 @@ def toml(value: object) -> str:
     return f'`"{value}"`' if isinstance(value, str) else f"`{value}`"
 
 
+PLANNED = "<!-- Tables from here on: docs/generate.py, from docs/planning/ -->\n"
+MODELS = ("Qwen2.5-0.5B", "TinyLlama-1.1B", "Llama-2-7B", "GLM-4-9B")
+MACHINES = ("edge-box-1gb", "node-2-core-4gb", "laptop-gpu-8gb", "office-pc-16gb", "workstation")
+
+
+def planning_page() -> str:
+    """The page as it was written by hand, and what five machines would keep of four models."""
+    by_hand = (HERE / "planning.md").read_text().partition(PLANNED)[0]
+    parts = [by_hand + PLANNED]
+    for train in ("lora", "full"):
+        parts += [f'### train = "{train}"\n', f"| | {' | '.join(MODELS)} |", "| --- " * (1 + len(MODELS)) + "|"]
+        for name in MACHINES:
+            machine = Machine.read(HERE / "planning/machines" / f"{name}.json")
+            parts.append(f"| {machine.about} | {' | '.join(planned(machine, model, train) for model in MODELS)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def planned(machine: Machine, model: str, train: str) -> str:
+    """What a machine would keep of a model, as a cell."""
+    shape = ModelShape.of(json.loads((HERE / "planning/models" / f"{model}.json").read_text()))
+    try:
+        chosen = choose(candidates(machine.with_model(shape), shape, roomy_federation(shape, train)))
+    except PlanError as error:
+        return f"nothing: {gib(error.missing)} short"
+    return in_a_cell(chosen)
+
+
+def in_a_cell(chosen: Candidate) -> str:
+    """Cut, formats, pieces, peak and pace."""
+    plan, takes = chosen.plan, f"{gib(chosen.peak_bytes)}, {chosen.pace_s:.1f} s a step"
+    if not chosen.trunk_blocks:
+        return f"whole model, {plan.dtype}: {takes}"
+    wire = f"{plan.codec} on the wire, {plan.in_flight} of {plan.micro_batches} under way"
+    return f"**{plan.cut}**, {plan.dtype}, {wire}: {takes}"
+
+
+def roomy_federation(shape: ModelShape, train: str) -> Federation:
+    """The settings that planning.md shows."""
+    table = {
+        "rounds": {"local_steps": 50},
+        "batch": {"records": 8, "max_length": 512, "in_flight": 4},
+        "model": {"max_bottom": 4, "max_top": shape.layers - 1, "train": train, "head": train},
+    }
+    return parse_federation(table, "docs/generate.py")
+
+
 def commands_page() -> str:
     """Every command with its arguments and options."""
     parts = [COMMANDS_HEAD]
@@ -189,7 +241,12 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-PAGES = {"federation.md": federation_page, "simulating.md": simulating_page, "commands.md": commands_page}
+PAGES = {
+    "federation.md": federation_page,
+    "simulating.md": simulating_page,
+    "commands.md": commands_page,
+    "planning.md": planning_page,
+}
 
 
 def main() -> None:

@@ -46,7 +46,8 @@ from splitfl.files import write_file
 from splitfl.privacy.witness import Mark
 from splitfl.split.checkpoint import CheckpointFolder, is_tied
 from splitfl.split.export import COPIED_FILES
-from splitfl.split.modes import bottom_trains, check_record_length, training_policy
+from splitfl.split.flow import bottom_trains
+from splitfl.split.modes import check_record_length, training_policy
 from splitfl.split.narrow import load_release
 from splitfl.split.shares import Shapes, ends_names, shared_shapes
 from splitfl.split.training import check_policy, stays_tied

@@ -15,7 +15,7 @@ from splitfl.errors import ConfigError, PrivacyError
 from splitfl.federation.agreement import privacy_line, weights_line
 from splitfl.split.checkpoint import CheckpointFolder
 from splitfl.split.export import TrainedWeights, export_checkpoint
-from splitfl.split.modes import bottom_trains
+from splitfl.split.flow import bottom_trains
 from splitfl.split.training import initial_a
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -72,12 +72,13 @@ class Members:
             known.connected = True
             cancel(known)
             return known, True
-        cut, pieces = self._cut_of(hello), self._pieces_of(hello)  # a mistaken plan must not cost the session there is
+        # a mistaken plan must not cost the session that there is
+        cut, pieces, codec = self._cut_of(hello), self._pieces_of(hello), self._codec_of(hello)
         if known is not None and known.name == hello.name:
             self.forget(known)  # it came back without that session's state
-        return self._new(hello, cut, pieces), False
+        return self._new(hello, cut, pieces, codec), False
 
-    def _new(self, hello: Hello, cut: Cut, pieces: int) -> Member:
+    def _new(self, hello: Hello, cut: Cut, pieces: int, codec: CodecName) -> Member:
         for other in self:
             if other.name != hello.name:
                 continue
@@ -92,7 +93,6 @@ class Members:
             raise RefusedError(
                 f"{MAX_SESSIONS} clients are here already", "Try again later, or tell the operator.", code="over_limit"
             )
-        codec = hello.codec or self.settings.wire.codec
         member = Member(hello.name, secrets.token_urlsafe(24), cut, self._shapes_of(cut), pieces, codec)
         self._by_token[member.token] = member
         return member
@@ -108,6 +108,17 @@ class Members:
                 code="bad_plan",
             )
         return pieces
+
+    def _codec_of(self, hello: Hello) -> CodecName:
+        """The number format that Hello asks for, or the federation's. Raises RefusedError."""
+        wire = self.settings.wire
+        if hello.codec and hello.codec not in wire.codecs:
+            raise RefusedError(
+                f"the number format {hello.codec} is not allowed here ({', '.join(wire.codecs)})",
+                "Plan again with `splitfl probe`.",
+                code="bad_plan",
+            )
+        return hello.codec or wire.codec
 
     def _cut_of(self, hello: Hello) -> Cut:
         """The cut that Hello asks for, or the federation's. Raises RefusedError."""

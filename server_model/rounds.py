@@ -26,7 +26,7 @@ from splitfl.errors import ConfigError, RefusedError, StorageError
 from splitfl.federation.merging import TOO_FEW
 from splitfl.federation.rounds import Action, Finish, LateUpdate, LeaveSteps, MergeRound, OpenRound, Phase, RoundMachine
 from splitfl.split.checkpoint import CheckpointFolder, file_entries
-from splitfl.split.modes import trunk_needs_backward
+from splitfl.split.flow import trunk_needs_backward
 from splitfl.wire.messages import Answer, Finished, NextRound, RoundDurable, RoundOpen, Update
 
 Say = Callable[..., None]

@@ -18,3 +18,10 @@ def keep_freed_memory() -> bool:
         return False
     below = next((size for size in KEEP_BELOW_BYTES if mallopt(M_MMAP_THRESHOLD, size)), 0)
     return bool(below and mallopt(M_TRIM_THRESHOLD, below))
+
+
+def give_back_freed_memory() -> None:
+    """Give what was freed back to the system, where this C library can: after something large that comes but once."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import typer
 
 from client_model.cli import join
+from client_model.probe_cli import probe
 from server_model.cli import export, serve
 from server_model.clients_cli import clients, invite, revoke
 from splitfl.lab.audit.cli import audit
@@ -35,6 +36,7 @@ app.command()(serve)
 app.command()(invite)
 app.command()(clients)
 app.command()(revoke)
+app.command()(probe)
 app.command()(join)
 app.command("eval")(evaluate)
 app.command()(adapt)

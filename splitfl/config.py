@@ -220,12 +220,34 @@ class TrunkSettings(Section):
     )
 
 
+#: number formats of the link, from the most exact to the coarsest
+CODEC_NAMES = ("fp32", "fp16", "bf16", "int8")
+
+
 class Wire(Section):
     """What crosses the link."""
 
     codec: Literal["bf16", "fp16", "fp32", "int8"] = Field(
         "bf16", description="number format of activations and gradients, unless a client's plan says otherwise"
     )
+    coarsest: Literal["fp32", "fp16", "bf16", "int8"] | None = Field(
+        None,
+        description="coarsest number format that a client's plan may choose where its link is slow; none = int8, "
+        'or fp32 where codec = "fp32"',
+    )
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """What a plan may choose from, the federation's own first."""
+        coarsest = self.coarsest or ("fp32" if self.codec == "fp32" else "int8")
+        first, last = CODEC_NAMES.index(self.codec), CODEC_NAMES.index(coarsest)
+        return CODEC_NAMES[first : last + 1]
+
+    @model_validator(mode="after")
+    def some_codec_is_left(self) -> Wire:
+        if not self.codecs:
+            raise ValueError(f"coarsest = {self.coarsest!r} is finer than codec = {self.codec!r}")
+        return self
 
 
 class Evaluation(Section):
@@ -393,6 +415,14 @@ class Federation(Section):
         """The embedding and the blocks below this number are frozen for everyone."""
         chosen = self.model.freeze_below
         return self.bottoms[-1] if chosen is None else chosen
+
+    @property
+    def baselines(self) -> Literal["none", "ends", "all"]:
+        """What each client trains beside the federation's result."""
+        chosen = self.evaluation.baselines
+        if chosen == "auto":
+            return "all" if self.privacy.on else "none"
+        return chosen
 
     @property
     def alone(self) -> Federation:

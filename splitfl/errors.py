@@ -10,7 +10,8 @@
     ├── NumericalError        8   NaN or infinity where there must be none
     ├── StorageError          9   the disk: full, read-only, a damaged state folder
     ├── PrivacyError         10   nothing may leave: terms not accepted, a budget spent, a ledger that went back
-    └── TrustError           11   TLS: the other side is not who it should be, or does not know us
+    ├── TrustError           11   TLS: the other side is not who it should be, or does not know us
+    └── PlanError            12   no plan fits this machine: what is missing, and the nearest that would fit
 
 130 is Ctrl-C (state saved). The table is a contract: docs/errors.md repeats it and tests pin it.
 """
@@ -98,6 +99,16 @@ class TrustError(SplitFLError):
     """TLS failed for want of trust: a wrong fingerprint, a certificate of another authority, or one out of date."""
 
     exit_code = 11
+
+
+class PlanError(SplitFLError):
+    """Nothing that the federation allows fits this machine. ``missing``: bytes; 0 where memory is not the cause."""
+
+    exit_code = 12
+
+    def __init__(self, message: str, remedy: str = "", *, missing: int = 0) -> None:
+        super().__init__(message, remedy)
+        self.missing = missing
 
 
 INTERRUPTED_EXIT_CODE = 130

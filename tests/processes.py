@@ -210,7 +210,8 @@ class Place:
         arguments = [url, "--name", name, "--data", data, "--state", folder, "--cache", self.folder / "cache"]
         terms = agreements.get(url, self.agreement)
         consent = ["--accept", terms] if terms and "--accept" not in flags else []
-        return self.run("join", "join", *arguments, *consent, "--threads", 1, "--json", *flags, **options)
+        plan = [] if "--plan" in flags else ["--plan", "federation"]  # what is measured differs from run to run
+        return self.run("join", "join", *arguments, *consent, *plan, "--threads", 1, "--json", *flags, **options)
 
     def stop(self) -> None:
         """End whatever still runs."""

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from client_model.choices import Choices
 from client_model.events import Event
 from client_model.participant import Participant
 from client_model.store import ClientStore
@@ -135,7 +136,7 @@ def run_federation(
         for name, path in texts.items():
             store = ClientStore(client_folder(folder, name))
             participant = Participant(name, path, store, Path(cache) / name, place, reporter.of_client(name))
-            participant.plan = (cuts or {}).get(name)
+            participant.plan = Choices((cuts or {}).get(name))
             participant.accept = lambda _: True  # whoever runs this has written the terms
             participant.key_file = store.folder / "key"
             participant.simulated, participant.noise_seed = True, noise_seed

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from splitfl.split.loss import IGNORE, chunk_tokens, chunks
+from splitfl.split.chunks import chunk_tokens, chunks
+from splitfl.split.loss import IGNORE
 from splitfl.split.segment import Segment
 
 

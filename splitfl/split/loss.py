@@ -6,17 +6,16 @@ chunk's logits live only between its own forward and backward; what stays is one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from splitfl.split.chunks import chunk_tokens, chunks
 from splitfl.split.segment import Segment
 
 IGNORE = -100  # label of positions that carry no loss
-LOGIT_BYTES = 64 << 20  # most that one chunk's fp32 logits may take
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,6 @@ class HeadLoss:
     def mean(self) -> float:
         """Nats a token; 0 over none."""
         return self.total / max(1, self.tokens)
-
-
-def chunk_tokens(vocab: int, logit_bytes: int = LOGIT_BYTES) -> int:
-    """How many tokens a chunk may have when its logits are kept below ``logit_bytes``."""
-    return max(1, logit_bytes // (4 * vocab))
 
 
 def head_loss(segment: Segment, hidden_states: Tensor, labels: Tensor, *, train: bool) -> HeadLoss:
@@ -59,9 +53,3 @@ def head_loss(segment: Segment, hidden_states: Tensor, labels: Tensor, *, train:
     if gradient is not None:
         rows.backward(gradient)  # type: ignore[no-untyped-call]
     return HeadLoss(total, len(targets))
-
-
-def chunks(count: int, size: int) -> Iterator[tuple[int, int]]:
-    """Cut ``range(count)`` into pieces of at most ``size``."""
-    for begin in range(0, count, size):
-        yield begin, min(begin + size, count)

@@ -8,7 +8,6 @@ import torch
 from transformers import PreTrainedConfig
 
 from splitfl.config import Federation
-from splitfl.cut import Cut
 from splitfl.errors import ConfigError
 from splitfl.split.optimizer import OptimizerSpec
 from splitfl.split.segment import learned_positions
@@ -73,20 +72,4 @@ def optimizer_spec(settings: Federation, *, client: bool = False) -> OptimizerSp
         weight_decay=optimizer.weight_decay,
         betas=(optimizer.beta1, optimizer.beta2),
         max_grad_norm=optimizer.max_grad_norm,
-    )
-
-
-def bottom_trains(settings: Federation, cut: Cut) -> bool:
-    """Whether anything below the trunk trains, so that the trunk owes the client a gradient."""
-    embedding = settings.freeze_below == 0 and settings.model.train == "full"
-    return embedding or cut.n_bottom > settings.freeze_below
-
-
-def trunk_needs_backward(settings: Federation, cut: Cut, layers: int) -> bool:
-    """Whether a step runs backward through the trunk: gradients may be sent, and something in it or below it trains."""
-    trunk = cut.trunk(layers)
-    return (
-        settings.trains_trunk
-        and len(trunk) > 0
-        and (trunk.stop > settings.freeze_below or bottom_trains(settings, cut))
     )

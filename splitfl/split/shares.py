@@ -14,7 +14,8 @@ from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError
 from splitfl.split.checkpoint import is_tied
-from splitfl.split.modes import bottom_trains, training_policy
+from splitfl.split.flow import bottom_trains
+from splitfl.split.modes import training_policy
 from splitfl.split.segment import Piece, Segment
 from splitfl.split.training import set_up_training, stays_tied
 

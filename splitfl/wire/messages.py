@@ -44,7 +44,7 @@ ErrorCode = Literal[
     "damaged",  # bytes that changed on the way: connect again
     "bad_tensor",  # NaN, infinity or a shape that does not fit
     "bad_cut",  # the federation does not allow this cut
-    "bad_plan",  # micro-batches that do not divide a step
+    "bad_plan",  # micro-batches that do not divide a step, or a number format that is not allowed
     "not_found",  # no blob with this hash
     "wrong_round",  # not the round that is open
     "over_limit",  # more bytes or requests than allowed

@@ -19,6 +19,7 @@ import torch
 from disturbing import assert_same, final_weights
 from gates import agree
 
+from client_model.choices import Choices
 from client_model.floor import Floor
 from client_model.journal import Journal
 from client_model.link import SessionLostError
@@ -95,8 +96,8 @@ class Place:
         """A client as ``splitfl join`` would start it."""
         store = ClientStore(self.folder / name)
         client = Participant(name, self.data[name], store, self.folder / f"cache-{name}", CPU, accept=agree)
-        journal = open_journal(store, None, None, floor=repr(Floor()), url=URL) if journal is None else journal
-        return client, Link(service, first_words(name, store, None, journal.head, URL), journal)
+        journal = open_journal(store, None, Choices(), floor=repr(Floor()), url=URL) if journal is None else journal
+        return client, Link(service, first_words(name, store, Choices(), journal.head, URL), journal)
 
     def run(self, service: MemoryService, name: str) -> None:
         client, link = self.start(service, name)
@@ -105,7 +106,7 @@ class Place:
     def run_to_death(self, service: MemoryService, dies_at: int, *, after: bool) -> tuple[int, bool]:
         """Client ``a``, killed; returns how many messages it lived to see, and whether it died of the last one."""
         store = ClientStore(self.folder / "a")
-        journal = open_journal(store, None, None, floor=repr(Floor()), url=URL)
+        journal = open_journal(store, None, Choices(), floor=repr(Floor()), url=URL)
         journal.__class__, journal.dies_at, journal.after = Doomed, dies_at, after  # type: ignore[assignment, attr-defined]
         client, link = self.start(service, "a", journal)
         try:

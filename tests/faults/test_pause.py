@@ -13,6 +13,7 @@ import torch
 from disturbing import assert_same, final_weights
 from gates import agree
 
+from client_model.choices import Choices
 from client_model.events import Event
 from client_model.link import SessionLostError
 from client_model.participant import Participant, PausedError
@@ -53,8 +54,8 @@ def participant(folder: Path, data: Path, report: Callable[[Event], None] = lamb
 
 def take_part(service: MemoryService, client: Participant) -> dict[str, Any]:
     """One start of a client with the journal of its state folder, as ``splitfl join`` makes it."""
-    journal = open_journal(client.store, client.key_file, None, floor=repr(client.floor), url=URL)
-    link = MemoryLink(service, first_words(client.name, client.store, None, journal.head, URL), journal)
+    journal = open_journal(client.store, client.key_file, Choices(), floor=repr(client.floor), url=URL)
+    link = MemoryLink(service, first_words(client.name, client.store, Choices(), journal.head, URL), journal)
     return client.run(link, link.open(), URL)
 
 

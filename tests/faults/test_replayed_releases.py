@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from test_o6 import DeadError, Place, settings
 
+from client_model.choices import Choices
 from client_model.floor import Floor
 from client_model.journal import Journal
 from client_model.resuming import open_journal
@@ -111,7 +112,7 @@ def noised(frame: bytes) -> list[tuple[What, TensorBytes]]:
 
 def run_killed(place: Place, kind: type[Request], number: int, moment: str) -> tuple[Doomed, list[bytes]]:
     """Client ``a`` dies and is started again: the journal that died, and all that the server got."""
-    journal = open_journal(ClientStore(place.folder / "a"), None, None, floor=repr(Floor()), url=URL)
+    journal = open_journal(ClientStore(place.folder / "a"), None, Choices(), floor=repr(Floor()), url=URL)
     journal.__class__ = Doomed
     assert isinstance(journal, Doomed)
     journal.kind, journal.number, journal.moment, journal.written = kind, number, moment, []

@@ -56,7 +56,8 @@ def joining(here: Place, line: str, data: Path, *flags: object, state: str) -> C
     """A client with a join string, and no name."""
     places = ("--state", here.folder / state, "--cache", here.folder / "cache")
     consent = ("--accept", here.agreement) if here.agreement else ()
-    return here.run("join", "join", line, "--data", data, *places, *consent, "--threads", 1, "--json", *flags)
+    usual = ("--plan", "federation", "--threads", 1, "--json")
+    return here.run("join", "join", line, "--data", data, *places, *consent, *usual, *flags)
 
 
 def assert_ends(command: Command, kind: type[SplitFLError], *parts: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from gates import agree
 from serving import ServiceThread
 
+from client_model.choices import Choices
 from client_model.cli import say_goodbye
 from client_model.events import Event
 from client_model.floor import Floor
@@ -100,9 +101,9 @@ def join(
             merged.append(event.facts["round"])
 
     store = ClientStore(folder)
-    journal = open_journal(store, None, cut, floor=repr(Floor()), url=url)
-    link = Link(url, first_words(name, store, cut, journal.head, url), journal=journal, say=lambda _: None)
-    participant = Participant(name, data, store, folder / "cache", CPU, report, accept=agree, plan=cut)
+    journal = open_journal(store, None, Choices(cut), floor=repr(Floor()), url=url)
+    link = Link(url, first_words(name, store, Choices(cut), journal.head, url), journal=journal, say=lambda _: None)
+    participant = Participant(name, data, store, folder / "cache", CPU, report, accept=agree, plan=Choices(cut))
     participant.stop = lambda: one_round and bool(merged)
     try:
         return participant.run(link, link.open(), url)

@@ -15,7 +15,7 @@ from splitfl.errors import ConfigError
 if TYPE_CHECKING:
     from splitfl.lab.bench.harness import Result
 
-NAMES = ("federation", "memory", "overhead", "pipe", "privacy", "scale", "startup", "wan")
+NAMES = ("federation", "memory", "overhead", "pipe", "planner", "privacy", "scale", "startup", "wan")
 
 
 def bench(
@@ -60,7 +60,7 @@ def run_named(
     name: str, steps: int | None, model: Path | None, cut: Cut, seeds: int, jobs: int, work: Path | None
 ) -> Result:
     """Run one benchmark."""
-    from splitfl.lab.bench import federation, memory, overhead, pipe, privacy, scale, startup, wan
+    from splitfl.lab.bench import federation, memory, overhead, pipe, planner, privacy, scale, startup, wan
     from splitfl.lab.bench.contenders import Effort
     from splitfl.lab.bench.hospitals import Scale
 
@@ -71,6 +71,8 @@ def run_named(
             return memory.run(say=note)
         case "scale":
             return scale.run(say=note)
+        case "planner":
+            return planner.run(say=note)
         case "startup":
             return startup.run(say=note)
         case "pipe":
@@ -86,10 +88,11 @@ def run_named(
 
 def draw(result: Result, out: Path) -> None:
     """The picture that belongs to a benchmark, if it has one."""
-    from splitfl.lab.bench.plots import draw_federation, draw_frontier, draw_scale, draw_timeline
+    from splitfl.lab.bench.plots import draw_federation, draw_frontier, draw_planner, draw_scale, draw_timeline
 
     pictures = {
         "federation": draw_federation,
+        "planner": draw_planner,
         "privacy": draw_frontier,
         "scale": draw_scale,
         "wan": draw_timeline,

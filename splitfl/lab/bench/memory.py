@@ -6,7 +6,6 @@ Are logits ever whole? One training step of a top with 152k words and 4,096 toke
 
 from __future__ import annotations
 
-import os
 import resource
 import subprocess
 import sys
@@ -20,10 +19,12 @@ from torch import nn
 from splitfl.data.notes import generate_notes, write_notes
 from splitfl.errors import SplitFLError
 from splitfl.lab.bench.harness import Bar, Result, served
+from splitfl.lab.peaks import PeakWatch
 from splitfl.split.checkpoint import CheckpointFolder, load_segment
+from splitfl.split.chunks import LOGIT_BYTES
 from splitfl.split.create import create_checkpoint
 from splitfl.split.families import build_small_model, small_config
-from splitfl.split.loss import LOGIT_BYTES, head_loss
+from splitfl.split.loss import head_loss
 from splitfl.split.modes import training_policy
 from splitfl.split.segment import Piece
 from splitfl.split.training import set_up_training
@@ -76,19 +77,18 @@ def client_peak(work: Path, blocks: int) -> int:
     with served(model, SETTINGS, threads=1) as (url, agreement):
         command = [sys.executable, "-m", "splitfl.cli", "join", url, "--name", "bench", "--data", str(data)]
         command += ["--state", str(work / f"client-{blocks}"), "--cache", str(work / "cache"), "--threads", "1"]
-        command += ["--accept", agreement, "--key", str(work / "key")]
+        command += ["--accept", agreement, "--key", str(work / "key"), "--plan", "federation"]
         return peak_of(command)
 
 
 def peak_of(command: list[str]) -> int:
-    """Run a command to its end; its peak resident bytes as the kernel counted them. Raises SplitFLError."""
+    """Run a command to its end; its peak resident bytes. Raises SplitFLError."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    message = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    watch = PeakWatch(process)
+    _, message = process.communicate()
+    if process.returncode:
         raise SplitFLError(f"{command[:5]} failed", message.decode(errors="replace")[-300:])
-    return usage.ru_maxrss * 1024
+    return watch.peak
 
 
 def make_wide_checkpoint(folder: Path) -> None:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from splitfl.errors import StorageError
 from splitfl.lab.bench.federation import ALONE
 from splitfl.lab.bench.harness import Result
+from splitfl.lab.bench.planner import PEAK_WITHIN, STEP_WITHIN
 from splitfl.lab.demo.plots import BLUE, GREEN, GREY, ORANGE, UNITS, legend_below, tidy
 
 BASELINES = {
@@ -23,6 +24,7 @@ BASELINES = {
 LINES = {"local-only": ("--", ORANGE), "centralised": ("-", GREEN)}
 TITLES = {"group": "each hospital one specialty", "dirichlet": "Dirichlet over specialties"}
 LANES = {"client": BLUE, "up": ORANGE, "trunk": GREEN, "down": GREY}
+COLOURS = (BLUE, ORANGE, GREEN)
 NEAR: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
 
 
@@ -78,6 +80,32 @@ def draw_federation(result: Result, path: Path) -> None:
     save(figure, path)
 
 
+def draw_planner(result: Result, path: Path) -> None:
+    """Measured against predicted, memory and time; the band is what a prediction may be off. Raises StorageError."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained", facecolor="white")
+    panels = figure.subplots(1, 2)
+    kinds = (("peak", PEAK_WITHIN, 2**20, "peak memory, MiB"), ("step_s", STEP_WITHIN, 1.0, "seconds a step"))
+    for panel, (kind, within, unit, title) in zip(panels, kinds, strict=True):
+        told = [row[f"predicted_{kind}"] / unit for row in result.rows]
+        line = [0.9 * min(told), 1.1 * max(told)]
+        panel.fill_between(line, [x * (1 - within) for x in line], [x * (1 + within) for x in line], color="#EEEEEE")
+        panel.plot(line, line, color=GREY, linewidth=0.8)
+        for model, marker, colour in zip(
+            dict.fromkeys(row["model"] for row in result.rows), "os^", COLOURS, strict=False
+        ):
+            rows = [row for row in result.rows if row["model"] == model]
+            x, y = ([row[name] / unit for row in rows] for name in (f"predicted_{kind}", kind))
+            panel.plot(x, y, marker, color=colour, label=model)
+            for row, at in zip(rows, zip(x, y, strict=True), strict=True):
+                panel.annotate(row["cut"], at, xytext=(5, -4), **NEAR)
+        panel.set_xlabel("predicted")
+        panel.set_ylabel("measured")
+        panel.set_title(title, fontsize=11)
+        legend_below(panel, 2)
+        tidy(panel, grid="y")
+    save(figure, path)
+
+
 def draw_partition(losses: dict[str, dict[str, float]], panel: Axes) -> None:
     """One partition: ``losses`` are the spreads of all models."""
     shown = [name for name in losses if name not in LINES and name != "before" and not name.startswith("local-only")]
@@ -95,29 +123,6 @@ def draw_partition(losses: dict[str, dict[str, float]], panel: Axes) -> None:
     panel.set_xlabel(f"{UNITS}, rows of all clients")
     legend_below(panel, 3)
     tidy(panel, grid="x")
-
-
-def draw_scale(result: Result, path: Path) -> None:
-    """Tokens a second by number of clients, together and as one whole model on their batches. Raises StorageError."""
-    rows = [row for row in result.rows if "ratio" in row]
-    clients = [row["clients"] for row in rows]
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained", facecolor="white")
-    panel = figure.subplots()
-    for kind, label, marker, colour in (("split", "split", "o", BLUE), ("whole", "whole model", "s", GREY)):
-        rates = [row[f"{kind}_tokens_per_s"] for row in rows]
-        medians = [rate["median"] for rate in rates]
-        panel.errorbar(clients, medians, yerr=around(rates), marker=marker, color=colour, capsize=3, label=label)
-    for row in rows:
-        above = (row["clients"], row["split_tokens_per_s"]["max"])
-        panel.annotate(f"{row['ratio']['median']:.2f}x", above, xytext=(0, 6), ha="center", **NEAR)
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(clients, [str(number) for number in clients])
-    panel.set_ylim(bottom=0)
-    panel.set_xlabel("clients, each with the same batch")
-    panel.set_ylabel("tokens a second, all clients together")
-    legend_below(panel, 2)
-    tidy(panel, grid="y")
-    save(figure, path)
 
 
 def draw_timeline(result: Result, path: Path) -> None:
@@ -146,6 +151,29 @@ def draw_lanes(lanes: dict[str, Any], panel: Axes) -> None:
     panel.set_yticks(range(len(LANES)), list(LANES))
     panel.set_ylim(len(LANES) - 0.5, -0.5)
     tidy(panel, grid="x")
+
+
+def draw_scale(result: Result, path: Path) -> None:
+    """Tokens a second by number of clients, together and as one whole model on their batches. Raises StorageError."""
+    rows = [row for row in result.rows if "ratio" in row]
+    clients = [row["clients"] for row in rows]
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained", facecolor="white")
+    panel = figure.subplots()
+    for kind, label, marker, colour in (("split", "split", "o", BLUE), ("whole", "whole model", "s", GREY)):
+        rates = [row[f"{kind}_tokens_per_s"] for row in rows]
+        medians = [rate["median"] for rate in rates]
+        panel.errorbar(clients, medians, yerr=around(rates), marker=marker, color=colour, capsize=3, label=label)
+    for row in rows:
+        above = (row["clients"], row["split_tokens_per_s"]["max"])
+        panel.annotate(f"{row['ratio']['median']:.2f}x", above, xytext=(0, 6), ha="center", **NEAR)
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(clients, [str(number) for number in clients])
+    panel.set_ylim(bottom=0)
+    panel.set_xlabel("clients, each with the same batch")
+    panel.set_ylabel("tokens a second, all clients together")
+    legend_below(panel, 2)
+    tidy(panel, grid="y")
+    save(figure, path)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -76,6 +76,7 @@ def first_step(url: str, agreement: str, data: Path, state: Path, cache: Path) -
     """Seconds until a client with an empty cache reports its first step."""
     command = [sys.executable, "-m", "splitfl.cli", "join", url, "--name", "bench", "--data", str(data)]
     command += ["--state", str(state), "--cache", str(cache), "--accept", agreement, "--key", f"{state}.key", "--json"]
+    command += ["--plan", "federation"]
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None

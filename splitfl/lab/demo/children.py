@@ -22,9 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
-
 from splitfl.errors import SplitFLError
+from splitfl.lab.peaks import peak_rss
 
 POLL_S = 0.2  # between looks at the memory
 GRACE_S = 3.0  # from asking a process to end until it is ended
@@ -179,21 +178,3 @@ def interrupts_put_off() -> Iterator[None]:
             signal.signal(number, handler)
     if came:
         raise KeyboardInterrupt
-
-
-def peak_rss(pid: int) -> int:
-    """Most bytes of memory that a running process has held so far; 0 when it has gone.
-
-    Linux keeps that mark itself. ``ru_maxrss`` of an ended process is no help: it counts the memory of the process
-    that started it as well. Elsewhere it is the memory held now, and the largest of many looks must do.
-    """
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return int(psutil.Process(pid).memory_info().rss)
-    except psutil.Error:
-        return 0

@@ -127,7 +127,7 @@ class Demo:
         for name in CLIENTS:
             home = self.folder.client(name)
             places = ("--data", self.folder.notes(name), "--state", home / "state", "--cache", home / "cache")
-            computing = ("--device", self.device, "--threads", threads)
+            computing = ("--device", self.device, "--threads", threads, "--plan", "federation")
             consent = ("--accept", agreement, "--key", home / "key", "--privacy", "measured")
             invitation = invite(self.folder.trunk, name, valid_s=INVITATION_S)
             children.start(name, COMMAND, "join", invitation, *places, *consent, *computing, "--json")

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from client_model.choices import Choices
 from client_model.events import Event
 from client_model.participant import Participant, PausedError
 from client_model.store import ClientStore
@@ -94,7 +95,7 @@ class TurnClient:
 
         participant = Participant(self.name, self.data, ClientStore(self.state), self.cache, self.device, hear)
         participant.stop = lambda: over
-        participant.plan = self.cut
+        participant.plan = Choices(self.cut)
         participant.accept = lambda _: True  # whoever runs this has written the terms
         participant.key_file = self.state / "key"
         participant.simulated = True

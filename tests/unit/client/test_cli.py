@@ -13,11 +13,12 @@ import pytest
 import torch
 from gates import open_gate
 
+from client_model.choices import Choices
 from client_model.cli import StopSignal, check_address, check_name, parse_plan, say_goodbye
 from client_model.events import Event
 from client_model.journal import Head
 from client_model.participant import Participant
-from client_model.resuming import check_same_client, cuts_of_pause, first_words, open_journal
+from client_model.resuming import check_same_client, first_words, held_choices, open_journal, paused_choices
 from client_model.store import ClientStore, SessionRecord, Snapshot
 from client_model.telling import EventPrinter, describe, print_report
 from splitfl.config import Federation
@@ -35,6 +36,11 @@ def store(tmp_path: Path) -> ClientStore:
 
 def snapshot(round_: int) -> Snapshot:
     return Snapshot(round_, 0, 0, (0, 0), (1, 1), {"head": torch.ones(1)}, {})
+
+
+def settled_text(cut: Cut) -> str:
+    """A journal's word for that cut, and all else as the federation has it."""
+    return str(Choices(cut).settled(Federation()))
 
 
 # what is typed
@@ -77,9 +83,10 @@ def test_name_that_is_a_path_or_odd_is_refused(name: str) -> None:
         check_name(name)
 
 
-def test_plan_is_a_cut_or_left_to_the_federation() -> None:
-    assert parse_plan("auto") is None
-    assert parse_plan("1,2") == Cut(1, 2)
+def test_plan_is_a_cut_or_the_federations_own_or_made_by_measuring() -> None:
+    assert parse_plan("auto") is None  # still to be made
+    assert parse_plan("federation") == Choices()
+    assert parse_plan("1,2") == Choices(Cut(1, 2))
     with pytest.raises(ConfigError):
         parse_plan("one,two")
 
@@ -88,35 +95,37 @@ def test_plan_is_a_cut_or_left_to_the_federation() -> None:
 
 
 def test_new_client_says_its_name_and_its_plan(store: ClientStore) -> None:
-    hello = first_words("ward", store, Cut(2, 1), None, "ws://x")
+    hello = first_words("ward", store, Choices(Cut(2, 1), 4, codec="int8"), None, "ws://x")
     assert (hello.name, hello.resume, hello.fresh, hello.round) == ("ward", "", True, -1)
-    assert (hello.n_bottom, hello.n_top) == (2, 1)
+    assert (hello.n_bottom, hello.n_top, hello.micro_batches, hello.codec) == (2, 1, 4, "int8")
 
 
 def test_client_without_a_plan_takes_the_federations_cut(store: ClientStore) -> None:
-    hello = first_words("ward", store, None, None, "ws://x")
-    assert (hello.n_bottom, hello.n_top) == (-1, -1)
+    hello = first_words("ward", store, Choices(), None, "ws://x")
+    assert (hello.n_bottom, hello.n_top, hello.micro_batches, hello.codec) == (-1, -1, 0, "")
 
 
 def test_client_without_a_journal_names_its_session_and_that_its_state_is_lost(store: ClientStore) -> None:
     store.save_session(SessionRecord("ward", "ws://x", "token"))
     store.save(snapshot(3))
-    hello = first_words("ward", store, None, None, "ws://x")
+    hello = first_words("ward", store, Choices(), None, "ws://x")
     assert (hello.resume, hello.fresh, hello.round) == ("token", True, 3)
 
 
 def test_client_with_a_journal_goes_on_with_its_session(store: ClientStore, tmp_path: Path) -> None:
     store.save_federation(Federation().model_dump_json(), (2, 1))
-    open_journal(store, tmp_path / "key", None).begin(Head("pause", True, "token", 17, cut="2,1"))
+    open_journal(store, tmp_path / "key", Choices()).begin(
+        Head("pause", True, "token", 17, plan=settled_text(Cut(2, 1)))
+    )
     store.save_session(SessionRecord("ward", "ws://x", "newer"))
-    journal = open_journal(store, tmp_path / "key", Cut(2, 1))
-    hello = first_words("ward", store, None, journal.head, "")
+    journal = open_journal(store, tmp_path / "key", Choices(Cut(2, 1)))
+    hello = first_words("ward", store, Choices(), journal.head, "")
     assert (hello.resume, hello.fresh, journal.next_seq) == ("token", False, 17)
 
 
 def test_token_and_journal_are_for_the_server_that_they_came_from(store: ClientStore, tmp_path: Path) -> None:
     store.save_federation(Federation().model_dump_json(), (1, 1))
-    head = Head("", False, "token", 0, cut="1,1", url="ws://x", floor="f")
+    head = Head("", False, "token", 0, plan=settled_text(Cut(1, 1)), url="ws://x", floor="f")
     store.save_session(SessionRecord("ward", "ws://x", "token"))
     for url, floor, kept in (
         ("ws://x", "f", True),
@@ -124,14 +133,18 @@ def test_token_and_journal_are_for_the_server_that_they_came_from(store: ClientS
         ("ws://y", "f", False),
         ("ws://x", "", False),
     ):
-        open_journal(store, tmp_path / "key", None).begin(head)
-        assert (open_journal(store, tmp_path / "key", None, floor=floor, url=url).head is not None) == kept
-    assert first_words("ward", store, None, None, "ws://y").resume == ""
+        open_journal(store, tmp_path / "key", Choices()).begin(head)
+        assert (open_journal(store, tmp_path / "key", Choices(), floor=floor, url=url).head is not None) == kept
+    assert first_words("ward", store, Choices(), None, "ws://y").resume == ""
 
 
-def test_journal_of_another_plan_is_dropped(store: ClientStore, tmp_path: Path) -> None:
-    open_journal(store, tmp_path / "key", None).begin(Head("", False, "token", 0, cut="2,1"))
-    assert open_journal(store, tmp_path / "key", Cut(1, 1)).head is None
+@pytest.mark.parametrize("other", [Choices(Cut(1, 1)), Choices(Cut(2, 1), 2), Choices(Cut(2, 1), codec="fp32")])
+def test_journal_of_another_plan_is_dropped(store: ClientStore, tmp_path: Path, other: Choices) -> None:
+    store.save_federation(Federation().model_dump_json(), (2, 1))
+    head = Head("", False, "token", 0, plan=settled_text(Cut(2, 1)))
+    open_journal(store, tmp_path / "key", Choices()).begin(head)
+    assert open_journal(store, tmp_path / "key", Choices(Cut(2, 1))).head == head
+    assert open_journal(store, tmp_path / "key", other).head is None
     assert not store.journal.exists()
 
 
@@ -140,20 +153,29 @@ def test_damaged_journal_costs_the_round_and_is_said(
     store: ClientStore, tmp_path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store.journal.write_bytes(damage)
-    assert open_journal(store, tmp_path / "key", None).head is None
+    assert open_journal(store, tmp_path / "key", Choices()).head is None
     assert "journal is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("plan", "cuts"), [(Cut(2, 1), None), (Cut(1, 3), (Cut(2, 1), Cut(1, 3))), (None, (Cut(2, 1), Cut(1, 1)))]
+    ("plan", "asked"),
+    [
+        (Choices(Cut(2, 1), 4), None),
+        (Choices(Cut(1, 3), 4), Choices(Cut(1, 3), 4)),
+        (Choices(Cut(2, 1)), Choices(Cut(2, 1))),
+        (Choices(), Choices(Cut(1, 1))),
+    ],
 )
-def test_paused_round_keeps_its_cut_when_another_is_asked_for(
-    store: ClientStore, plan: Cut | None, cuts: tuple[Cut, Cut] | None
+def test_paused_round_keeps_its_plan_when_another_is_asked_for(
+    store: ClientStore, plan: Choices, asked: Choices | None
 ) -> None:
-    store.save_federation(Federation().model_dump_json(), (2, 1))
-    assert cuts_of_pause(store, plan) is None  # nothing is paused: the next round takes any cut
+    held = Choices(Cut(2, 1), micro_batches=4)
+    store.save_federation(Federation().model_dump_json(), (2, 1), held.as_table())
+    assert paused_choices(store, plan) is None  # nothing is paused: the next round takes any plan
     store.save_pause(snapshot(3))
-    assert cuts_of_pause(store, plan) == cuts
+    both = None if asked is None else (held.settled(Federation()), asked.settled(Federation()))
+    assert paused_choices(store, plan) == both
+    assert held_choices(store) == held.settled(Federation())
 
 
 def test_state_of_another_client_is_refused(store: ClientStore) -> None:

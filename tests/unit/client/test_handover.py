@@ -13,6 +13,7 @@ import torch
 from gates import agree
 from torch import Tensor
 
+from client_model.choices import Choices
 from client_model.events import Event
 from client_model.participant import Participant, PausedError
 from client_model.store import ClientStore
@@ -68,7 +69,7 @@ class Ward:
             watch(client, event)
 
         store, data = ClientStore(self.folder / "client"), self.folder / "a.jsonl"
-        client = Participant("a", data, store, self.folder / "cache", CPU, report, accept=agree, plan=cut)
+        client = Participant("a", data, store, self.folder / "cache", CPU, report, accept=agree, plan=Choices(cut))
         client.stop = lambda: len(merged) == rounds > 0
         link = MemoryLink(self.service, hello_of("a", cut))
         with suppress(PausedError):

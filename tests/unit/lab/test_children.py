@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from splitfl.errors import DataError, SplitFLError
-from splitfl.lab.demo.children import Children, interrupts_put_off, peak_rss
+from splitfl.lab.demo.children import Children, interrupts_put_off
+from splitfl.lab.peaks import peak_rss
 
 SLEEP = ("timeit", "-n", 1, "-r", 1, "import time; time.sleep(60)")
 

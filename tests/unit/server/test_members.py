@@ -73,6 +73,23 @@ def test_client_with_a_cut_outside_the_limits_is_refused(n_bottom: int, n_top: i
     assert len(members) == 0
 
 
+def test_client_has_its_own_pieces_and_number_format() -> None:
+    members, _ = make()
+    member, _ = members.welcome(hello(micro_batches=4, codec="int8"))
+    assert (member.micro_batches, member.codec) == (4, "int8")
+    other, _ = members.welcome(hello("ward-b"))
+    assert (other.micro_batches, other.codec) == (1, "bf16")
+
+
+@pytest.mark.parametrize("plan", [{"micro_batches": 3}, {"codec": "fp32"}])
+def test_client_with_a_plan_that_cannot_be_is_refused(plan: dict[str, Any]) -> None:
+    members, _ = make()
+    with pytest.raises(RefusedError, match="not") as refused:
+        members.welcome(hello(**plan))
+    assert refused.value.code == "bad_plan"
+    assert len(members) == 0
+
+
 def test_client_with_a_cut_larger_than_the_model_is_refused() -> None:
     members, _ = make(max_top=4)
     with pytest.raises(RefusedError, match="not allowed"):

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from splitfl.split import loss
 from splitfl.split.checkpoint import load_segment
-from splitfl.split.loss import IGNORE, chunk_tokens, chunks, head_loss
+from splitfl.split.chunks import LOGIT_BYTES, chunk_tokens, chunks
+from splitfl.split.loss import IGNORE, head_loss
 from splitfl.split.segment import Piece, Segment
 
 BATCH, TIME = 2, 9
@@ -167,7 +168,7 @@ def test_chunk_keeps_its_logits_below_the_limit() -> None:
     for vocab in (1, 300, 32_000, 152_064, 1 << 30):
         tokens = chunk_tokens(vocab)
         assert tokens >= 1
-        assert tokens == 1 or 4 * vocab * tokens <= loss.LOGIT_BYTES
+        assert tokens == 1 or 4 * vocab * tokens <= LOGIT_BYTES
     assert chunk_tokens(1000, logit_bytes=8000) == 2
 
 

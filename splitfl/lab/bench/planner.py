@@ -1,0 +1,185 @@
+"""``splitfl bench planner``: what the planner predicts of a client against what the kernel and the clock say.
+
+For each of two models and several cuts a real ``splitfl join`` runs against a trunk on loopback, under a real limit:
+RLIMIT_DATA (``ulimit -d``), which counts a process's private writable memory and so is nearest to what a plan counts.
+RLIMIT_AS counts reserved addresses too, and control groups need rights that a test machine does not give. The limit is
+set just above the prediction: a client that needs more cannot have it, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from splitfl.data.notes import generate_notes, write_notes
+from splitfl.errors import SplitFLError
+from splitfl.lab.bench.harness import Bar, Result, served
+from splitfl.lab.peaks import PeakWatch
+from splitfl.split.create import create_checkpoint
+
+PEAK_WITHIN, STEP_WITHIN = 0.15, 0.25
+SLACK = 1.1  # times the prediction that a client is given
+STEPS, SURVIVED, WARMUP = 8, 50, 2
+LOOPBACK = "20000,20000,0.5"  # Mbit/s and ms: what `splitfl probe` measures here, rounded
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model to measure on, as `splitfl init` makes it."""
+
+    family: str
+    layers: int
+    hidden: int
+    vocab: int
+
+
+SHAPES = (Shape("llama", 8, 256, 4096), Shape("qwen2", 6, 512, 2048))
+CUTS = ("0,0", "0,2", "1,1", "2,2", "1,4", "3,3")
+
+SETTINGS = """
+[rounds]
+count = 1
+local_steps = {steps}
+[batch]
+records = 8
+micro_batches = 2
+max_length = 128
+[model]
+min_bottom = 0
+max_bottom = 3
+min_top = 0
+max_top = {layers}
+freeze_below = 0
+compute = "fp32"
+[optimizer]
+schedule = "constant"
+[evaluation]
+records = 8
+baselines = "none"
+"""
+
+
+def run(*, say: Callable[[str], None] = lambda _: None) -> Result:
+    """Every cut of both models."""
+    shapes = [asdict(shape) for shape in SHAPES]
+    result = Result("planner", {"shapes": shapes, "cuts": CUTS, "limit": "RLIMIT_DATA", "slack": SLACK, "steps": STEPS})
+    for shape in SHAPES:
+        with tempfile.TemporaryDirectory() as work:
+            bench = Bench(Path(work), shape)
+            for cut in CUTS:
+                row = bench.measure(cut, SURVIVED if cut == CUTS[-1] else STEPS)
+                ratios = f"peak {row['peak_ratio']:.2f}, step {row['step_ratio']:.2f}"
+                say(f"{shape.family} {cut}, measured / predicted: {ratios}")
+                result.rows.append(row)
+    result.bars = bars(result.rows)
+    return result
+
+
+def bars(rows: list[dict[str, Any]]) -> list[Bar]:
+    """How far off the worst prediction is, and whether clients lived under their limits."""
+    peak, step = (max(abs(row[ratio] - 1) for row in rows) for ratio in ("peak_ratio", "step_ratio"))
+    lived = [row["steps"] for row in rows if row["survived"]]
+    return [
+        Bar("peak memory, furthest from its prediction", peak, PEAK_WITHIN, "lower"),
+        Bar("step time, furthest from its prediction", step, STEP_WITHIN, "lower"),
+        Bar("share of clients that lived under their limit", len(lived) / len(rows), 1.0, "higher"),
+        Bar("most steps of one that lived", max(lived, default=0), SURVIVED, "higher"),
+    ]
+
+
+class Bench:
+    """One model in ``work``, its client's data, and what is predicted for it."""
+
+    def __init__(self, work: Path, shape: Shape) -> None:
+        self.work, self.shape = work, shape
+        self.model, self.data = work / "model", work / "notes.jsonl"
+        texts = generate_notes("general", 400, 0)
+        create_checkpoint(self.model, **asdict(shape), corpus=texts, seed=0)
+        write_notes(self.data, "cardiology", 400, 0)
+        self.predicted = self._predict()
+
+    def settings(self, steps: int) -> str:
+        return SETTINGS.format(steps=steps, layers=self.shape.layers)
+
+    def _predict(self) -> dict[str, Any]:
+        """What ``splitfl probe`` says, in a process as small as a client's."""
+        federation = self.work / "federation.toml"
+        federation.write_text(self.settings(STEPS))
+        command = splitfl("probe", "--model", self.model, "--federation", federation, "--link", LOOPBACK)
+        command += ["--cache", str(self.work / "cache"), "--threads", "1", "--json"]
+        told: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        return told
+
+    def prediction(self, cut: str) -> dict[str, Any]:
+        """The candidate that a client with this cut and the federation's own everything is."""
+        own = {"cut": cut, "micro_batches": 2, "dtype": "fp32", "codec": "bf16", "in_flight": 2}
+        return next(one for one in self.predicted["candidates"] if one["plan"] == own)
+
+    def measure(self, cut: str, steps: int) -> dict[str, Any]:
+        """Run a client under a limit just above its prediction."""
+        candidate, machine = self.prediction(cut), self.predicted["machine"]
+        limit = int(SLACK * candidate["peak_bytes"]) - machine["base"] + machine["base_data"]
+        with served(self.model, self.settings(steps), threads=1) as (url, agreement):
+            folder = self.work / f"client-{cut}"
+            command = splitfl("join", url, "--name", "bench", "--data", self.data, "--state", folder, "--plan", cut)
+            command += ["--cache", str(self.work / "cache"), "--accept", agreement, "--key", f"{folder}.key"]
+            outcome = run_limited([*command, "--threads", "1", "--json"], limit)
+        peak, step = candidate["peak_bytes"], candidate["step_s"]
+        return {
+            "model": self.shape.family,
+            "cut": cut,
+            "predicted_peak": peak,
+            "peak": outcome.peak,
+            "peak_ratio": outcome.peak / peak,
+            "predicted_step_s": step,
+            "step_s": outcome.step_s,
+            "step_ratio": outcome.step_s / step,
+            "limit": limit,
+            "steps": outcome.steps,
+            "survived": outcome.steps == steps and not outcome.shortages,
+            "parts": candidate["parts"],
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Steps that a client took, the median of their seconds, how often memory ran out, and its peak resident bytes."""
+
+    steps: int
+    step_s: float
+    shortages: int
+    peak: int
+
+
+def splitfl(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "splitfl.cli", *map(str, arguments)]
+
+
+def run_limited(command: list[str], limit: int) -> Outcome:
+    """Run a client that may have ``limit`` bytes of data. Raises SplitFLError when it made too few steps to tell."""
+    ulimit = partial(resource.setrlimit, resource.RLIMIT_DATA, (limit, limit))
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=ulimit)
+        watch = PeakWatch(process)
+        assert process.stdout is not None
+        events = [(time.perf_counter(), json.loads(line)) for line in process.stdout]
+        process.wait()
+        errors.seek(0)
+        said = errors.read()[-400:].decode(errors="replace")
+    at = [when for when, event in events if event.get("event") == "step"]
+    if len(at) < WARMUP + 2:
+        raise SplitFLError(f"a client under {limit} bytes made {len(at)} steps", said)
+    apart = [after - before for before, after in zip(at[WARMUP - 1 :], at[WARMUP:], strict=False)]
+    steps = {event["step"] for _, event in events if event.get("event") == "step"}
+    shortages = sum(event.get("event") == "memory_short" for _, event in events)
+    return Outcome(len(steps), statistics.median(apart), shortages, watch.peak)

@@ -1,0 +1,18 @@
+"""How the head's tokens are cut into chunks, so that a chunk's logits stay within a fixed number of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+LOGIT_BYTES = 64 << 20  # most that one chunk's fp32 logits may take
+
+
+def chunk_tokens(vocab: int, logit_bytes: int = LOGIT_BYTES) -> int:
+    """How many tokens a chunk may have when its logits are kept below ``logit_bytes``."""
+    return max(1, logit_bytes // (4 * vocab))
+
+
+def chunks(count: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cut ``range(count)`` into pieces of at most ``size``."""
+    for begin in range(0, count, size):
+        yield begin, min(begin + size, count)
