@@ -22,7 +22,7 @@ def bench(
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(NAMES)}.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the result as JSON.")] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Timed steps (overhead; 20), or public steps of every contender (privacy; 1000).")
+        int | None, typer.Option(help="Timed steps (overhead; 12), or public steps of every contender (privacy; 1000).")
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Checkpoint to measure on (privacy); none: one is made.")] = None,
     cut: Annotated[str, typer.Option(help="BOTTOM,TOP: blocks that the client keeps (privacy).")] = "1,1",
@@ -83,7 +83,7 @@ def run_named(
             scope, effort = privacy.Scope(cut, seeds=seeds), Effort(public_steps=steps or Effort.public_steps)
             return privacy.run(model=model, scope=scope, effort=effort, work=work, jobs=jobs, say=note)
         case _:
-            return overhead.run(steps=steps or 20, say=note)
+            return overhead.run(steps=steps or 12, say=note)
 
 
 def draw(result: Result, out: Path) -> None:

@@ -111,7 +111,7 @@ MODES = (
 )
 
 
-def run(*, steps: int = 20, size: Size = Size(), say: Callable[[str], None] = lambda _: None) -> Result:
+def run(*, steps: int = 12, size: Size = Size(), say: Callable[[str], None] = lambda _: None) -> Result:
     """Measure every mode; ``steps`` timed steps of each contender, in interleaved bursts."""
     result = Result("overhead", {**asdict(size), "cut": [1, 1], "optimizer": "adamw", "steps": steps, "burst": BURST})
     with tempfile.TemporaryDirectory() as work:

@@ -50,7 +50,7 @@ class Size:
     clients: tuple[int, ...] = (1, 2, 4, 8)
     repeats: int = 3
     crowd: Crowd = field(default_factory=Crowd)
-    burst: int = 4  # steps of one client at a time, or one step of as many clients: what ends late counts little
+    burst: int = 2  # steps of one client at a time, or one step of as many clients: what ends late counts little
 
     def steps(self, clients: int) -> int:
         """Steps of each kind in a repeat."""
