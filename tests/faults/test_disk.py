@@ -13,6 +13,7 @@ from gates import agree
 
 import server_model.disk
 import server_model.store
+from client_model.choices import Choices
 from client_model.participant import Participant
 from client_model.store import ClientStore
 from server_model.coordinator import Coordinator, Progress
@@ -39,7 +40,8 @@ def run(model: Path, data: Path, folder: Path, report: Callable[[Progress], None
     coordinator = Coordinator(model, SETTINGS, folder / "server", device=CPU, report=report)
     with MemoryService(coordinator) as service:
         link = MemoryLink(service, Hello(PROTOCOL_VERSIONS, "a", n_bottom=1, n_top=2))
-        client = Participant("a", data, ClientStore(folder / "a"), folder / "cache", CPU, accept=agree, plan=Cut(1, 2))
+        store, own = ClientStore(folder / "a"), Choices(Cut(1, 2))
+        client = Participant("a", data, store, folder / "cache", CPU, accept=agree, plan=own)
         client.run(link, link.open(), URL)
 
 

@@ -24,7 +24,7 @@ SETTINGS = parse_federation(
         "batch": {"records": 4, "max_length": 32, "micro_batches": 2},
         "model": {"freeze_below": 0},
         "optimizer": {"name": "sgd", "learning_rate": 0.1},
-        "wire": {"codec": "fp32"},
+        "wire": {"codec": "fp32", "coarsest": "int8"},
         "evaluation": {"records": 4, "baselines": "none"},
     },
     "the test",
