@@ -77,12 +77,20 @@ def prepare(
     from splitfl.split.modes import choose_device
     from splitfl.split.selfcheck import check_family_splits
 
-    if threads:
-        torch.set_num_threads(threads)
+    all_cores = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread alone: the trunk has its own
     settings = load_federation(federation) if federation or not resume else Store(state).federation()[1]
     if check:
         check_family_splits(read_config(model))
-    return Coordinator(model, settings, state, device=choose_device(device), resume=resume, report=report)  # type: ignore[arg-type]
+    return Coordinator(
+        model,
+        settings,
+        state,
+        device=choose_device(device),
+        resume=resume,
+        report=report,  # type: ignore[arg-type]
+        threads=threads or all_cores,
+    )
 
 
 async def run(coordinator: Coordinator, admission: Admission, host: str, port: int, report: object) -> None:

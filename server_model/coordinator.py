@@ -13,7 +13,6 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -33,6 +32,7 @@ from server_model.releases import Releases
 from server_model.rounds import Rounds
 from server_model.steps import MissedError, StepKey
 from server_model.store import Store
+from server_model.threads import computing_thread
 from server_model.trunk import Rows, Trunk
 from server_model.updates import HEADER_ALLOWANCE
 from server_model.witness import Witness
@@ -112,6 +112,7 @@ class Coordinator:
         resume: bool = False,
         report: Callable[[Progress], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
+        threads: int = 0,
     ) -> None:
         self.source = CheckpointFolder(model)
         self.layers: int = self.source.config.num_hidden_layers
@@ -133,8 +134,9 @@ class Coordinator:
         budget = int(settings.trunk.cache_gib * 2**30)
         self.releases = Releases(state / "releases", budget, settings.rounds.min_clients, terms=self.terms.sha256)
         trunk = Trunk(settings, self.source, range(settings.bottoms[0], self.layers - settings.tops[0]), device)
-        self.engine = Engine(trunk, settings)
-        self._codec = ThreadPoolExecutor(max_workers=1, thread_name_prefix="codec")
+        threads = threads or torch.get_num_threads()
+        self._codec = computing_thread("codec", 1)
+        self.engine = Engine(trunk, settings, threads)  # after the codec: the last number holds for threads to come
         self._notary = asyncio.Lock()  # a ledger's states are written down in the order in which they came
         self.incarnation = secrets.token_hex(8)
         self.rounds = Rounds(settings, self.source, store, self.engine, self.blobs, clock=clock, say=self._say)

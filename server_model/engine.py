@@ -15,13 +15,14 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from server_model.steps import Arrival, Joint, MissedError, StepKey, StepWork
 from server_model.tasks import done, spawn
+from server_model.threads import computing_thread
 from server_model.trunk import Graph, Rows, Trunk
 from splitfl.config import Federation
 from splitfl.errors import ProtocolError
@@ -32,9 +33,12 @@ T = TypeVar("T")
 
 
 class Engine:
-    """Serves forwards and backwards of the open round. All methods run on the event loop."""
+    """Serves forwards and backwards of the open round, computing with ``threads`` (0: as many as torch would take).
 
-    def __init__(self, trunk: Trunk, settings: Federation) -> None:
+    All methods run on the event loop.
+    """
+
+    def __init__(self, trunk: Trunk, settings: Federation, threads: int = 0) -> None:
         self.trunk = trunk
         self.settings = settings
         self.round = -1
@@ -44,7 +48,7 @@ class Engine:
         self.waiting: list[Arrival] = []
         self.tokens_held = 0
         self.steps_applied = 0
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trunk")
+        self._thread = computing_thread("trunk", threads or torch.get_num_threads())
 
     # -- rounds ------------------------------------------------------------------------------------------------
 

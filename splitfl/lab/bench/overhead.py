@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -138,16 +137,17 @@ def run(*, steps: int = 12, size: Size = Size(), say: Callable[[str], None] = la
 def measure(model: Path, mode: Mode, size: Size, repeats: int) -> dict[str, Any]:
     """Interleaved bursts of steps (whole with either AdamW, split) on one model, after one that warms up."""
     settings = parse_settings(mode.settings(size))
-    batch, steps = random_batch(size.records, size.length, size.vocab), count()
+    batch = random_batch(size.records, size.length, size.vocab)
     with served(model, mode.settings(size)) as (url, _), tempfile.TemporaryDirectory() as state:
         split = SplitStep(model, settings, url, Path(state))
         runners: dict[str, Callable[[Batch], tuple[float, float]]] = {
             name: WholeStep(model, fused=fused, frozen=mode.frozen, bf16=mode.compute == "bf16")
             for name, fused in zip(BASELINES, (None, True), strict=True)
         }
-        runners["split"] = lambda plain: split(new_records(plain, next(steps), settings))
+        runners["split"] = split
+        bursts = [[new_records(batch, BURST * n + step, settings) for step in range(BURST)] for n in range(1 + repeats)]
         try:
-            taken = [{name: burst(run, batch) for name, run in runners.items()} for _ in range(1 + repeats)][1:]
+            taken = [{name: burst(run, batches) for name, run in runners.items()} for batches in bursts][1:]
         finally:
             split.close()
         rows = split.trainer.gate.ledger.count
@@ -162,10 +162,10 @@ def measure(model: Path, mode: Mode, size: Size, repeats: int) -> dict[str, Any]
     }
 
 
-def burst(step: Callable[[Batch], tuple[float, float]], batch: Batch) -> tuple[float, float]:
+def burst(step: Callable[[Batch], tuple[float, float]], batches: Sequence[Batch]) -> tuple[float, float]:
     """Mean seconds of a step, and the last one's loss."""
-    taken = [step(batch) for _ in range(BURST)]
-    return sum(seconds for seconds, _ in taken) / BURST, taken[-1][1]
+    taken = [step(batch) for batch in batches]
+    return sum(seconds for seconds, _ in taken) / len(taken), taken[-1][1]
 
 
 def new_records(batch: Batch, step: int, settings: Federation) -> Batch:
