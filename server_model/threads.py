@@ -1,7 +1,7 @@
 """Who computes with how many threads in the trunk service: one pool for the trunk, and none beside it.
 
 libgomp keeps a pool of workers for every thread that computes in parallel. Once all of them together are more than the
-cores, it no longer lets them spin at the many short barriers of a step but puts them to sleep at each, and the trunk was
+cores, it no longer lets them spin at the many short barriers of a step but puts them to sleep at each: the trunk was
 seen to be a quarter slower. So whoever else touches a tensor here, the loop's thread and the codec's, does it alone.
 """
 

@@ -4,6 +4,9 @@ For each of two models and several cuts a real ``splitfl join`` runs against a t
 RLIMIT_DATA (``ulimit -d``), which counts a process's private writable memory and so is nearest to what a plan counts.
 RLIMIT_AS counts reserved addresses too, and control groups need rights that a test machine does not give. The limit is
 set just above the prediction: a client that needs more cannot have it, and says so.
+
+Here the trunk runs on the same machine with as many threads as the client, so that what the planner does not know at
+home is known: the trunk's seconds a token are the probe's own.
 """
 
 from __future__ import annotations
@@ -15,16 +18,25 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from splitfl.config import parse_federation
+from splitfl.cut import Cut
 from splitfl.data.notes import generate_notes, write_notes
 from splitfl.errors import SplitFLError
 from splitfl.lab.bench.harness import Bar, Result, served
 from splitfl.lab.peaks import PeakWatch
+from splitfl.planning.capability import Arithmetic, LinkSpeed
+from splitfl.planning.carried import Carried
+from splitfl.planning.plan import Plan
+from splitfl.planning.shapes import ModelShape
+from splitfl.planning.timing import step_seconds, time_parts
+from splitfl.split.checkpoint import read_config
 from splitfl.split.create import create_checkpoint
 
 PEAK_WITHIN, STEP_WITHIN = 0.15, 0.25
@@ -122,8 +134,17 @@ class Bench:
 
     def prediction(self, cut: str) -> dict[str, Any]:
         """The candidate that a client with this cut and the federation's own everything is."""
-        own = {"cut": cut, "micro_batches": 2, "dtype": "fp32", "codec": "bf16", "in_flight": 2}
+        own = {**asdict(plan_of(cut)), "cut": cut}
         return next(one for one in self.predicted["candidates"] if one["plan"] == own)
+
+    def step_with_trunk(self, plan: Plan) -> float:
+        """Predicted seconds of a step with a trunk as fast as the client."""
+        pace, link = self.predicted["machine"]["compute"][plan.dtype], self.predicted["machine"]["link"]
+        own = Arithmetic(*(pace[part]["median"] for part in ("block", "frozen_block", "head")))
+        speed = LinkSpeed(*(link[way]["median"] for way in ("rtt", "up", "down")))
+        settings = parse_federation(tomllib.loads(self.settings(STEPS)), "the benchmark")
+        carried = Carried(ModelShape.of(read_config(self.model)), settings, plan.cut)
+        return step_seconds(time_parts(carried, plan, own, own, speed), plan)
 
     def measure(self, cut: str, steps: int) -> dict[str, Any]:
         """Run a client under a limit just above its prediction."""
@@ -134,7 +155,7 @@ class Bench:
             command = splitfl("join", url, "--name", "bench", "--data", self.data, "--state", folder, "--plan", cut)
             command += ["--cache", str(self.work / "cache"), "--accept", agreement, "--key", f"{folder}.key"]
             outcome = run_limited([*command, "--threads", "1", "--json"], limit)
-        peak, step = candidate["peak_bytes"], candidate["step_s"]
+        peak, step = candidate["peak_bytes"], self.step_with_trunk(plan_of(cut))
         return {
             "model": self.shape.family,
             "cut": cut,
@@ -149,6 +170,11 @@ class Bench:
             "survived": outcome.steps == steps and not outcome.shortages,
             "parts": candidate["parts"],
         }
+
+
+def plan_of(cut: str) -> Plan:
+    """Everything but the cut as the federation has it."""
+    return Plan(Cut.parse(cut), 2, "fp32", "bf16", 2)
 
 
 @dataclass(frozen=True)
