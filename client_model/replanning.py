@@ -95,7 +95,8 @@ def make_plan(kept: KeptPlan | None, before: Choices | None, found: Scouted) -> 
 def fits(choices: Choices, settings: Federation) -> bool:
     """Whether the federation, which may have changed its settings, still allows them."""
     divides = settings.batch.records % choices.micro_batches == 0
-    return choices.cut is not None and settings.allows(choices.cut) and divides
+    has_codec = choices.codec in settings.wire.codecs
+    return choices.cut is not None and settings.allows(choices.cut) and divides and has_codec
 
 
 def needs_no_new_release(before: Choices, plan: Plan, settings: Federation, device: str) -> bool:

@@ -97,6 +97,12 @@ def test_plan_that_the_federation_no_longer_allows_is_made_anew() -> None:
     assert make_plan(plan, None, found(8 * GIB))[0].choices.micro_batches != 3
 
 
+def test_plan_in_a_number_format_that_is_no_longer_allowed_is_made_anew() -> None:
+    coarse = KeptPlan("m" * 64, Choices(Cut(1, 1), 1, 1, "fp32", "int8"), 8 * GIB, LINK)
+    plan, _ = make_plan(coarse, None, found(8 * GIB, wire={"coarsest": "bf16"}))
+    assert plan.choices.codec == "bf16"
+
+
 @pytest.mark.parametrize(
     ("plan", "private", "same"),
     [
