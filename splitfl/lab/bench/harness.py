@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 import psutil
 import torch
 
+from client_model.probe import processor
 from splitfl.errors import ConfigError, SplitFLError
 from splitfl.files import write_file
 
@@ -71,12 +72,6 @@ def machine() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
     }
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
