@@ -44,6 +44,7 @@ try:
     held = bytearray(int(sys.argv[1]) << 20)
 except MemoryError:
     print(json.dumps({"event": "memory_short", "pieces": 2}))
+time.sleep(0.3)  # for whoever looks at it
 """
 
 
