@@ -20,7 +20,7 @@ from client_model.floor import Floor
 from client_model.places import default_cache, default_state
 from client_model.resuming import check_same_client, first_words, open_journal, paused_choices
 from client_model.telling import EventPrinter, print_report
-from splitfl.allocator import keep_freed_memory
+from splitfl.allocator import share_one_heap
 from splitfl.channel.joining import JoinString
 from splitfl.console import command, is_loopback, note, print_json, require_loopback
 from splitfl.cut import Cut
@@ -185,7 +185,7 @@ def prepare(name: str, data: Path, state: Path, cache: Path, device: str, thread
     from client_model.store import ClientStore
     from splitfl.split.modes import choose_device
 
-    keep_freed_memory()
+    share_one_heap()
     if threads:
         torch.set_num_threads(threads)
     return Participant(name, data, ClientStore(state), cache.expanduser(), choose_device(device))

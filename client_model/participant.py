@@ -10,7 +10,7 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,12 +30,12 @@ from client_model.notary import Notary
 from client_model.shortage import ShortageError, is_shortage
 from client_model.store import Snapshot
 from client_model.trainer import MissedStepError, Trainer
+from splitfl.allocator import give_back_freed_memory
 from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.data.packing import Batch, DataOrder
 from splitfl.errors import ConfigError, NumericalError, ProtocolError, RefusedError, SplitFLError
 from splitfl.federation.schedule import round_step_sizes
-from splitfl.files import sha256_of
 from splitfl.privacy.policy import DpSgd
 from splitfl.split.narrow import load_release
 from splitfl.split.shares import check_handover
@@ -105,6 +105,7 @@ class Participant(Candidate):
         vars(self).pop("ends", None)
         vars(self).pop("trainer", None)
         gc.collect()
+        give_back_freed_memory()
         rows = self.settings.batch.records // self.settings.batch.micro_batches
         self.exhausted, self.row_pieces = self.row_pieces >= rows, min(rows, 2 * self.row_pieces)
         self._say("memory_short", pieces=self.row_pieces)
@@ -320,7 +321,7 @@ class Participant(Candidate):
         round_ = snapshot.round
         weights = self.ends.weights()
         shared = {name: weights[name] for name in self.ends.shared}
-        digest = self._upload(self.gate.release_weights(round_, shared)) if shared else ""
+        digest = self._upload(round_, shared) if shared else ""
         if round_ == 0 and self.gate.keepsakes.chosen:
             self.gate.keepsakes.keep_head(shared.get(self.ends.head_name), self.labels)
         self.notary.mark()
@@ -344,15 +345,18 @@ class Participant(Candidate):
         self.ends.load_correction_tensors(correction)
         self.store.save(replace(snapshot, correction=correction))
 
-    def _upload(self, data: bytes) -> str:
-        """Send a blob in pieces; returns its hash."""
-        digest, view = sha256_of(data), memoryview(data)
-        for offset in range(0, len(data), PIECE_BYTES):
-            piece = view[offset : offset + PIECE_BYTES]
-            tensor = TensorBytes("u8", (len(piece),), piece)
-            answer = self.link.ask(Upload(0, 0, digest, offset, len(data), tensor))
-            if not isinstance(answer, Uploaded):
-                raise ProtocolError(f"{type(answer).__name__} instead of a receipt")
+    def _upload(self, round_: int, shared: Mapping[str, Tensor]) -> str:
+        """Send the shared weights in pieces; returns the hash of them all."""
+        with self.store.scratch("update.safetensors") as path:
+            digest = self.gate.release_weights(round_, shared, path)
+            total = path.stat().st_size
+            with path.open("rb") as file:
+                for offset in range(0, total, PIECE_BYTES):
+                    piece = file.read(PIECE_BYTES)
+                    tensor = TensorBytes("u8", (len(piece),), piece)
+                    answer = self.link.ask(Upload(0, 0, digest, offset, total, tensor))
+                    if not isinstance(answer, Uploaded):
+                        raise ProtocolError(f"{type(answer).__name__} instead of a receipt")
         return digest
 
     def _snapshot(self, round_: int, step: int, tokens: int) -> Snapshot:
@@ -436,11 +440,11 @@ class Participant(Candidate):
         None when it had no part in that round, nothing of it is merged, or its activations would be charged anew. The
         ends hold those weights afterwards.
         """
-        own = self.store.newest(round_)
         charged = self.gate.policy.private and self.ends.bottom_trains and not self.ends.trunk_is_empty
-        if own is None or own.round != round_ or not (self.evaluation and self.ends.shared) or charged:
+        if round_ not in self.store.rounds() or not (self.evaluation and self.ends.shared) or charged:
             return None
-        self.ends.load_weights(own.weights)
+        for name, weight in self.store.weights_after(round_):
+            self.ends.load_weights({name: weight})
         try:
             loss = self.trainer.evaluate(round_ + 1, self.evaluation).mean
         except (MissedStepError, NumericalError):

@@ -22,6 +22,7 @@ from torch import nn
 
 from client_model.bandwidth import LinkGauge
 from client_model.memory import Room, measure_room
+from client_model.records import open_tokenizer
 from client_model.shortage import is_shortage
 from client_model.timing import Pace, Spread, measure_pace
 from splitfl.allocator import give_back_freed_memory
@@ -58,9 +59,13 @@ class Probe:
 
 
 class Prober:
-    """Measures for the model ``identity`` (whatever tells models apart) under ``settings``, on ``device``."""
+    """Measures for the model ``identity`` (whatever tells models apart) under ``settings``, on ``device``.
 
-    def __init__(self, identity: str, settings: Federation, device: torch.device, cache: Path) -> None:
+    ``folder`` has its config and tokenizer.
+    """
+
+    def __init__(self, identity: str, folder: Path, settings: Federation, device: torch.device, cache: Path) -> None:
+        self.folder = folder
         self.settings = settings
         self.device = device
         self.kept = cache / "probes" / f"{self._key(identity)}.json"
@@ -71,7 +76,9 @@ class Prober:
         Raises ConfigError where memory is too short for one block.
         """
         warm_up(self.device)
+        tokenizer = open_tokenizer(self.folder)  # some take as much as a small model; a client holds it all the time
         base, base_data = held_bytes(self.device), int(psutil.Process().memory_info().data)
+        del tokenizer
         pace = None if refresh else self._known()
         if pace is None:
             pace = self._measured(open_source())

@@ -99,7 +99,7 @@ def look_at_folder(
     settings = load_federation(federation) if federation else parse_federation({"model": every_cut}, "every cut")
     sizes = sorted((name, entry.shape, entry.dtype) for name, entry in source.entries.items())
     identity = sha256_of(f"{source.config.to_json_string()} {sizes}".encode())
-    found = Prober(identity, settings, device, cache).probe(lambda: source, LinkGauge.of(link), refresh=refresh)
+    found = Prober(identity, model, settings, device, cache).probe(lambda: source, LinkGauge.of(link), refresh=refresh)
     return Scouted(identity, settings, ModelShape.of(source.config), found)
 
 

@@ -57,7 +57,7 @@ class Scout:
             assets = Assets(link, self.cache, self.cache / "models" / welcome.manifest, self.say)
             assets.open(welcome.manifest)
             source = RemoteSource(assets)
-            prober = Prober(welcome.manifest, settings, self.device, self.cache)
+            prober = Prober(welcome.manifest, assets.folder, settings, self.device, self.cache)
             probe = prober.probe(lambda: source, measure_link(link), refresh=self.refresh)
             link.ask(Bye(0, 0, "interrupted"))
         return Scouted(welcome.manifest, settings, ModelShape.of(source.config), probe)

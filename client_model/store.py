@@ -26,15 +26,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from splitfl.codec.stored import read_in_turn, write_tensors
 from splitfl.errors import StorageError
 from splitfl.files import clear_unfinished, new_folder, numbered, storage_errors, sync, write_file
 
@@ -178,6 +180,12 @@ class ClientStore:
             shutil.rmtree(self.snapshots / f"round-{number:06d}", ignore_errors=True)
         return self._read(self.snapshots / f"round-{kept[-1]:06d}") if kept else None
 
+    def weights_after(self, round_: int) -> Iterator[tuple[str, Tensor]]:
+        """The weights in the snapshot of ``round_``, one after the other. Raises StorageError."""
+        folder = self.folder / self.name_of(round_)
+        with readable(folder):
+            yield from read_in_turn(folder / "weights.safetensors")
+
     def before(self, round_: int) -> Snapshot | None:
         """The newest snapshot of a round before ``round_``: what a client with one of ``round_`` began that from."""
         earlier = [number for number in self.rounds() if number < round_]
@@ -214,10 +222,19 @@ class ClientStore:
         with storage_errors(self.folder):
             (self.folder / "closing.json").unlink(missing_ok=True)
 
+    @contextmanager
+    def scratch(self, name: str) -> Iterator[Path]:
+        """Where a file may be written that is deleted afterwards, or at the next start."""
+        path = self.folder / f".new-{name}"
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
     def save_merged(self, weights: Mapping[str, Tensor]) -> Path:
         """Leave the trained ends on disk."""
-        path, work = self.folder / "merged.safetensors", self.folder / ".new-merged.safetensors"
-        with storage_errors(path):
+        path = self.folder / "merged.safetensors"
+        with storage_errors(path), self.scratch(path.name) as work:
             write_tensors(weights, work)
             sync(work)
             work.replace(path)
@@ -232,7 +249,7 @@ class ClientStore:
             (work / "state.json").write_text(json.dumps(facts))
 
     def _read(self, folder: Path) -> Snapshot:
-        try:
+        with readable(folder):
             facts = json.loads((folder / "state.json").read_text())
             weights, optimizer, correction = (load_file(folder / f"{part}.safetensors") for part in PARTS)
             epoch, position = facts["cursor"]
@@ -240,15 +257,14 @@ class ClientStore:
             place = (int(facts["round"]), int(facts["step"]), int(facts["tokens"]))
             terms = str(facts.get("terms", ""))
             return Snapshot(*place, (epoch, position), cut, weights, optimizer, terms, correction)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise StorageError(
-                f"{folder} cannot be read", f"Delete {folder}: the client then goes on from the newest merge."
-            ) from error
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """One safetensors file. Raises OSError when the disk is full."""
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turn whatever is wrong with the snapshot in ``folder`` into a StorageError."""
     try:
-        save_file(dict(tensors), path)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise StorageError(
+            f"{folder} cannot be read", f"Delete {folder}: the client then goes on from the newest merge."
+        ) from error

@@ -10,11 +10,15 @@ import contextlib
 import logging
 from dataclasses import dataclass, field
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request as HttpRequest
+from websockets.http11 import Response
 
+from server_model import status
 from server_model.admission import Admission, Peer
 from server_model.coordinator import Coordinator, Progress
 from server_model.door import Door
@@ -148,6 +152,7 @@ class Service:
                 ping_interval=None,
                 max_size=HELLO_BYTES,
                 create_connection=partial(CountingConnection, self.door),  # type: ignore[arg-type]
+                process_request=self._answer_http,
                 origins=[None],  # no web page in some browser on this machine may speak to it
                 server_header=None,
             )
@@ -169,6 +174,18 @@ class Service:
         if self._server is not None:
             self._server.close(close_connections=True)
             await self._server.wait_closed()
+
+    def _answer_http(self, connection: ServerConnection, asked: HttpRequest) -> Response | None:
+        """The answer to a request that is for no websocket; None for all others."""
+        host, peer = asked.headers.get("Host", ""), str(connection.remote_address[0])
+        told = status.answer(self.coordinator, asked.path, host, peer)
+        if told is None:
+            return None
+        response = connection.respond(*told)
+        if response.status_code == HTTPStatus.OK:
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = "application/json"
+        return response
 
     async def _serve(self, connection: ServerConnection) -> None:
         """One connection from Hello to its end."""

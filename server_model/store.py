@@ -11,7 +11,6 @@ releases/                   released activations, so that clients send them once
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,9 +18,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from splitfl.codec.stored import write_tensors
 from splitfl.config import Federation, parse_federation
 from splitfl.errors import ConfigError, StorageError
 from splitfl.files import clear_unfinished, new_folder, numbered, storage_errors, write_file
@@ -167,12 +167,3 @@ def check_same(before: Federation, now: Federation) -> None:
                 f"{name} differs from what this federation was begun with",
                 "Leave out --federation to go on with its own settings, or name a new --state.",
             )
-
-
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """One safetensors file. Raises OSError, with its number, when the disk is full."""
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))  # all that safetensors says of it
-        raise OSError(int(number[1]) if number else 0, str(error)) from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 KEEP_BELOW_BYTES = (1 << 30, 32 << 20)  # the latter is the most that glibc took before 2.35
 
 
@@ -18,6 +18,17 @@ def keep_freed_memory() -> bool:
         return False
     below = next((size for size in KEEP_BELOW_BYTES if mallopt(M_MMAP_THRESHOLD, size)), 0)
     return bool(below and mallopt(M_TRIM_THRESHOLD, below))
+
+
+def share_one_heap() -> None:
+    """All threads from now on take from one heap, where this C library has several.
+
+    What one thread frees serves the others then; and a thread that starts where memory has run out finds what was
+    freed, where it would fail to make a heap of its own.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 1)
 
 
 def give_back_freed_memory() -> None:

@@ -1,7 +1,8 @@
 """How many bytes a client's process will hold at its peak, term by term.
 
-The peak is what always stays (process, weights, optimizer) and the greatest of four things that come and go, never
-together: reading the model, a step, an update on its way, and, at the end, a second pair of ends for the baselines.
+The peak is what always stays (process, weights, optimizer) and the greater of what comes and goes: reading the model,
+or a step, at the end of the federation beside a second pair of ends for the baselines. An update takes none: it is
+written to a file and sent from there, and its merge, tensor by tensor, fits where the step's gradients were.
 Every term follows the code that it names; activations are what autograd keeps of a block of the Llama kind, counted
 tensor by tensor as Korthikanti et al. (2023, arXiv:2205.05198, section 4.1) count GPT's.
 """
@@ -23,9 +24,11 @@ CORRECTIONS = {"fedprox": 1, "scaffold": 3}
 
 #: what a step holds beside what stays
 STEP = ("gradients_bytes", "activations_bytes", "head_bytes", "wire_bytes", "holes_bytes")
-#: freed memory that a CPU's heap keeps, of what a step asks for and gives back piece by piece: measured 0 to 0.7 with
-#: glibc, and none with MALLOC_MMAP_THRESHOLD_=65536
-HOLES = 0.35
+#: freed memory that a CPU's heap keeps, of what a step asks for and gives back piece by piece: measured 0.2 to 0.9 with
+#: a glibc that is told to keep it (splitfl/allocator.py)
+HOLES = 0.45
+#: what a client holds beside its model, buffers of the link, the data's index, ledger, journal: measured 10 to 16 MiB
+AROUND = 12 << 20
 
 Bytes = dict[str, int]
 
@@ -38,14 +41,13 @@ def memory_parts(carried: Carried, plan: Plan, base: int, device: str) -> Bytes:
         "wire_bytes": wire(carried, plan),
     }
     return {
-        "base_bytes": base,
+        "base_bytes": base + AROUND,
         "weights_bytes": weights(carried, plan.dtype),
         "optimizer_bytes": moments(carried) + corrections(carried),
         "loading_bytes": loading(carried.shape),
         "gradients_bytes": gradients(carried),
         **moving,
         "holes_bytes": round(HOLES * sum(moving.values())) if device == "cpu" else 0,
-        "merging_bytes": merging(carried, device),
         "baselines_bytes": second_ends(carried, plan.dtype),
     }
 
@@ -54,8 +56,7 @@ def peak(parts: Bytes) -> int:
     """What stays, and the greatest of what comes and goes."""
     stays = parts["base_bytes"] + parts["weights_bytes"]
     step = sum(parts[name] for name in STEP)
-    trains = parts["optimizer_bytes"] + max(step + parts["baselines_bytes"], parts["merging_bytes"])
-    return stays + max(parts["loading_bytes"], trains)
+    return stays + max(parts["loading_bytes"], parts["optimizer_bytes"] + step + parts["baselines_bytes"])
 
 
 # -- what stays ------------------------------------------------------------------------------------------------
@@ -205,15 +206,6 @@ def wire(carried: Carried, plan: Plan) -> int:
         return carried.tokens(plan.micro_batches) * token
     token = round((3 * FP32 + 3 * WIRE_BYTES[plan.codec]) * carried.shape.hidden)
     return under_way(plan) * carried.tokens(plan.micro_batches) * token
-
-
-def merging(carried: Carried, device: str) -> int:
-    """After a round: the snapshot's copy of the moments, and the update as it is put together and as it is sent.
-
-    The update is made in the host's memory, which is not what limits a GPU.
-    """
-    update = 2 * FP32 * carried.shared if device == "cpu" else 0
-    return moments(carried) + update
 
 
 def second_ends(carried: Carried, dtype: str) -> int:

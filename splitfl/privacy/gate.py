@@ -11,13 +11,15 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from splitfl.codec.stored import write_tensors
 from splitfl.codec.tensors import CodecName, by_record, check_finite, encode_tensor
 from splitfl.errors import PrivacyError
+from splitfl.files import storage_errors
 from splitfl.privacy.budget import Budget, Reservation
 from splitfl.privacy.charges import MOST_LOSS, Leaving, RecordRef, bounds, mechanism_of, rows_of
 from splitfl.privacy.keepsakes import RETURNED, Keepsakes
@@ -99,16 +101,22 @@ class Gate:
         """Pay for a step of DP-SGD, before its noise is drawn. Raises PrivacyError, StorageError."""
         self._pay(ReleaseKind.DP_SGD, round_, records, [Leaving()])
 
-    def release_weights(self, round_: int, weights: Mapping[str, Tensor]) -> bytes:
-        """Trained weights as a safetensors file. After DP-SGD they are post-processing of its steps; else nothing
-        bounds what they tell. The same bytes again are free. Raises NumericalError, StorageError."""
+    def release_weights(self, round_: int, weights: Mapping[str, Tensor], path: Path) -> str:
+        """Trained weights as the safetensors file ``path``, which may leave then; returns its SHA-256 in hex.
+
+        After DP-SGD they are post-processing of its steps; else nothing bounds what they tell. The same bytes again are
+        free. A file, for in memory they would be one more copy of all that trains. Raises NumericalError, StorageError.
+        """
         for name, tensor in weights.items():
             check_finite(tensor, f"weight {name!r}")
-        data: bytes = to_safetensors({name: tensor.contiguous() for name, tensor in weights.items()})
-        payload = hashlib.sha256(data).digest()
-        if not self.ledger.knows(payload):
-            self._pay(ReleaseKind.WEIGHTS, round_, [], [Leaving(payload, len(data))])
-        return data
+        with storage_errors(path):
+            write_tensors(weights, path)
+            with path.open("rb") as file:
+                payload = hashlib.file_digest(file, "sha256")
+            size = path.stat().st_size
+        if not self.ledger.knows(payload.digest()):
+            self._pay(ReleaseKind.WEIGHTS, round_, [], [Leaving(payload.digest(), size)])
+        return payload.hexdigest()
 
     def release_metric(self, round_: int, losses: Sequence[float], records: Sequence[RecordRef]) -> float:
         """The mean of held-out records' losses, each clipped to [0, MOST_LOSS] nats, noised with privacy on.

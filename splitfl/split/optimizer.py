@@ -104,10 +104,11 @@ class PartOptimizer:
             self._optimizer.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Moments and step counts as ``name/moment`` -> tensor, for a checkpoint."""
+        """Moments and step counts as ``name/moment`` -> tensor, for a checkpoint: the optimizer's own, no copies, so
+        they are to be written before the next step."""
         state: dict[Any, dict[str, Any]] = self._optimizer.state if self._optimizer is not None else {}
         return {
-            f"{name}/{key}": value.detach().clone()
+            f"{name}/{key}": value.detach()
             for name, parameter in self.named.items()
             for key, value in state.get(parameter, {}).items()
             if isinstance(value, Tensor)

@@ -23,6 +23,30 @@ del block
 print(psutil.Process().memory_info().rss - before)
 """
 
+#: fills all the memory that it may have, gives every other block back, and starts a thread
+SECOND_THREAD = """
+import resource, sys, threading
+import psutil
+from splitfl.allocator import keep_freed_memory, share_one_heap
+keep_freed_memory()
+if sys.argv[1] == "share":
+    share_one_heap()
+first = threading.Thread(target=lambda: None)
+first.start(); first.join()  # its stack is kept for the next one
+most = psutil.Process().memory_info().data + (32 << 20)
+resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+held = []
+for power in range(20, 5, -1):
+    try:
+        while True:
+            held.append(bytearray(1 << power))
+    except MemoryError:
+        pass
+del held[::2]
+second = threading.Thread(target=lambda: print("ran", flush=True), daemon=True)
+second.start(); second.join()
+"""
+
 
 def still_held(way: str) -> int:
     """Bytes that a process holds of a large block that it has freed."""
@@ -34,6 +58,15 @@ def still_held(way: str) -> int:
 def test_freed_blocks_stay_with_the_process() -> None:
     assert still_held("keep") > 40 << 20
     assert still_held("leave") < 8 << 20
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
+def test_thread_starts_where_memory_had_run_out_and_would_wait_for_ever_otherwise() -> None:
+    command = [sys.executable, "-c", SECOND_THREAD]
+    shared = subprocess.run([*command, "share"], check=True, capture_output=True, text=True, timeout=60)
+    assert shared.stdout == "ran\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run([*command, "leave"], capture_output=True, timeout=5)
 
 
 def library(takes: Callable[[int, int], bool]) -> tuple[SimpleNamespace, dict[int, int]]:

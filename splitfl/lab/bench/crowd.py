@@ -1,18 +1,21 @@
-"""Many clients that wait while a few train: what each of them costs the trunk service, and how soon it answers.
+"""Many clients that wait while a few train: what each of them costs the trunk service, and how soon it says how it is.
 
 The clients are real websockets and sessions without a model behind them: those that train send random numbers of the
-right shapes as fast as the trunk answers. One that waits asks for an echo now and then, as a status line would.
+right shapes as fast as the trunk answers. Meanwhile somebody asks for the status now and then.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import psutil
 import torch
@@ -26,7 +29,6 @@ from splitfl.wire.messages import (
     PROTOCOL_VERSIONS,
     Answer,
     Backward,
-    Echo,
     Forward,
     Hello,
     NextRound,
@@ -36,7 +38,7 @@ from splitfl.wire.messages import (
 )
 from splitfl.wire.session import Answered, ClientSession
 
-PAUSE_S = 0.05  # between two echoes
+PAUSE_S = 0.05  # between two looks at the status
 
 SETTINGS = """
 [rounds]
@@ -97,17 +99,27 @@ class Caller:
             await self.ask(Forward(0, 0, 0, step, 0, True, tokens, (), payload))
             await self.ask(Backward(0, 0, 0, step, 0, payload))
 
-    async def echoes(self) -> list[float]:
-        """Seconds that each echo took, until this is cancelled."""
-        taken: list[float] = []
-        try:
-            while True:
-                began = time.perf_counter()
-                await self.ask(Echo(0, 0, TensorBytes("u8", (1,), b"\0"), 1))
-                taken.append(time.perf_counter() - began)
-                await asyncio.sleep(PAUSE_S)
-        except asyncio.CancelledError:
-            return taken
+
+async def watch_status(address: str) -> list[float]:
+    """Seconds that each answer to GET /status took, connecting and all, until this is cancelled."""
+    taken: list[float] = []
+    try:
+        while True:
+            began = time.perf_counter()
+            status = await asyncio.to_thread(get_status, address)
+            taken.append(time.perf_counter() - began)
+            if status["phase"] != "training":
+                raise ProtocolError(f"the status says {status['phase']}")
+            await asyncio.sleep(PAUSE_S)
+    except asyncio.CancelledError:
+        return taken
+
+
+def get_status(address: str) -> dict[str, Any]:
+    """What the service at ``address`` (HOST:PORT) says of itself."""
+    with urlopen(f"http://{address}/status") as response:
+        told: dict[str, Any] = json.load(response)
+    return told
 
 
 def measure(model: Path, width: int, crowd: Crowd) -> dict[str, Any]:
@@ -125,7 +137,6 @@ async def gather(url: str, trunk: psutil.Process, width: int, crowd: Crowd) -> d
     payload = encode_tensor(hidden, "bf16")
     callers = [Caller(f"client-{number}") for number in range(crowd.connected)]
     active, idle = callers[: crowd.active], callers[crowd.active :]
-    asks = Caller("asks")
     for caller in active:
         await caller.arrive(url)
     opened = await asyncio.gather(*(caller.ask(NextRound(0, 0, -1)) for caller in active))
@@ -136,22 +147,21 @@ async def gather(url: str, trunk: psutil.Process, width: int, crowd: Crowd) -> d
     for caller in idle:
         await caller.arrive(url)
         await caller.send(NextRound(0, 0, -1))  # answered when the round is over
-    await asks.arrive(url)
     after = trunk.memory_info().rss
-    asking = asyncio.create_task(asks.echoes())
+    asking = asyncio.create_task(watch_status(urlsplit(url).netloc))
     began = time.perf_counter()
     await asyncio.gather(*(caller.train(payload, range(1, 1 + crowd.steps)) for caller in active))
     seconds = time.perf_counter() - began
     asking.cancel()
-    echoes = await asking
-    for caller in (*callers, asks):
+    answers = await asking
+    for caller in callers:
         caller.vanish()
     return {
         "connected": crowd.connected,
         "active": crowd.active,
         "idle_client_bytes": (after - before) / len(idle),
-        "echo_s": spread(echoes),
-        "echo_99th_s": quantiles(echoes, n=100)[-1] if len(echoes) > 1 else echoes[0],
-        "echoes": len(echoes),
+        "status_s": spread(answers),
+        "status_99th_s": quantiles(answers, n=100)[-1] if len(answers) > 1 else answers[0],
+        "answers": len(answers),
         "step_s": seconds / crowd.steps,
     }

@@ -1,9 +1,7 @@
 """``splitfl bench planner``: what the planner predicts of a client against what the kernel and the clock say.
 
-For each of two models and several cuts a real ``splitfl join`` runs against a trunk on loopback, under a real limit:
-RLIMIT_DATA (``ulimit -d``), which counts a process's private writable memory and so is nearest to what a plan counts.
-RLIMIT_AS counts reserved addresses too, and control groups need rights that a test machine does not give. The limit is
-set just above the prediction: a client that needs more cannot have it, and says so.
+For each of two models and several cuts a real ``splitfl join`` runs against a trunk on loopback, under a real limit
+(splitfl/lab/bench/limits.py) just above the prediction: a client that needs more cannot have it.
 
 Here the trunk runs on the same machine with as many threads as the client, so that what the planner does not know at
 home is known: the trunk's seconds a token are the probe's own.
@@ -12,7 +10,6 @@ home is known: the trunk's seconds a token are the probe's own.
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +18,6 @@ import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +26,7 @@ from splitfl.cut import Cut
 from splitfl.data.notes import generate_notes, write_notes
 from splitfl.errors import SplitFLError
 from splitfl.lab.bench.harness import Bar, Result, served
+from splitfl.lab.bench.limits import MemoryLimit, memory_limit
 from splitfl.lab.peaks import PeakWatch
 from splitfl.planning.capability import Arithmetic, LinkSpeed
 from splitfl.planning.carried import Carried
@@ -84,7 +81,7 @@ baselines = "none"
 def run(*, say: Callable[[str], None] = lambda _: None) -> Result:
     """Every cut of both models."""
     shapes = [asdict(shape) for shape in SHAPES]
-    result = Result("planner", {"shapes": shapes, "cuts": CUTS, "limit": "RLIMIT_DATA", "slack": SLACK, "steps": STEPS})
+    result = Result("planner", {"shapes": shapes, "cuts": CUTS, "slack": SLACK, "steps": STEPS})
     for shape in SHAPES:
         with tempfile.TemporaryDirectory() as work:
             bench = Bench(Path(work), shape)
@@ -149,12 +146,13 @@ class Bench:
     def measure(self, cut: str, steps: int) -> dict[str, Any]:
         """Run a client under a limit just above its prediction."""
         candidate, machine = self.prediction(cut), self.predicted["machine"]
-        limit = int(SLACK * candidate["peak_bytes"]) - machine["base"] + machine["base_data"]
-        with served(self.model, self.settings(steps), threads=1) as (url, agreement):
+        most = int(SLACK * candidate["peak_bytes"])
+        limit = memory_limit(most, most - machine["base"] + machine["base_data"])
+        with limit as under, served(self.model, self.settings(steps), threads=1) as (url, agreement):
             folder = self.work / f"client-{cut}"
             command = splitfl("join", url, "--name", "bench", "--data", self.data, "--state", folder, "--plan", cut)
             command += ["--cache", str(self.work / "cache"), "--accept", agreement, "--key", f"{folder}.key"]
-            outcome = run_limited([*command, "--threads", "1", "--json"], limit)
+            outcome = run_limited([*command, "--threads", "1", "--json"], under)
         peak, step = candidate["peak_bytes"], self.step_with_trunk(plan_of(cut))
         return {
             "model": self.shape.family,
@@ -165,7 +163,8 @@ class Bench:
             "predicted_step_s": step,
             "step_s": outcome.step_s,
             "step_ratio": outcome.step_s / step,
-            "limit": limit,
+            "limit": under.kind,
+            "limit_bytes": most,
             "steps": outcome.steps,
             "survived": outcome.steps == steps and not outcome.shortages,
             "parts": candidate["parts"],
@@ -191,11 +190,10 @@ def splitfl(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "splitfl.cli", *map(str, arguments)]
 
 
-def run_limited(command: list[str], limit: int) -> Outcome:
-    """Run a client that may have ``limit`` bytes of data. Raises SplitFLError when it made too few steps to tell."""
-    ulimit = partial(resource.setrlimit, resource.RLIMIT_DATA, (limit, limit))
+def run_limited(command: list[str], limit: MemoryLimit) -> Outcome:
+    """Run a client under ``limit``. Raises SplitFLError when it made too few steps to tell."""
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=ulimit)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=limit.enter)
         watch = PeakWatch(process)
         assert process.stdout is not None
         events = [(time.perf_counter(), json.loads(line)) for line in process.stdout]
@@ -204,7 +202,7 @@ def run_limited(command: list[str], limit: int) -> Outcome:
         said = errors.read()[-400:].decode(errors="replace")
     at = [when for when, event in events if event.get("event") == "step"]
     if len(at) < WARMUP + 2:
-        raise SplitFLError(f"a client under {limit} bytes made {len(at)} steps", said)
+        raise SplitFLError(f"a client under a limit ({limit.kind}) made {len(at)} steps", said)
     apart = [after - before for before, after in zip(at[WARMUP - 1 :], at[WARMUP:], strict=False)]
     steps = {event["step"] for _, event in events if event.get("event") == "step"}
     shortages = sum(event.get("event") == "memory_short" for _, event in events)

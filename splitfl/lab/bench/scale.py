@@ -76,7 +76,7 @@ def run(*, size: Size = Size(), say: Callable[[str], None] = lambda _: None) -> 
     result.rows.append(waiting)
     result.bars += [
         Bar("trunk memory for each idle client, bytes", waiting["idle_client_bytes"], MEMORY_BAR, "lower"),
-        Bar("answers meanwhile, 99 of 100 within seconds", waiting["echo_99th_s"], ANSWER_BAR_S, "lower"),
+        Bar("status meanwhile, 99 of 100 within seconds", waiting["status_99th_s"], ANSWER_BAR_S, "lower"),
     ]
     return result
 

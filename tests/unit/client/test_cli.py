@@ -308,7 +308,7 @@ def test_events_are_text_on_stderr_for_a_person(capsys: pytest.CaptureFixture[st
 
 def closing_report(folder: Path, **facts: Any) -> dict[str, Any]:
     gate = open_gate(folder)
-    gate.release_weights(0, {"head": torch.ones(2)})
+    gate.release_weights(0, {"head": torch.ones(2)}, folder / "update")
     return {
         "client": "ward",
         "federation": "wards",

@@ -108,7 +108,7 @@ def test_kept_blocks_keep_their_moments_and_new_ones_take_the_newest_merge_with_
 
     def watch(client: Participant, event: Event) -> None:
         if event.event == "waiting" and "moments" not in seen:
-            seen["moments"] = client.ends.optimizer_tensors()
+            seen["moments"] = {name: moment.clone() for name, moment in client.ends.optimizer_tensors().items()}
         if event.event == "evaluation" and event.facts["round"] == 1:  # with what the round starts from
             seen["weights"] = {name: weight.clone() for name, weight in client.ends.weights().items()}
 

@@ -105,7 +105,7 @@ def test_damaged_measurements_are_made_anew(small_model: Path, tmp_path: Path, m
 def test_prober_tells_models_machines_and_threads_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def place(identity: str, **tables: object) -> Path:
         settings: Federation = parse_federation(tables, "the test")
-        return Prober(identity, settings, CPU, tmp_path).kept
+        return Prober(identity, tmp_path, settings, CPU, tmp_path).kept
 
     places = [place("a"), place("b"), place("a", batch={"max_length": 64}), place("a", model={"train": "lora"})]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)

@@ -171,7 +171,7 @@ def test_merged_weights_on_a_full_disk_are_a_storage_error(store: ClientStore, m
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     path = store.save_merged({"head": torch.ones(2)})
-    monkeypatch.setattr("client_model.store.save_file", full)
+    monkeypatch.setattr("splitfl.codec.stored.save_file", full)
     with pytest.raises(StorageError, match="No space left on device"):
         store.save_merged({"head": torch.zeros(2)})
     assert load_file(path)["head"].tolist() == [1.0, 1.0]

@@ -171,7 +171,7 @@ def test_error_says_what_is_missing_and_which_cut_would_fit() -> None:
     smaller = min(c.peak_bytes for c in weigh(FAST, model=model) if c.forbidden)
     with pytest.raises(PlanError) as error:
         choose(weigh(replace(FAST, memory=smaller), model=model))
-    assert "the smallest, cut 2,4 in 4 micro-batches with fp32, needs" in error.value.message
+    assert "the smallest, cut 2,4 in 8 micro-batches with fp32, needs" in error.value.message
     assert "would fit, but model.min_bottom is 2" in error.value.remedy
     least = min(c.peak_bytes for c in weigh(FAST, model=model) if not c.forbidden)
     assert error.value.missing == least - smaller

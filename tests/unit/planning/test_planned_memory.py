@@ -129,7 +129,6 @@ def test_peak_is_what_stays_and_the_greatest_of_what_comes_and_goes() -> None:
     parts = memory_parts(carried_with(), Plan(ENDS, 1, "fp32", "bf16", 1), 1, "cpu")
     parts = dict.fromkeys(parts, 1)
     assert peak(parts) == 3 + 5 + 1
-    assert peak(parts | {"merging_bytes": 100}) == 3 + 100
     assert peak(parts | {"loading_bytes": 100}) == 2 + 100
 
 
@@ -160,14 +159,6 @@ def test_empty_trunk_needs_no_wire_and_no_second_pair_of_ends() -> None:
     split = carried_with(**private)
     assert part("baselines", split, plan) == part("weights", split, plan) + part("optimizer", split, plan)
     assert part("baselines", carried_with(), plan) == 0
-
-
-def test_merging_copies_the_moments_and_twice_what_is_shared() -> None:
-    plan = Plan(Cut(1, 1), 1, "fp32", "bf16", 1)
-    own = carried_with()
-    assert part("merging", own, plan) == moments(own) + 2 * 4 * own.shared
-    assert part("merging", own, plan, "cuda") == moments(own)
-    assert part("merging", carried_with(merge={"share": "none"}), plan) == moments(own)
 
 
 def test_dp_sgd_holds_two_gradients_and_the_graph_of_one_record() -> None:

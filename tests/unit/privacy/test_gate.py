@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from gates import open_gate, ref
-from safetensors.torch import load
+from safetensors.torch import load_file
 from torch import Tensor
 
 from splitfl.codec.tensors import CodecName, decode_tensor
 from splitfl.errors import NumericalError, PrivacyError, StorageError
+from splitfl.files import sha256_of
 from splitfl.privacy.accounting import epsilon_of
 from splitfl.privacy.gate import Gate
 from splitfl.privacy.keepsakes import read_keepsakes
@@ -93,18 +94,20 @@ def test_gradient_that_overflows_leaves_as_noise_alone_and_tells_nothing(tmp_pat
 def test_weights_leave_exact_whatever_the_codec_and_are_counted(tmp_path: Path) -> None:
     gate = open_gate(tmp_path, codec="bf16")
     weights = {"head": hidden()[0], "transposed": hidden()[0].t()}  # the second is not contiguous
-    data = gate.release_weights(0, weights)
-    got = load(data)
+    path = tmp_path / "update.safetensors"
+    digest = gate.release_weights(0, weights, path)
+    assert digest == sha256_of(path.read_bytes())
+    got = load_file(path)
     assert got.keys() == weights.keys()
     assert all(torch.equal(got[name], weights[name]) for name in weights)
-    assert (left(gate), gate.ledger.bytes["weights"]) == ({"weights": 1}, len(data))
+    assert (left(gate), gate.ledger.bytes["weights"]) == ({"weights": 1}, path.stat().st_size)
 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_weights_that_are_not_finite_do_not_leave_and_are_named(tmp_path: Path, bad: float) -> None:
     gate = open_gate(tmp_path)
     with pytest.raises(NumericalError, match="weight 'b'"):
-        gate.release_weights(0, {"a": torch.ones(2), "b": torch.tensor([0.0, bad])})
+        gate.release_weights(0, {"a": torch.ones(2), "b": torch.tensor([0.0, bad])}, tmp_path / "update")
     assert left(gate) == {}
 
 
@@ -282,14 +285,14 @@ def test_before_anything_leaves_the_report_gives_no_figures(tmp_path: Path) -> N
 def test_weights_without_dp_leave_no_epsilon_and_with_dp_sgd_they_are_paid_for_by_its_steps(tmp_path: Path) -> None:
     plain = open_gate(tmp_path / "plain", "measured")
     once(plain, 1, 2)
-    plain.release_weights(0, {"head": torch.ones(2)})
+    plain.release_weights(0, {"head": torch.ones(2)}, tmp_path / "update")
     report = privacy_report(plain.policy, plain.ledger)
     assert (report["epsilon"], report["epsilon_activations"] is None) == (None, False)
     private = open_gate(tmp_path / "private", "measured", dp_sgd=True, noise_multiplier=50.0, dp_noise_multiplier=4.0)
     once(private, 1, 2)
     for _ in range(20):
         private.charge_dp_sgd(0, [ref(1), ref(2)])
-    private.release_weights(0, {"head": torch.ones(2)})
+    private.release_weights(0, {"head": torch.ones(2)}, tmp_path / "update")
     mu_squared = (2 * math.sqrt(8) / 50) ** 2 + 20 * (2 / 4) ** 2
     assert private.ledger.spent[ref(1).key] == pytest.approx(mu_squared)
     whole = privacy_report(private.policy, private.ledger)["epsilon"]

@@ -7,12 +7,9 @@ import errno
 from pathlib import Path
 
 import pytest
-from safetensors import SafetensorError
 
 import server_model.disk
-import server_model.store
 from server_model.disk import once_there_is_room
-from server_model.store import write_tensors
 from splitfl.errors import StorageError
 from splitfl.files import storage_errors
 
@@ -34,16 +31,6 @@ def test_write_that_the_system_refuses_is_tried_until_it_goes_through(number: in
 
     assert asyncio.run(once_there_is_room(told.append, write, "x")) == "x"
     assert len(told) == 2
-
-
-def test_tensors_that_find_no_room_are_known_by_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(server_model.store, "save_file", full)
-    with pytest.raises(OSError, match="No space left") as error:
-        write_tensors({}, tmp_path / "x")
-    assert error.value.errno == errno.ENOSPC
 
 
 @pytest.mark.parametrize("cause", [ValueError(), None])

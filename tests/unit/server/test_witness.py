@@ -84,11 +84,11 @@ def test_damaged_note_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
 
 def test_client_with_an_older_or_a_deleted_ledger_stops(tmp_path: Path) -> None:
     gate = open_gate(tmp_path / "client", "measured")
-    gate.release_weights(0, {"w": torch.zeros(1)})
+    gate.release_weights(0, {"w": torch.zeros(1)}, tmp_path / "update")
     gate.ledger.close()
     shutil.copytree(tmp_path / "client", tmp_path / "backup")
     now = open_gate(tmp_path / "client", "measured")
-    now.release_weights(1, {"w": torch.ones(1)})  # the same weights again would be free
+    now.release_weights(1, {"w": torch.ones(1)}, tmp_path / "update")  # the same weights again would be free
     mark = Mark(now.ledger.count, now.ledger.head.hex())
     check_not_older(now.ledger, mark)
     with pytest.raises(PrivacyError, match=r"ledger \(1 rows\).*countersigned \(2\)"):

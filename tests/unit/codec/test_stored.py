@@ -1,0 +1,37 @@
+"""Tensors on disk: written from where they lie, read one after the other."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from splitfl.codec import stored
+from splitfl.codec.stored import read_in_turn, write_tensors
+
+
+def test_tensors_come_back_one_after_the_other_as_they_were(tmp_path: Path) -> None:
+    tensors = {"b": torch.randn(3, 4), "a": torch.randn(2, 5).t(), "none": torch.empty(0)}
+    write_tensors(tensors, tmp_path / "x")
+    read = dict(read_in_turn(tmp_path / "x"))
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_file_that_is_no_safetensors_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"no tensors")
+    with pytest.raises(SafetensorError):
+        next(read_in_turn(tmp_path / "x"))
+
+
+def test_tensors_that_find_no_room_are_known_by_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(stored, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        write_tensors({}, tmp_path / "x")
+    assert error.value.errno == errno.ENOSPC
