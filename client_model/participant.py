@@ -10,16 +10,13 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from client_model.asking import Asker
-from client_model.assets import PIECE_BYTES
 from client_model.baselines import BaselineRun, Baselines, wanted
 from client_model.candidate import Candidate, Connection, preparation
 from client_model.ends import Ends
@@ -27,6 +24,7 @@ from client_model.journal import Head
 from client_model.link import SessionLostError
 from client_model.measuring import Measurements, due
 from client_model.notary import Notary
+from client_model.sharing import Sharing
 from client_model.shortage import ShortageError, is_shortage
 from client_model.store import Snapshot
 from client_model.trainer import MissedStepError, Trainer
@@ -34,7 +32,7 @@ from splitfl.allocator import give_back_freed_memory
 from splitfl.config import Federation
 from splitfl.cut import Cut
 from splitfl.data.packing import Batch, DataOrder
-from splitfl.errors import ConfigError, NumericalError, ProtocolError, RefusedError, SplitFLError
+from splitfl.errors import ConfigError, NumericalError, ProtocolError, SplitFLError
 from splitfl.federation.schedule import round_step_sizes
 from splitfl.privacy.policy import DpSgd
 from splitfl.split.narrow import load_release
@@ -45,10 +43,7 @@ from splitfl.wire.messages import (
     NextRound,
     RoundDurable,
     RoundOpen,
-    TensorBytes,
     Update,
-    Upload,
-    Uploaded,
     Welcome,
 )
 
@@ -140,8 +135,7 @@ class Participant(Candidate):
         self.trainer = Trainer(self.ends, self.link, self.gate)
         assert self.guard is not None
         self.notary = Notary(self.link, self.guard.ledger, self.name, welcome.signer)
-        self.held_weights = self.missed_weights = ""
-        self.beside: dict[str, Tensor] = {}  # what came beside the weights that are held
+        self.sharing = Sharing(self.ends, self.link, self.assets, self.gate, self.store)
         self.labels: set[int] = set()  # of this start, for the audit of the first update
         self.round = snapshot.round if snapshot else -1
         self.order: DataOrder = self.data.order(self.name, snapshot.cursor if snapshot else (0, 0))
@@ -233,7 +227,7 @@ class Participant(Candidate):
             self.store.forget_closing()
             if not self._take_merge_in_time(answer.weights):
                 continue
-            self.ends.begin_round(self.beside)
+            self.ends.begin_round(self.sharing.beside)
             self._evaluate(answer.round)
             self._train_round(answer.round, 0, 0)
 
@@ -244,28 +238,12 @@ class Participant(Candidate):
         else:
             self._send_update(unfinished)
 
-    def _take_merge(self, weights: str) -> None:
-        """Load the newest merge, unless it is what we hold. Personal weights stay."""
-        if weights and weights != self.held_weights:
-            self.ends.load_weights(self.assets.weights(weights, self.ends.shared))
-            self.beside = self.assets.weights(weights, self.ends.beside) if self.ends.beside else {}
-        self.held_weights = weights
-
     def _take_merge_in_time(self, weights: str) -> bool:
-        """Load the newest merge; False when that took so long that the server keeps newer ones alone: ask for those.
-
-        Raises RefusedError when the server does not have what it still names, and in a round that is done again.
-        """
-        try:
-            self._take_merge(weights)
-        except RefusedError as refused:
-            gone_since = refused.code == "not_found" and weights != self.missed_weights
-            if not gone_since or self.link.journal.doing_again:  # what the journal goes on with needs these weights
-                raise
-            self.missed_weights = weights
+        """Load the newest merge; False when it is gone and a newer one is to be asked for."""
+        taken = self.sharing.take_in_time(weights, doing_again=self.link.journal.doing_again)
+        if not taken:
             self._say("merge_missed")
-            return False
-        return True
+        return taken
 
     def _train_round(self, round_: int, first_step: int, tokens: int) -> None:
         """The local steps of a round, a snapshot, the update, and the wait until the merge is durable."""
@@ -321,7 +299,7 @@ class Participant(Candidate):
         round_ = snapshot.round
         weights = self.ends.weights()
         shared = {name: weights[name] for name in self.ends.shared}
-        digest = self._upload(round_, shared) if shared else ""
+        digest = self.sharing.send(round_, shared)
         if round_ == 0 and self.gate.keepsakes.chosen:
             self.gate.keepsakes.keep_head(shared.get(self.ends.head_name), self.labels)
         self.notary.mark()
@@ -344,20 +322,6 @@ class Participant(Candidate):
         correction = {} if before is None or before.terms != snapshot.terms else before.correction
         self.ends.load_correction_tensors(correction)
         self.store.save(replace(snapshot, correction=correction))
-
-    def _upload(self, round_: int, shared: Mapping[str, Tensor]) -> str:
-        """Send the shared weights in pieces; returns the hash of them all."""
-        with self.store.scratch("update.safetensors") as path:
-            digest = self.gate.release_weights(round_, shared, path)
-            total = path.stat().st_size
-            with path.open("rb") as file:
-                for offset in range(0, total, PIECE_BYTES):
-                    piece = file.read(PIECE_BYTES)
-                    tensor = TensorBytes("u8", (len(piece),), piece)
-                    answer = self.link.ask(Upload(0, 0, digest, offset, total, tensor))
-                    if not isinstance(answer, Uploaded):
-                        raise ProtocolError(f"{type(answer).__name__} instead of a receipt")
-        return digest
 
     def _snapshot(self, round_: int, step: int, tokens: int) -> Snapshot:
         cut = (self.cut.n_bottom, self.cut.n_top)
@@ -396,7 +360,7 @@ class Participant(Candidate):
         self._say("evaluation", **facts)
 
     def _finish(self, finished: Finished) -> dict[str, Any]:
-        self._take_merge(finished.weights)
+        self.sharing.take(finished.weights)
         self._evaluate(finished.round + 1)
         path = self.store.save_merged({name: tensor.contiguous() for name, tensor in self.ends.weights().items()})
         personal = self._personal_loss(finished.round)
