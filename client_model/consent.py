@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from splitfl.console import note
 from splitfl.errors import PrivacyError
-from splitfl.federation.agreement import SHORT, Terms
+
+if TYPE_CHECKING:
+    from splitfl.federation.agreement import Terms  # imports torch
 
 
 class Consent:
@@ -21,7 +24,7 @@ class Consent:
         for line in terms.lines():
             note(line)
         if self.given and not terms.named_by(self.given):
-            short = terms.sha256[:SHORT]
+            short = terms.short
             raise PrivacyError(
                 f"--accept {self.given} is not the hash of these terms ({short}...): they have changed, or it is "
                 "mistyped or cut short; nothing has left",

@@ -16,10 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from splitfl.config import LEVELS, Privacy
+from splitfl.config import LEAVING, LEVELS, Privacy
 from splitfl.errors import ConfigError, PrivacyError
-from splitfl.privacy.policy import KINDS, Policy
+
+if TYPE_CHECKING:
+    from splitfl.privacy.policy import Policy  # imports torch
 
 OTHERS = "others"  # every kind that has no least of its own
 WEAKEST = {OTHERS: LEVELS["light"], "gradients": Privacy().gradient_noise_multiplier, "weights": 0.0}
@@ -53,7 +56,7 @@ class Floor:
         raise ConfigError(
             f"{text!r} is no privacy floor",
             "Use --privacy off, measured, measured:NOISE, measured:NOISE,KIND:NOISE or certified:EPSILON; a KIND is "
-            f"one of {', '.join(KINDS)}.",
+            f"one of {', '.join(LEAVING)}.",
         )
 
     def check(self, policy: Policy, records: int) -> None:
@@ -94,6 +97,6 @@ def least_of_a_kind(text: str) -> tuple[str, float]:
     """``KIND:NOISE``; 0 lets the kind leave as it is, inf keeps it here. Raises ValueError."""
     kind, _, number = text.partition(":")
     value = float(number)
-    if kind not in KINDS or not value >= 0:
+    if kind not in LEAVING or not value >= 0:
         raise ValueError
     return kind, value

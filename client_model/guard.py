@@ -13,7 +13,7 @@ from client_model.records import ClientData, Spend
 from client_model.store import ClientStore
 from splitfl.config import Federation
 from splitfl.errors import PrivacyError
-from splitfl.federation.agreement import SHORT, Terms
+from splitfl.federation.agreement import Terms
 from splitfl.files import write_file
 from splitfl.privacy.gate import Gate
 from splitfl.privacy.keepsakes import sample
@@ -49,9 +49,7 @@ class Guard:
         if self.ledger.accepted(digest):
             return
         if not accept(terms):
-            raise PrivacyError(
-                self._unaccepted(terms), f"Read them above; to accept, add --accept {terms.sha256[:SHORT]}."
-            )
+            raise PrivacyError(self._unaccepted(terms), f"Read them above; to accept, add --accept {terms.short}.")
         self.ledger.accept(digest)
         write_file(self.folder / ACCEPTED_FILE, "\n".join(terms.lines()).encode())
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from client_model.asking import Asker
 from client_model.assets import PIECE_BYTES, Assets
+from client_model.candidate import Connection
 from client_model.ends import Ends
 from client_model.store import ClientStore
 from splitfl.errors import ProtocolError, RefusedError
@@ -21,7 +21,7 @@ class Sharing:
     ``beside`` is what came beside the weights that are held, for the strategy's correction.
     """
 
-    def __init__(self, ends: Ends, link: Asker, assets: Assets, gate: Gate, store: ClientStore) -> None:
+    def __init__(self, ends: Ends, link: Connection, assets: Assets, gate: Gate, store: ClientStore) -> None:
         self.ends = ends
         self.link = link
         self.assets = assets

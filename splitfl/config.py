@@ -284,6 +284,9 @@ class Agreement(Section):
     )
 
 
+#: what may leave a client, as terms and floors name it
+LEAVING = ("activations", "gradients", "weights", "losses")
+
 #: named levels of mode "measured": sigma of the activations' noise, in clip norms
 LEVELS = {"light": 0.1, "medium": 0.3, "strong": 1.0}
 

@@ -33,6 +33,11 @@ class Terms:
         agreed = {"settings": self.settings.model_dump(mode="json", exclude=NOT_AGREED), "manifest": self.manifest}
         return hashlib.sha256(json.dumps(agreed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
+    @property
+    def short(self) -> str:
+        """As much of the hash as is enough to name it by hand."""
+        return self.sha256[:SHORT]
+
     def named_by(self, given: str) -> bool:
         """Whether ``given`` is the hash, or enough of its beginning."""
         return len(given) >= SHORT and self.sha256.startswith(given.lower())

@@ -11,13 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from splitfl.config import LEVELS, Federation
+from splitfl.config import LEAVING, LEVELS, Federation
 from splitfl.errors import ConfigError
 from splitfl.privacy.accounting import mu_for, replace_one, sigma_for
 from splitfl.privacy.mechanism import Mechanism
-
-#: what may leave, as terms and floors name it
-KINDS = ("activations", "gradients", "weights", "losses")
 
 
 @dataclass(frozen=True)
@@ -149,11 +146,11 @@ NONE = NoiseMultipliers(0.0, 0.0, 0.0, 0.0)
 
 
 def leaving(settings: Federation, noise: NoiseMultipliers) -> dict[str, float]:
-    """The noise of each of ``KINDS`` that leaves, in its own clip norms; that of weights is DP-SGD's."""
+    """The noise of each of ``LEAVING`` that leaves, in its own clip norms; that of weights is DP-SGD's."""
     of_weights = noise.dp_sgd if settings.privacy.dp_sgd else 0.0
     leaves = (True, settings.trains_trunk, settings.merge.share != "none", settings.evaluation.share_metrics)
     each = (noise.activations, noise.gradients, of_weights, noise.metrics)
-    return {kind: of_it for kind, of_it, goes in zip(KINDS, each, leaves, strict=True) if goes}
+    return {kind: of_it for kind, of_it, goes in zip(LEAVING, each, leaves, strict=True) if goes}
 
 
 def measured_noise(settings: Federation) -> NoiseMultipliers:

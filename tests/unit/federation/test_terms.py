@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from splitfl.config import Federation, parse_federation
+from splitfl.config import LEAVING, Federation, parse_federation
 from splitfl.federation.agreement import NOT_AGREED, Terms
-from splitfl.privacy.policy import KINDS
 
 MODEL = "ab" * 32
 OWNER = {"owner": "Ward A", "contact": "a@example.org", "purpose": "letters", "exporters": ["operator", "ward-b"]}
@@ -109,8 +108,8 @@ def line(name: str, privacy: dict[str, Any], **tables: Any) -> str:
     ],
 )
 def test_terms_say_of_everything_that_can_leave_whether_it_does_and_with_which_noise(name: str, setting: str) -> None:
-    """A line for each of ``KINDS``; the first is the mode's own."""
-    assert name in (*KINDS, "privacy")
+    """A line for each of ``LEAVING``; the first is the mode's own."""
+    assert name in (*LEAVING, "privacy")
     assert "0.37" in line(name, NOISED | {setting: 0.37}, **SHARED)
     if name != "privacy":
         assert "noise: as epsilon asks" in line(name, NOISED | {"mode": "certified", "epsilon": 8.0}, **SHARED)
@@ -120,7 +119,7 @@ def test_terms_say_of_everything_that_can_leave_whether_it_does_and_with_which_n
 
 def test_terms_name_every_kind_that_can_leave() -> None:
     names = {said.split(" ")[0] for said in terms(privacy=NOISED, **SHARED).lines()}
-    assert {"privacy", *KINDS[1:]} <= names
+    assert {"privacy", *LEAVING[1:]} <= names
 
 
 @pytest.mark.parametrize(
