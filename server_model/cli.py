@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from server_model.admission import Admission
     from server_model.coordinator import Coordinator, Progress
 
-BRIEF_SPINS = "5000"  # libgomp's own number is 300,000: a millisecond or so
 LEAVING_S = 60.0  # how long a finished service waits for clients that are still there
 
 
@@ -48,7 +47,6 @@ def serve(
         from splitfl.pipe import tune_process
 
         tune_process(note)
-        spin_briefly()
         from server_model.admission import Admission
 
         with claimed(state):
@@ -56,13 +54,6 @@ def serve(
                 model, federation, state, device, threads, report, resume=resume, check=not skip_check
             )
             asyncio.run(run(coordinator, Admission.open(state, plain=plain), host, port, report))
-
-
-def spin_briefly() -> None:
-    """Have torch's threads wait awake at a step's many short barriers, and sleep when it takes longer: someone else may
-    need the cores. Before torch is imported, and unless the environment says how threads wait."""
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = BRIEF_SPINS
 
 
 def prepare(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-# Two torch processes that spin for work fight over the cores; this must be set before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from splitfl.spinning import brief_spins
+
+os.environ.update(brief_spins(os.environ))
 # Nothing is ever downloaded behind the user's back.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

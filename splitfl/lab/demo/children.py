@@ -24,15 +24,16 @@ from typing import Any
 
 from splitfl.errors import SplitFLError
 from splitfl.lab.peaks import peak_rss
+from splitfl.spinning import brief_spins
 
 POLL_S = 0.2  # between looks at the memory
 GRACE_S = 3.0  # from asking a process to end until it is ended
 
 Event = dict[str, Any]
 
-# Processes that spin for work fight over the cores: said before torch is imported there. Nothing is downloaded.
+# Said before torch is imported there. Nothing is downloaded.
 ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",
+    **brief_spins({}),
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",

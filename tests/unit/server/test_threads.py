@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-import pytest
 import torch
 
-from server_model.cli import spin_briefly
 from server_model.coordinator import Coordinator
 from server_model.threads import computing_thread
 from splitfl.config import Federation
-
-
-@pytest.mark.parametrize(("said", "spins"), [({}, "5000"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None)])
-def test_threads_spin_briefly_unless_the_environment_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch, said: dict[str, str], spins: str | None
-) -> None:
-    monkeypatch.setattr(os, "environ", dict(said))
-    spin_briefly()
-    assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
 def test_each_computing_thread_has_its_own_number() -> None:
