@@ -33,7 +33,7 @@ check: $(VENV)/.installed-dev ## lint, format, types, who may import whom
 	@$(BIN)/lint-imports --no-logo
 
 bench: $(VENV)/.installed ## speed and memory, as JSON in results/
-	@$(BIN)/splitfl bench overhead --out results
+	@$(BIN)/splitfl bench overhead --steps 8 --out results
 	@$(BIN)/splitfl bench memory --out results
 	@$(BIN)/splitfl bench startup --out results
 	@$(BIN)/splitfl bench pipe --out results
