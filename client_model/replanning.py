@@ -124,7 +124,7 @@ class AutoPlan:
         if self.store.pause_folder.exists() or self.store.journal.exists() or self.store.closing() is not None:
             return held_choices(self.store)
         self.say("measuring this machine and the link to the server, to plan with")
-        before = held_choices(self.store) if self.store.rounds() else None
+        before = held_choices(self.store) if self.store.took_part() else None
         plan, weighed = make_plan(kept_plan(self.store), before, self.visit())
         keep_plan(self.store, plan)
         self.looked = time.monotonic()

@@ -128,6 +128,10 @@ class ClientStore:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{path} cannot be read", "Name the state folder of a client that took part.") from error
 
+    def took_part(self) -> bool:
+        """Whether something may have left: a client writes down what it takes part with before it sends any of it."""
+        return (self.folder / "federation.json").exists()
+
     def choices(self) -> Mapping[str, Any] | None:
         """What was chosen beside them; None for nothing. Raises StorageError as ``federation``."""
         self.federation()

@@ -26,7 +26,7 @@ from splitfl.split.training import set_up_training
 
 FIRST_TOKENS, GROWTH = 16, 4
 LEAST_RUNS, MOST_RUNS = 3, 9
-BLOCK_S, FROZEN_S, HEAD_S, UPDATE_S = 0.8, 0.3, 1.0, 0.2  # seconds that measuring each may take, about
+BLOCK_S, FROZEN_S, HEAD_S, UPDATE_S = 0.5, 0.2, 0.6, 0.1  # seconds that measuring each may take, about
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,8 @@ async def run(coordinator: Coordinator, admission: Admission, host: str, port: i
     if failures:
         raise SplitFLError(f"the service failed inside: {failures[0]!r}", "Start it again with --resume.")
     if stopped.is_set():
-        note(f"stopped; rounds up to {coordinator.rounds.durable + 1} are durable. Start again with --resume.")
+        done = coordinator.rounds.durable + 1
+        note(f"stopped; {f'rounds up to {done} are' if done else 'no round is'} durable. Start again with --resume.")
         raise KeyboardInterrupt
 
 

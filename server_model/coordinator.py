@@ -142,6 +142,7 @@ class Coordinator:
         self.rounds = Rounds(settings, self.source, store, self.engine, self.blobs, clock=clock, say=self._say)
         if resume:
             self.rounds.restore()
+            self._clear_releases()  # which a server that was killed at the end has left
         self.members = Members(settings, self.layers, cache(self._shapes_of), self._left)
 
     def _shapes_of(self, cut: Cut) -> Shapes:
@@ -379,6 +380,7 @@ class Coordinator:
     async def _upload(self, member: Member, request: Upload) -> Answer:
         limit = 4 * sum(numel(shape) for shape in member.shared.values()) + HEADER_ALLOWANCE
         received = await once_there_is_room(self.rounds.held_up, self.rounds.inbox.receive, member.name, request, limit)
+        self.rounds.trouble = ""
         return Uploaded(request.seq, request.sha256, received)
 
     async def _bye(self, member: Member, request: Bye) -> Answer:
@@ -391,11 +393,15 @@ class Coordinator:
         await self._in_order(self.releases.forget, member.name)
 
     def close(self) -> None:
-        """Stop computing; what is durable stays. A federation that has ended needs no releases any more."""
+        """Stop computing; what is durable stays."""
         self.members.close()
         self.engine.close()
         self._codec.shutdown(wait=True, cancel_futures=True)
-        if self.rounds.finished.is_set() and not len(self.members):
+        self._clear_releases()
+
+    def _clear_releases(self) -> None:
+        """After the end nobody needs them: whoever still measures with one sends it again."""
+        if self.rounds.finished.is_set():
             self.releases.clear()
 
     def _say(self, event: str, **facts: object) -> None:

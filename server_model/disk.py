@@ -29,6 +29,6 @@ async def once_there_is_room(
         except StorageError as error:
             if not isinstance(error.__cause__, OSError):
                 raise
-            log.error("%s; trying again in %.0f s", error, RETRY_S)
-            held_up(error)
+            log.info("%s", error)
+            held_up(StorageError(error.message, f"Free some space or mend the folder: tried every {RETRY_S:.0f} s."))
             await asyncio.sleep(RETRY_S)

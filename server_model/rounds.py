@@ -74,6 +74,7 @@ class Rounds:
         self.weights = ""  # hash of the list of merged tensors
         self.durable = -1  # the newest round on disk
         self.finished = asyncio.Event()
+        self.trouble = ""  # what holds a merge or an upload up, since the last one that went through
         self._desk = Desk()
         self._opened = -1  # the newest round that was opened
         self._rings_at: float | None = None  # the deadline that is set
@@ -279,10 +280,12 @@ class Rounds:
 
     async def _save(self, state: RoundState) -> None:
         """Make a round durable."""
-        await once_there_is_room(self.held_up, self.store.save, state)
+        await once_there_is_room(self.held_up, self.store.save, state)  # no step moves its tensors while a round merges
+        self.trouble = ""
 
     def held_up(self, error: StorageError) -> None:
         """The disk is full."""
+        self.trouble = str(error)
         self.say("storage_error", round=self.machine.round, error=str(error))
 
     def _finish(self, round_: int) -> None:

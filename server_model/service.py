@@ -177,8 +177,9 @@ class Service:
 
     def _answer_http(self, connection: ServerConnection, asked: HttpRequest) -> Response | None:
         """The answer to a request that is for no websocket; None for all others."""
-        host, peer = asked.headers.get("Host", ""), str(connection.remote_address[0])
-        told = status.answer(self.coordinator, asked.path, host, peer)
+        hosts = asked.headers.get_all("Host")
+        peer = str(connection.remote_address[0])
+        told = status.answer(self.coordinator, asked.path, hosts[0] if len(hosts) == 1 else "", peer)
         if told is None:
             return None
         response = connection.respond(*told)

@@ -35,15 +35,21 @@ def status(coordinator: Coordinator) -> dict[str, Any]:
         "updates": sorted(machine.updates),
         "waiting_for": awaited,
         "missing": missing,
-        "clients": [describe(member) for member in sorted(coordinator.members, key=lambda member: member.name)],
+        "held_up": rounds.trouble,
+        "clients": [
+            describe(member, takes_part=member.name in machine.present)
+            for member in sorted(coordinator.members, key=lambda member: member.name)
+        ],
     }
 
 
-def describe(member: Member) -> dict[str, Any]:
-    """One client's session; bytes are those of its frames."""
+def describe(member: Member, *, takes_part: bool) -> dict[str, Any]:
+    """One client's session; bytes are those of its frames. Who has asked for no round yet takes no part: it may be
+    here to measure."""
     return {
         "name": member.name,
         "connected": member.connected,
+        "takes_part": takes_part,
         "cut": str(member.cut),
         "codec": member.codec,
         "bytes_in": member.bytes_in,
@@ -56,8 +62,16 @@ def answer(coordinator: Coordinator, path: str, host: str, peer: str) -> tuple[H
 
     ``host`` is the request's Host header, ``peer`` the address that it came from.
     """
-    if urlsplit(path).path != PATH:
+    if path.partition("?")[0] != PATH:
         return None
-    if not (is_loopback(peer) and is_loopback(urlsplit(f"//{host}").hostname or "")):
+    if not (is_loopback(peer) and is_loopback(host_name(host))):
         return HTTPStatus.FORBIDDEN, "the status is for the machine that the service runs on\n"
     return HTTPStatus.OK, json.dumps(status(coordinator)) + "\n"
+
+
+def host_name(header: str) -> str:
+    """The name in a Host header, without its port; "" for what is none."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""

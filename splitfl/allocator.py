@@ -1,4 +1,4 @@
-"""glibc's allocator, told to keep what a computation frees: the next step asks for the same blocks again.
+"""What glibc's allocator is told: keep what a computation frees; serve all threads from one heap; give back now.
 
 Left alone it gives every large block back to the kernel, and each step pays to have its pages zeroed anew.
 """

@@ -11,11 +11,13 @@ import json
 from dataclasses import dataclass
 
 from splitfl.config import LEVELS, Federation, Privacy
+from splitfl.cut import Cut
 from splitfl.privacy.accounting import mean_bits, mu_for
 from splitfl.privacy.charges import MOST_LOSS
 from splitfl.privacy.report import told
+from splitfl.split.flow import bottom_trains
 
-#: settings that are not agreed to: how fast weights move, and how the server runs its own part
+#: settings that are not agreed to: how fast weights move, and how the server runs its own part (``keeps`` is agreed to)
 NOT_AGREED = {"seed", "optimizer", "trunk"}
 SHORT = 12  # hex digits that are enough to name an agreement by hand
 
@@ -30,7 +32,8 @@ class Terms:
     @property
     def sha256(self) -> str:
         """The hash that is accepted, 64 hex digits."""
-        agreed = {"settings": self.settings.model_dump(mode="json", exclude=NOT_AGREED), "manifest": self.manifest}
+        settings = self.settings.model_dump(mode="json", exclude=NOT_AGREED)
+        agreed = {"settings": settings, "manifest": self.manifest, "keeps": keeps(self.settings)}
         return hashlib.sha256(json.dumps(agreed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
@@ -92,12 +95,20 @@ def padded(settings: Federation) -> str:
 
 def activations_line(settings: Federation) -> str:
     """What of every record leaves, in one line."""
-    once = settings.freeze_below >= settings.bottoms[-1]
-    if not settings.privacy.on:
-        kept = ", and the server keeps them until the federation ends" if once and settings.trunk.cache_gib else ""
-        return f"of every record, held-out ones too, are sent as they are{kept}."
-    often = "once" if once else "anew in each step"
-    return f"of every record, held-out ones too, are sent {often}, clipped and noised as above."
+    trains = {bottom_trains(settings, Cut(n_bottom, 0)) for n_bottom in settings.bottoms}
+    frozen = " where your bottom is frozen" if len(trains) == 2 else ""
+    if settings.privacy.on:
+        often = f"once{frozen}" if False in trains else "anew in each step"
+        often += ", else anew in each step" if frozen else ""
+        return f"of every record, held-out ones too, are sent {often}, clipped and noised as above."
+    kept = keeps(settings) and False in trains
+    stay = f"; the server keeps them{frozen} until the federation ends" if kept else ""
+    return f"of every record, held-out ones too, are sent as they are{stay}."
+
+
+def keeps(settings: Federation) -> bool:
+    """Whether the server has room to keep what is released; how much is its own affair."""
+    return settings.trunk.cache_gib > 0
 
 
 def gradients_line(settings: Federation) -> str:

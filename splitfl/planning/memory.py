@@ -1,8 +1,9 @@
 """How many bytes a client's process will hold at its peak, term by term.
 
-The peak is what always stays (process, weights, optimizer) and the greater of what comes and goes: reading the model,
-or a step, at the end of the federation beside a second pair of ends for the baselines. An update takes none: it is
-written to a file and sent from there, and its merge, tensor by tensor, fits where the step's gradients were.
+The peak is what always stays (process, weights) and the greater of what comes and goes: reading the model; or the
+optimizer's moments and a step, at the end of the federation beside a second pair of ends for the baselines. An update
+takes none: it is written to a file and sent from there, and its merge, tensor by tensor, fits where the step's
+gradients were.
 Every term follows the code that it names; activations are what autograd keeps of a block of the Llama kind, counted
 tensor by tensor as Korthikanti et al. (2023, arXiv:2205.05198, section 4.1) count GPT's.
 """

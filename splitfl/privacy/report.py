@@ -17,6 +17,7 @@ OFF = "No noise was added: the server can read the text, and labels can be recov
 NOT_AUDITED = "Not audited yet: `splitfl audit` attacks what left."
 NEIGHBOURS = "one record replaced by another of the same public padded length"
 GRADIENTS = ReleaseKind.GRADIENT.value
+ROUNDING = 1 + 1e-9  # a budget that is spent to its end is not exceeded
 SEVERAL = 10  # records of somebody for whom an epsilon is said
 ACTIVATIONS = (ReleaseKind.ACTIVATION.value, ReleaseKind.HELD_OUT_ACTIVATION.value)
 
@@ -52,15 +53,23 @@ def privacy_report(
 
 
 def kept_mu(policy: Policy, ledger: Ledger) -> float:
-    """mu that the budgets keep; without a target, of what the unit that spent most has spent."""
-    return math.sqrt(most_spent(policy, ledger)) if policy.epsilon is None else mu_for(policy.epsilon, policy.delta)
+    """mu that the budgets keep; of what the unit that spent most has spent, without a target and where that is more."""
+    spent = math.sqrt(most_spent(policy, ledger))
+    return spent if policy.epsilon is None or exceeded(policy, ledger) else mu_for(policy.epsilon, policy.delta)
+
+
+def exceeded(policy: Policy, ledger: Ledger) -> bool:
+    """Whether a unit has spent more than the target: under earlier terms, which counts for good."""
+    if policy.epsilon is None:
+        return False
+    return most_spent(policy, ledger) > mu_for(policy.epsilon, policy.delta) ** 2 * ROUNDING
 
 
 def epsilons(policy: Policy, ledger: Ledger, *, simulated: bool) -> tuple[float | None, float | None]:
     """epsilon of the activations alone, and of the whole transcript; None = no bound.
 
-    With a target it is the target: what happens to be spent, read off and acted upon, is no guarantee. Without one it
-    is that of the unit that spent most.
+    With a target it is the target: what happens to be spent, read off and acted upon, is no guarantee. Without one, and
+    where more left under earlier terms, it is that of the unit that spent most.
     """
     if simulated or not policy.private:
         return None, None
@@ -69,7 +78,8 @@ def epsilons(policy: Policy, ledger: Ledger, *, simulated: bool) -> tuple[float 
     alone_epsilon = None if ledger.tainted & set(ACTIVATIONS) else bounded_epsilon(alone, policy.delta)
     if ledger.tainted or not math.isfinite(most):
         return alone_epsilon, None
-    return alone_epsilon, bounded_epsilon(most, policy.delta) if policy.epsilon is None else policy.epsilon
+    kept = policy.epsilon is not None and not exceeded(policy, ledger)
+    return alone_epsilon, policy.epsilon if kept else bounded_epsilon(most, policy.delta)
 
 
 def bounded_epsilon(mu_squared: float, delta: float) -> float | None:
@@ -106,9 +116,10 @@ def statement(
     if simulated:
         return "Simulated: the noise came from a seed, so it protects nothing, and no epsilon holds."
     if policy.mode == "certified" and whole is not None:
+        more = f" More than the target of {policy.epsilon:g}: earlier terms let more out." * exceeded(policy, ledger)
         return (
             f"epsilon = {whole:.3g} at delta = {policy.delta:g} for each {policy.unit} ({NEIGHBOURS}), against whoever "
-            f"sees all that left. It tells {mean_bits(mu):.2g} bits on average, at most."
+            f"sees all that left. It tells {mean_bits(mu):.2g} bits on average, at most.{more}"
         )
     if not ledger.releases:
         return "No guarantee. Nothing has left yet."
@@ -139,10 +150,11 @@ def stayed(policy: Policy, ledger: Ledger) -> list[str]:
 
 def told(*, private: bool) -> list[str]:
     """What the server learns beside the releases."""
+    always = ["this client's name", "its cut, number format and link", "when it works"]
     if not private:
-        return ["this client's name", "number and lengths of records", "counts of label tokens", "when it works"]
+        return [*always, "number and lengths of records", "counts of label tokens"]
     records = "number, order, recurrence and padded lengths of records, and which are held out"
-    return ["this client's name", records, "the number of rows in its ledger", "when it works"]
+    return [*always, records, "the number of rows in its ledger"]
 
 
 def several_records(policy: Policy, ledger: Ledger, mu: float | None) -> str:

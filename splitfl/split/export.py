@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from splitfl.codec.stored import FOR_TRANSFORMERS, write_tensors
 from splitfl.errors import CheckpointError, ConfigError, StorageError
 from splitfl.files import give_usual_mode
 from splitfl.split.checkpoint import CheckpointFolder, embedding_name, is_tied
@@ -167,7 +167,7 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
 
 def write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> dict[str, str]:
     path = folder / f"shard-{number}.safetensors"
-    save_file(tensors, path, metadata={"format": "pt"})
+    write_tensors(tensors, path, FOR_TRANSFORMERS)
     give_usual_mode(path)
     return dict.fromkeys(tensors, path.name)
 

@@ -86,9 +86,12 @@ class WatchedLink(MemoryLink):
 
     def knows(self, data: bytes | memoryview) -> bool:
         """Whether these bytes are in the ledger on disk, as another process would read it."""
+        return self.knows_hash(hashlib.sha256(data).digest())
+
+    def knows_hash(self, digest: bytes) -> bool:
         ledger = Ledger(self.ledger_file)
         try:
-            return ledger.knows(hashlib.sha256(data).digest())
+            return ledger.knows(digest)
         finally:
             ledger.close()
 
@@ -107,6 +110,7 @@ class WatchedLink(MemoryLink):
             pieces = by_record(message.gradient) if private else [message.gradient]
             assert all(self.knows(piece.data) for piece in pieces)
         elif isinstance(message, Upload):
+            assert self.knows_hash(bytes.fromhex(message.sha256))  # before the first piece of it
             self.blob[message.offset :] = bytes(message.data.data)
         else:
             assert isinstance(message, Update), f"{type(message).__name__} is not known here: what does it tell?"

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import time
 from http import HTTPStatus
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from processes import Place, Server
 
+import server_model.disk
+import server_model.store
+from client_model.participant import Participant
+from client_model.store import ClientStore
 from server_model.coordinator import Coordinator
-from server_model.status import answer
+from server_model.status import answer, status
+from splitfl.config import parse_federation
+from splitfl.lab.memory import URL, MemoryLink, MemoryService
+from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "rounds": {"count": 2, "local_steps": 1000, "min_clients": 1},
@@ -51,7 +60,46 @@ def test_status_follows_the_federation(place: Place, wards: dict[str, Path]) -> 
     server.command.wait_for("disconnected", client="b")
     told = json.loads(get(server)[2])  # the others wait for it, and the service still answers
     assert [one["connected"] for one in told["clients"]] == [True, False]
+    until = time.monotonic() + 30
+    while told["waiting_for"] != ["b"] and time.monotonic() < until:  # once the other one has done its part
+        time.sleep(0.05)
+        told = json.loads(get(server)[2])
+    assert told["waiting_for"] == ["b"]
+    assert [one["takes_part"] for one in told["clients"]] == [True, True]
     assert "token" not in get(server)[2]
+
+
+def test_status_tells_merges_ends_and_what_holds_them_up(
+    small_model: Path, wards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process: what the service would answer whenever something is reported."""
+    told: list[dict[str, Any]] = []
+    coordinators: list[Coordinator] = []
+    write, failures = server_model.store.write_tensors, [1]
+
+    def full_at_first(*arguments: Any) -> None:
+        if failures.pop() if failures else 0:
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    def look(_: object) -> None:
+        if coordinators:
+            told.append(status(coordinators[0]))
+
+    monkeypatch.setattr(server_model.store, "write_tensors", full_at_first)
+    monkeypatch.setattr(server_model.disk, "RETRY_S", 0.01)
+    chosen = parse_federation({**SETTINGS, "rounds": {"count": 1, "local_steps": 1}}, "the test")
+    coordinator = Coordinator(small_model, chosen, tmp_path / "server", device=torch.device("cpu"), report=look)
+    coordinators.append(coordinator)
+    with MemoryService(coordinator) as service:
+        client = Participant("a", wards["a"], ClientStore(tmp_path / "a"), tmp_path / "cache", torch.device("cpu"))
+        client.accept, client.key_file = (lambda _: True), tmp_path / "key"
+        link = MemoryLink(service, Hello(PROTOCOL_VERSIONS, "a"))
+        client.run(link, link.open(), URL)
+    (held_up,) = [one for one in told if one["held_up"]]
+    assert "No space left on device" in held_up["held_up"]
+    assert (held_up["phase"], held_up["updates"], held_up["durable_round"]) == ("merging", ["a"], -1)
+    assert (told[-1]["phase"], told[-1]["durable_round"], told[-1]["held_up"]) == ("finished", 0, "")
 
 
 def test_other_paths_are_no_pages_and_names_of_other_machines_are_refused(place: Place) -> None:
@@ -62,6 +110,11 @@ def test_other_paths_are_no_pages_and_names_of_other_machines_are_refused(place:
         code, _, body = get(server, Host=name)
         assert code == HTTPStatus.FORBIDDEN
         assert "phase" not in body
+    for name in ("[", "127.0.0.1:x", "//["):
+        assert get(server, Host=name)[0] in (HTTPStatus.FORBIDDEN, HTTPStatus.OK)
+    for path in ("//[", "/%5B", "/status//["):
+        assert get(server, path)[0] == HTTPStatus.UPGRADE_REQUIRED
+    assert "Traceback" not in server.command.stderr
     for name in (f"localhost:{server.port}", "127.0.0.1", "[::1]:7000"):
         assert get(server, Host=name)[0] == HTTPStatus.OK
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from client_model.ends import trainable
 from client_model.records import batches
 from client_model.trainer import on_device
+from splitfl.codec.stored import FOR_TRANSFORMERS, write_tensors
 from splitfl.config import Federation, parse_federation
 from splitfl.cut import Cut
 from splitfl.data.packing import DataOrder, collate
@@ -149,7 +150,7 @@ def write_ends(base: Path, out: Path, cut: Cut) -> None:
             place = name if block is None else renumber(name, prefix, kept.index(block) - block)
             tensors[place] = source.read(name).float()
     out.mkdir(parents=True)
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(tensors, out / "model.safetensors", FOR_TRANSFORMERS)
     (out / "config.json").write_text(json.dumps({**config.to_dict(), "dtype": "float32"}, default=str))
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
@@ -187,7 +188,7 @@ def learn_ends_alone(folder: Path, texts: Texts, effort: Effort, cut: Cut, rank:
     adaptation = effort.adaptation(cut, rank, 1.0, 0)
     model = narrow_model(folder, adaptation, CPU)
     learn_ends(model, adaptation, drawn(texts.public, effort.public_steps, effort.records, 0, 0))
-    save_file({name: weight.detach().contiguous() for name, weight in ends_weights(model).items()}, out)
+    write_tensors(ends_weights(model), out)
 
 
 def ends_weights(model: NarrowModel) -> dict[str, nn.Parameter]:

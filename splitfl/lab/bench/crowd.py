@@ -131,7 +131,7 @@ def measure(model: Path, width: int, crowd: Crowd) -> dict[str, Any]:
 
 
 async def gather(url: str, trunk: psutil.Process, width: int, crowd: Crowd) -> dict[str, Any]:
-    """The measurement itself: those that train come first, then those that wait, then the echoes."""
+    """The measurement itself: those that train come first, then those that wait, then the looks."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(crowd.records, crowd.length, width, generator=generator)
     payload = encode_tensor(hidden, "bf16")

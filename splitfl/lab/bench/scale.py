@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from splitfl.allocator import keep_freed_memory
+from splitfl.allocator import keep_freed_memory, share_one_heap
 from splitfl.data.notes import generate_notes
 from splitfl.data.packing import Batch
 from splitfl.lab.bench.crowd import Crowd
@@ -159,7 +159,8 @@ def fleet(model: Path, text: str, url: str, batches: list[Batch]) -> Iterator[Ca
 
 def client(model: Path, text: str, url: str, name: str, batch: Batch, threads: int, pipe: Connection) -> None:
     """A client's process: takes steps as it is told, until the other end of ``pipe`` is closed."""
-    keep_freed_memory()  # as join does
+    keep_freed_memory()  # as join does both
+    share_one_heap()
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as state:
         split = SplitStep(model, parse_settings(text), url, Path(state), name)

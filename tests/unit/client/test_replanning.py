@@ -154,6 +154,16 @@ def test_client_that_has_trained_keeps_its_bottom_when_it_plans_first(auto: Call
     assert (free.cut.n_bottom > 0, bound.cut.n_bottom) == (True, 0)
 
 
+def test_client_that_may_have_released_records_keeps_its_bottom_and_form_before_its_first_snapshot(
+    auto: Callable[..., AutoPlan],
+) -> None:
+    store, private = auto().store, parse_federation({"privacy": {"mode": "measured", "clip_norm": 1.0}}, "the test")
+    store.save_federation(private.model_dump_json(), (0, 3))
+    bound = auto().choose()
+    assert bound.cut is not None
+    assert bound.cut.n_bottom == 0
+
+
 def test_machine_is_looked_at_between_rounds_once_a_while(
     auto: Callable[..., AutoPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:

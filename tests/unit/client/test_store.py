@@ -195,3 +195,12 @@ def test_closing_report_is_kept_with_what_is_counted_by_now_until_there_are_roun
         store.closing()
     store.forget_closing()
     assert store.closing() is None
+
+
+def test_scratch_file_goes_when_it_has_served_and_at_the_next_start_after_a_kill(store: ClientStore) -> None:
+    with store.scratch("update.safetensors") as path:
+        path.write_bytes(b"weights")
+    assert not path.exists()
+    path.write_bytes(b"weights")  # as a kill leaves it
+    ClientStore(store.folder)
+    assert not path.exists()

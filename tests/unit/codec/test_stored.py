@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,25 @@ def test_tensors_come_back_one_after_the_other_as_they_were(tmp_path: Path) -> N
     read = dict(read_in_turn(tmp_path / "x"))
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_tensor_is_let_go_before_the_next_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tensors({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "x")
+    opened, really_open = [0], stored.safe_open
+
+    @contextmanager
+    def watched(*arguments: str) -> Iterator[object]:
+        opened[0] += 1
+        with really_open(*arguments) as file:
+            yield file
+        opened[0] -= 1
+
+    monkeypatch.setattr(stored, "safe_open", watched)
+    held = []
+    for name, _ in read_in_turn(tmp_path / "x"):
+        held.append((name, opened[0]))
+    assert held == [("a", 1), ("b", 1)]
+    assert opened == [0]
 
 
 def test_file_that_is_no_safetensors_file_is_an_error(tmp_path: Path) -> None:

@@ -89,6 +89,32 @@ def test_terms_say_who_what_and_what_privacy_means() -> None:
     assert "weights      stay here" in certified
 
 
+@pytest.mark.parametrize(
+    ("model", "noised", "plain"),
+    [
+        ({"n_bottom": 1}, "once, clipped", "; the server keeps them until the federation ends."),
+        ({"n_bottom": 0, "freeze_below": 0}, "anew in each step, clipped", "as they are."),
+        (
+            {"n_bottom": 1, "max_bottom": 2, "freeze_below": 1},
+            "once where your bottom is frozen, else anew in each step, clipped",
+            "; the server keeps them where your bottom is frozen until the federation ends.",
+        ),
+    ],
+)
+def test_terms_say_how_often_activations_leave_and_whether_they_stay(
+    model: dict[str, Any], noised: str, plain: str
+) -> None:
+    assert noised in line("activations", {"mode": "measured"}, model=model)
+    assert line("activations", {"mode": "off"}, model=model).endswith(plain)
+
+
+def test_a_server_that_begins_to_keep_activations_needs_another_yes() -> None:
+    none, some, more = (terms(trunk={"cache_gib": gib}) for gib in (0.0, 1.0, 8.0))
+    assert none.sha256 != some.sha256 == more.sha256
+    assert none.lines() != some.lines()
+    assert some.lines() == more.lines()
+
+
 NOISED = {"mode": "measured", "gradients": "noised", "dp_sgd": True, "clip_norm": 2.0}
 SHARED = {"evaluation": {"share_metrics": True}}
 

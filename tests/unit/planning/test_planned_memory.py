@@ -161,6 +161,14 @@ def test_empty_trunk_needs_no_wire_and_no_second_pair_of_ends() -> None:
     assert part("baselines", carried_with(), plan) == 0
 
 
+def test_heap_of_a_processor_keeps_some_and_a_client_needs_more_than_its_model() -> None:
+    plan, own = Plan(Cut(1, 1), 1, "fp32", "bf16", 1), carried_with()
+    moving = sum(part(name, own, plan) for name in ("activations", "head", "wire"))
+    assert part("holes", own, plan) == round(0.45 * moving)  # measured by `splitfl bench planner`
+    assert part("holes", own, plan, "cuda") == 0
+    assert memory_parts(own, plan, 100, "cpu")["base_bytes"] == 100 + (12 << 20)
+
+
 def test_dp_sgd_holds_two_gradients_and_the_graph_of_one_record() -> None:
     plan = Plan(Cut(1, 1), 2, "fp32", "bf16", 1)
     privacy = {"mode": "measured", "gradients": "noised"}

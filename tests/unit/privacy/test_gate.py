@@ -103,6 +103,25 @@ def test_weights_leave_exact_whatever_the_codec_and_are_counted(tmp_path: Path) 
     assert (left(gate), gate.ledger.bytes["weights"]) == ({"weights": 1}, path.stat().st_size)
 
 
+def test_weights_that_find_no_room_on_the_disk_do_not_leave(tmp_path: Path) -> None:
+    gate = open_gate(tmp_path)
+    with pytest.raises(StorageError, match="update"):
+        gate.release_weights(0, {"head": torch.ones(2)}, tmp_path / "no folder" / "update")
+    assert left(gate) == {}
+
+
+def test_weights_that_the_ledger_cannot_take_do_not_leave(tmp_path: Path) -> None:
+    gate = open_gate(tmp_path)
+
+    def broken(_: object) -> None:
+        raise StorageError("the plug was pulled")
+
+    gate.ledger.append = broken  # type: ignore[method-assign, assignment]
+    with pytest.raises(StorageError, match="plug"):
+        gate.release_weights(0, {"head": torch.ones(2)}, tmp_path / "update")
+    assert left(gate) == {}
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_weights_that_are_not_finite_do_not_leave_and_are_named(tmp_path: Path, bad: float) -> None:
     gate = open_gate(tmp_path)

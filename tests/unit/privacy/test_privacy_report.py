@@ -45,6 +45,22 @@ def test_with_a_target_it_is_the_target_whatever_is_spent(tmp_path: Path) -> Non
     assert found["mean_bits"] == pytest.approx(mean_bits(mu_for(8.0, 1e-5)))
 
 
+def test_what_left_under_a_weaker_target_counts_under_a_stronger_one(tmp_path: Path) -> None:
+    earlier = mu_for(8.0, 1e-5)
+    found = privacy_report(policy("certified", epsilon=1.0), ledger(tmp_path, row(ReleaseKind.ACTIVATION, mu=earlier)))
+    assert found["epsilon"] == pytest.approx(8.0)
+    assert found["mean_bits"] == pytest.approx(mean_bits(earlier))
+    assert found["statement"].startswith("epsilon = 8 ")
+    assert "More than the target of 1" in found["statement"]
+
+
+def test_target_that_is_spent_to_its_end_is_not_exceeded(tmp_path: Path) -> None:
+    rows = [row(ReleaseKind.ACTIVATION, mu=mu_for(8.0, 1e-5) / math.sqrt(7)) for _ in range(7)]
+    found = privacy_report(policy("certified"), ledger(tmp_path, *rows))
+    assert found["epsilon"] == 8.0
+    assert "More than" not in found["statement"]
+
+
 @pytest.mark.parametrize("bad", [row(ReleaseKind.GRADIENT, tainted=True), weights(paid=False)])
 def test_a_tainted_or_unbounded_row_leaves_activations_alone_with_an_epsilon(bad: Row, tmp_path: Path) -> None:
     found = privacy_report(policy("measured"), ledger(tmp_path, row(ReleaseKind.ACTIVATION), bad))

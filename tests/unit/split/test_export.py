@@ -274,13 +274,13 @@ def test_export_that_fails_leaves_nothing_behind(
     save(tmp_path / "base")
     written: list[Path] = []
 
-    def fill_disk(tensors: dict[str, Tensor], path: Path, **_: Any) -> None:
+    def fill_disk(tensors: dict[str, Tensor], path: Path, *_: Any) -> None:
         if written:
             raise error
         save_file(tensors, path)
         written.append(path)
 
-    monkeypatch.setattr(export, "save_file", fill_disk)
+    monkeypatch.setattr("splitfl.codec.stored.save_file", fill_disk)
     monkeypatch.setattr(export, "SHARD_BYTES", 200_000)
     with pytest.raises(StorageError, match=r"No space left on device.*export again"):
         export_checkpoint(tmp_path / "base", TrainedWeights({}), tmp_path / "out")
