@@ -142,7 +142,7 @@ def check_fingerprint(pem: str, join: JoinString) -> None:
     if found != join.authority:
         raise TrustError(
             f"the server at {join.netloc} is not the one that this join string is for: its authority is "
-            f"{found[:16]}..., expected {join.authority[:16]}...",
+            f"{found}, expected {join.authority}",
             "Nothing was sent. Check the address; ask the operator, by another way, whether the fingerprint is right.",
         )
 

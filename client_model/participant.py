@@ -105,8 +105,8 @@ class Participant(Candidate):
         self.exhausted, self.row_pieces = self.row_pieces >= rows, min(rows, 2 * self.row_pieces)
         self._say("memory_short", pieces=self.row_pieces)
         return ShortageError(
-            f"out of memory, record by record too: {said[:200]}" if self.exhausted else "out of memory",
-            "Join with --plan auto or a smaller cut, or give this process more memory.",
+            f"out of memory, one record at a time too: {said[:200]}" if self.exhausted else "out of memory",
+            "Give this process more memory, or take a smaller cut with --plan, if the federation allows one.",
         )
 
     def _run(self, welcome: Welcome) -> dict[str, Any]:
@@ -120,9 +120,10 @@ class Participant(Candidate):
                 self._go_on_from(welcome)
                 return self._rounds()
             except SessionLostError as lost:
+                restarted = lost.welcome.incarnation != self.welcome.incarnation
                 welcome = lost.welcome
                 self.link.acknowledge(welcome)
-                self._say("server_restarted", durable_round=welcome.round)
+                self._say("server_restarted" if restarted else "away_too_long", durable_round=welcome.round)
 
     def _go_on_from(self, welcome: Welcome) -> None:
         """Set up the ends as they were after the last durable round, or where the journal of this session begins."""
@@ -276,7 +277,8 @@ class Participant(Candidate):
             self.labels |= {int(label) for batch in batches for label in batch.labels.flat}
             tokens, seen = tokens + told(batches), seen + loss.tokens
             rate = seen / max(1e-9, time.monotonic() - began)
-            self._say("step", round=round_, step=step, loss=loss.mean, tokens_per_s=rate, **self.count.traffic())
+            of = {"rounds": self.settings.rounds.count, "steps": self.settings.rounds.local_steps}
+            self._say("step", round=round_, step=step, loss=loss.mean, tokens_per_s=rate, **of, **self.count.traffic())
         return tokens
 
     def _next_batches(self, round_: int, step: int) -> list[Batch]:
@@ -407,8 +409,7 @@ class Participant(Candidate):
         charged = self.gate.policy.private and self.ends.bottom_trains and not self.ends.trunk_is_empty
         if round_ not in self.store.rounds() or not (self.evaluation and self.ends.shared) or charged:
             return None
-        for name, weight in self.store.weights_after(round_):
-            self.ends.load_weights({name: weight})
+        self.ends.load_weights(self.store.weights_after(round_))
         try:
             loss = self.trainer.evaluate(round_ + 1, self.evaluation).mean
         except (MissedStepError, NumericalError):

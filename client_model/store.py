@@ -33,10 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from splitfl.codec.stored import read_in_turn, write_tensors
+from splitfl.codec.stored import StoredTensors, write_tensors
 from splitfl.errors import StorageError
 from splitfl.files import clear_unfinished, new_folder, numbered, storage_errors, sync, write_file
 
@@ -47,7 +46,7 @@ PARTS = ("weights", "optimizer", "correction")  # of a snapshot, a safetensors f
 @dataclass(frozen=True)
 class Snapshot:
     """Where a client stood: ``round``, the next ``step`` in it and the label ``tokens`` so far, weights, moments, and
-    what the strategy's correction of gradients keeps."""
+    what the strategy's correction of gradients keeps. Of one that was read, tensors are read when they are used."""
 
     round: int
     step: int
@@ -184,11 +183,11 @@ class ClientStore:
             shutil.rmtree(self.snapshots / f"round-{number:06d}", ignore_errors=True)
         return self._read(self.snapshots / f"round-{kept[-1]:06d}") if kept else None
 
-    def weights_after(self, round_: int) -> Iterator[tuple[str, Tensor]]:
-        """The weights in the snapshot of ``round_``, one after the other. Raises StorageError."""
+    def weights_after(self, round_: int) -> Mapping[str, Tensor]:
+        """The weights in the snapshot of ``round_``. Raises StorageError."""
         folder = self.folder / self.name_of(round_)
         with readable(folder):
-            yield from read_in_turn(folder / "weights.safetensors")
+            return StoredTensors(folder / "weights.safetensors")
 
     def before(self, round_: int) -> Snapshot | None:
         """The newest snapshot of a round before ``round_``: what a client with one of ``round_`` began that from."""
@@ -255,7 +254,7 @@ class ClientStore:
     def _read(self, folder: Path) -> Snapshot:
         with readable(folder):
             facts = json.loads((folder / "state.json").read_text())
-            weights, optimizer, correction = (load_file(folder / f"{part}.safetensors") for part in PARTS)
+            weights, optimizer, correction = (StoredTensors(folder / f"{part}.safetensors") for part in PARTS)
             epoch, position = facts["cursor"]
             cut = (int(facts["cut"][0]), int(facts["cut"][1]))
             place = (int(facts["round"]), int(facts["step"]), int(facts["tokens"]))

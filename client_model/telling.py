@@ -65,10 +65,9 @@ def describe(event: str, facts: dict[str, Any]) -> str:
             return "waiting for the next round"
         case "step":
             sent, received = facts["bytes_sent"] / 1e6, facts["bytes_received"] / 1e6
-            return (
-                f"round {facts['round'] + 1} step {facts['step'] + 1}: loss {facts['loss']:.3f}, "
-                f"{facts['tokens_per_s']:.0f} tokens/s, {sent:.1f} MB sent, {received:.1f} MB received"
-            )
+            at = f"round {facts['round'] + 1} of {facts['rounds']} step {facts['step'] + 1} of {facts['steps']}"
+            traffic = f"{sent:.1f} MB sent, {received:.1f} MB received"
+            return f"{at}: loss {facts['loss']:.3f}, {facts['tokens_per_s']:.0f} tokens/s, {traffic}"
         case "evaluation":
             loss, words = facts["loss"], facts["perplexity"]
             return f"held-out loss {loss:.3f}, perplexity {words:.1f}, after {facts['round']} rounds"
@@ -83,6 +82,9 @@ def describe(event: str, facts: dict[str, Any]) -> str:
             return "the merged weights took so long to come that newer ones have replaced them; asking for those"
         case "server_restarted":
             return f"the server restarted; going on after round {facts['durable_round'] + 1}"
+        case "away_too_long":
+            after = facts["durable_round"] + 1
+            return f"this client was away for longer than the federation waits; going on after round {after}"
         case "cut_changed":
             anew = "; activations leave anew, and are charged anew" if facts["released_anew"] else ""
             return f"this client's cut was {facts['before']} and is {facts['now']} from now on{anew}"

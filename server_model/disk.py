@@ -30,5 +30,8 @@ async def once_there_is_room(
             if not isinstance(error.__cause__, OSError):
                 raise
             log.info("%s", error)
-            held_up(StorageError(error.message, f"Free some space or mend the folder: tried every {RETRY_S:.0f} s."))
+            remedy = (
+                f"Free some space or mend the folder: it is tried every {RETRY_S:.0f} s, and the older state is whole."
+            )
+            held_up(StorageError(error.message, remedy))
             await asyncio.sleep(RETRY_S)

@@ -30,6 +30,9 @@ def command(*, verbose: bool = False) -> Iterator[None]:
         line = " ".join(str(error).split())
         sys.stderr.write(f"error: {''.join(filter(str.isprintable, line))}\n")  # some of it may be the other side's
         raise SystemExit(error.exit_code) from None
+    except MemoryError:
+        sys.stderr.write("error: out of memory. Give this process more, and check its limits (ulimit -a).\n")
+        raise SystemExit(SplitFLError.exit_code) from None
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; what was saved stays saved\n")
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None

@@ -22,11 +22,27 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
         raise OSError(int(number[1]) if number else 0, str(error)) from error
 
 
-def read_in_turn(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors one after the other, each on the CPU: memory holds one at a time. Raises OSError,
-    SafetensorError."""
-    with safe_open(path, "pt") as file:
-        names = list(file.keys())
-    for name in names:
-        with safe_open(path, "pt") as file:  # anew each time: what was read stays mapped until it is closed
-            yield name, file.get_tensor(name)
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name, each read from the disk when it is asked for: memory holds those that
+    somebody keeps. Raises OSError or SafetensorError for a file that is none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with safe_open(path, "pt") as file:
+            self._names = dict.fromkeys(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self.path, "pt") as file:  # anew each time: what was read stays mapped until it is closed
+            tensor: Tensor = file.get_tensor(name)
+            return tensor.clone()  # of one tensor: as a view it would keep the mapping
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -190,7 +190,7 @@ class CommaSeparated(RowFile):
         header: list[str] = []
         for delimiter in (",", ";", "\t"):
             columns = self._read_header(delimiter)
-            header = header or columns
+            header = max(header, columns, key=len)  # the delimiter that parts most, for the message
             if is_usable(frozenset(columns) - {"messages"}):
                 return delimiter, columns
         raise DataError(

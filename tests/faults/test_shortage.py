@@ -112,7 +112,7 @@ def test_client_that_has_no_memory_for_one_record_says_so(
     small_model: Path, wards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Starved(monkeypatch, "_run_top", most_rows=0, first_call=0)
-    with pytest.raises(SplitFLError, match="record by record too"):
+    with pytest.raises(SplitFLError, match="one record at a time too"):
         take_part(small_model, next(iter(wards.values())), tmp_path, settings(1))
 
 

@@ -240,7 +240,16 @@ def test_goodbye_is_said_whether_or_not_anybody_hears_it(answer: Farewell | Exce
 
 # lines
 
-STEP = {"round": 0, "step": 4, "loss": 1.5, "tokens_per_s": 1234.0, "bytes_sent": 2_000_000, "bytes_received": 100_000}
+STEP = {
+    "rounds": 2,
+    "steps": 9,
+    "round": 0,
+    "step": 4,
+    "loss": 1.5,
+    "tokens_per_s": 1234.0,
+    "bytes_sent": 2_000_000,
+    "bytes_received": 100_000,
+}
 EVENTS = [
     ("fetching", {"text": "fetching 3 tensors"}, "fetching 3 tensors"),
     (
@@ -258,7 +267,7 @@ EVENTS = [
     ),
     ("privacy", {"mode": "off", "statement": OFF}, f"privacy: off. {OFF}"),
     ("waiting", {"for_": "the next round"}, "waiting for the next round"),
-    ("step", STEP, "round 1 step 5: loss 1.500, 1234 tokens/s, 2.0 MB sent, 0.1 MB received"),
+    ("step", STEP, "round 1 of 2 step 5 of 9: loss 1.500, 1234 tokens/s, 2.0 MB sent, 0.1 MB received"),
     (
         "baseline_step",
         {"which": "top-only", "step": 300, "steps": 1200, "bytes_sent": 1, "bytes_received": 41_000_000},
@@ -268,6 +277,11 @@ EVENTS = [
     ("step_missed", {"round": 0, "step": 4, "reason": "NaN"}, "round 1 step 5 left out: NaN"),
     ("evaluation_failed", {"round": 1, "reason": "NaN"}, "held-out loss after 1 rounds could not be measured: NaN"),
     ("server_restarted", {"durable_round": 1}, "the server restarted; going on after round 2"),
+    (
+        "away_too_long",
+        {"durable_round": 0},
+        "this client was away for longer than the federation waits; going on after round 1",
+    ),
     ("resumed", {"round": 1, "step": 3}, "going on with round 2 at step 4"),
     (
         "cut_changed",

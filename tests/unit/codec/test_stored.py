@@ -12,15 +12,18 @@ import torch
 from safetensors import SafetensorError
 
 from splitfl.codec import stored
-from splitfl.codec.stored import read_in_turn, write_tensors
+from splitfl.codec.stored import StoredTensors, write_tensors
 
 
-def test_tensors_come_back_one_after_the_other_as_they_were(tmp_path: Path) -> None:
+def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
     tensors = {"b": torch.randn(3, 4), "a": torch.randn(2, 5).t(), "none": torch.empty(0)}
     write_tensors(tensors, tmp_path / "x")
-    read = dict(read_in_turn(tmp_path / "x"))
+    read = StoredTensors(tmp_path / "x")
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    assert ("a" in read, "c" in read, len(read)) == (True, False, 3)
+    with pytest.raises(KeyError):
+        read["c"]
 
 
 def test_tensor_is_let_go_before_the_next_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,16 +39,15 @@ def test_tensor_is_let_go_before_the_next_one_is_read(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(stored, "safe_open", watched)
     held = []
-    for name, _ in read_in_turn(tmp_path / "x"):
-        held.append((name, opened[0]))
-    assert held == [("a", 1), ("b", 1)]
-    assert opened == [0]
+    for tensor in StoredTensors(tmp_path / "x").values():
+        held.append((len(tensor), opened[0]))
+    assert held == [(2, 0), (2, 0)]  # nothing stays mapped
 
 
 def test_file_that_is_no_safetensors_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"no tensors")
     with pytest.raises(SafetensorError):
-        next(read_in_turn(tmp_path / "x"))
+        StoredTensors(tmp_path / "x")
 
 
 def test_tensors_that_find_no_room_are_known_by_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
