@@ -145,6 +145,7 @@ class AutoPlan:
 def describe(choices: Choices) -> str:
     """For a person."""
     return (
-        f"cut {choices.cut}, {choices.micro_batches} micro-batches a step ({choices.in_flight} under way), "
+        f"cut {choices.cut}, {choices.micro_batches} micro-batch{'es' * (choices.micro_batches != 1)} a step "
+        f"({choices.in_flight} under way), "
         f"{choices.dtype} arithmetic, {choices.codec} on the wire"
     )

@@ -16,6 +16,7 @@
     snapshots/round-000003/     weights, optimizer, correction (.safetensors), state.json
     pause/                      the same in the middle of a round, after Ctrl-C
     merged.safetensors          the trained weights at the end
+    .new-*                      half-written, or an update while it is sent; deleted at the next start
     closing.json                the closing report, once the rounds are over
 
 A snapshot is the state after a round's local steps, before the merge; the last two are kept, for the server may

@@ -38,9 +38,7 @@ def test_tensor_is_let_go_before_the_next_one_is_read(tmp_path: Path, monkeypatc
         opened[0] -= 1
 
     monkeypatch.setattr(stored, "safe_open", watched)
-    held = []
-    for tensor in StoredTensors(tmp_path / "x").values():
-        held.append((len(tensor), opened[0]))
+    held = [(len(tensor), opened[0]) for tensor in StoredTensors(tmp_path / "x").values()]
     assert held == [(2, 0), (2, 0)]  # nothing stays mapped
 
 
