@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
 
@@ -63,23 +62,12 @@ class Sharing:
             return ""
         with self.store.scratch("update.safetensors") as path:
             digest = self.gate.release_weights(round_, shared, path)
-            with storage_errors(path):
+            with storage_errors(path), path.open("rb") as file:
                 total = path.stat().st_size
-                pieces = [(offset, min(PIECE_BYTES, total - offset)) for offset in range(0, total, PIECE_BYTES)]
-            for offset, size in pieces:
-                with storage_errors(path):
-                    piece = read_at(path, offset, size)
-                answer = self.link.ask(Upload(0, 0, digest, offset, total, TensorBytes("u8", (size,), piece)))
-                if not isinstance(answer, Uploaded):
-                    raise ProtocolError(f"{type(answer).__name__} instead of a receipt")
+                for offset in range(0, total, PIECE_BYTES):
+                    piece = file.read(PIECE_BYTES)
+                    tensor = TensorBytes("u8", (len(piece),), piece)
+                    answer = self.link.ask(Upload(0, 0, digest, offset, total, tensor))
+                    if not isinstance(answer, Uploaded):
+                        raise ProtocolError(f"{type(answer).__name__} instead of a receipt")
         return digest
-
-
-def read_at(path: Path, offset: int, size: int) -> bytes:
-    """Bytes of a file from ``offset`` on. Raises OSError when there are fewer."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        data = file.read(size)
-    if len(data) != size:
-        raise OSError(f"{path} ended early")
-    return data

@@ -25,7 +25,6 @@ from transformers import PreTrainedConfig
 
 from server_model.blobs import Blobs
 from server_model.calibration import settled
-from server_model.disk import once_there_is_room
 from server_model.engine import Engine
 from server_model.members import Member, Members
 from server_model.releases import Releases
@@ -272,9 +271,7 @@ class Coordinator:
     async def _countersign(self, member: Member, request: Countersign) -> Answer:
         mark, proven = Mark(request.rows, request.head), bool(member.certificate)
         async with self._notary:
-            signature = await once_there_is_room(
-                self.rounds.held_up, self.witness.countersign, member.name, mark, proven=proven
-            )
+            signature = await self.rounds.written(self.witness.countersign, member.name, mark, proven=proven)
         return Countersigned(request.seq, mark.count, mark.head, signature)
 
     async def _forward(self, member: Member, request: Forward) -> Answer:
@@ -379,8 +376,7 @@ class Coordinator:
 
     async def _upload(self, member: Member, request: Upload) -> Answer:
         limit = 4 * sum(numel(shape) for shape in member.shared.values()) + HEADER_ALLOWANCE
-        received = await once_there_is_room(self.rounds.held_up, self.rounds.inbox.receive, member.name, request, limit)
-        self.rounds.trouble = ""
+        received = await self.rounds.written(self.rounds.inbox.receive, member.name, request, limit)
         return Uploaded(request.seq, request.sha256, received)
 
     async def _bye(self, member: Member, request: Bye) -> Answer:

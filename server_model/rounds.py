@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -30,6 +31,8 @@ from splitfl.split.flow import trunk_needs_backward
 from splitfl.wire.messages import Answer, Finished, NextRound, RoundDurable, RoundOpen, Update
 
 Say = Callable[..., None]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass
@@ -74,7 +77,7 @@ class Rounds:
         self.weights = ""  # hash of the list of merged tensors
         self.durable = -1  # the newest round on disk
         self.finished = asyncio.Event()
-        self.trouble = ""  # what holds a merge or an upload up, since the last one that went through
+        self.trouble = ""  # what kept the last write from the disk; "" once one goes through
         self._desk = Desk()
         self._opened = -1  # the newest round that was opened
         self._rings_at: float | None = None  # the deadline that is set
@@ -280,10 +283,15 @@ class Rounds:
 
     async def _save(self, state: RoundState) -> None:
         """Make a round durable."""
-        await once_there_is_room(self.held_up, self.store.save, state)  # no step moves its tensors while a round merges
-        self.trouble = ""
+        await self.written(self.store.save, state)  # no step moves its tensors while a round merges
 
-    def held_up(self, error: StorageError) -> None:
+    async def written(self, write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What ``write`` returns once there is room on the disk; till then operators hear of it. Raises StorageError."""
+        result = await once_there_is_room(self._held_up, write, *args, **kwargs)
+        self.trouble = ""
+        return result
+
+    def _held_up(self, error: StorageError) -> None:
         """The disk is full."""
         self.trouble = str(error)
         self.say("storage_error", round=self.machine.round, error=str(error))

@@ -178,7 +178,7 @@ class Service:
     def _answer_http(self, connection: ServerConnection, asked: HttpRequest) -> Response | None:
         """The answer to a request that is for no websocket; None for all others."""
         hosts = asked.headers.get_all("Host")
-        peer = str(connection.remote_address[0])
+        peer, *_ = connection.remote_address or ("",)  # none of one that has gone already
         told = status.answer(self.coordinator, asked.path, hosts[0] if len(hosts) == 1 else "", peer)
         if told is None:
             return None
