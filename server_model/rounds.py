@@ -286,7 +286,7 @@ class Rounds:
         await self.written(self.store.save, state)  # no step moves its tensors while a round merges
 
     async def written(self, write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What ``write`` returns once there is room on the disk; till then operators hear of it. Raises StorageError."""
+        """What ``write`` returns once there is room on the disk; till then the operator hears. Raises StorageError."""
         result = await once_there_is_room(self._held_up, write, *args, **kwargs)
         self.trouble = ""
         return result
