@@ -13,7 +13,7 @@ from __future__ import annotations
 from splitfl.planning.carried import Carried
 from splitfl.planning.plan import Plan
 from splitfl.planning.shapes import ModelShape
-from splitfl.split.chunks import chunk_tokens
+from splitfl.split.chunks import FEW_TOKENS, chunk_tokens
 
 FP32 = 4
 #: bytes of a number on the wire; int8 has a bf16 scale for each 64 channels
@@ -37,7 +37,7 @@ Bytes = dict[str, int]
 def memory_parts(carried: Carried, plan: Plan, base: int, device: str) -> Bytes:
     """Where memory goes under ``plan``; the names say what, all in bytes."""
     moving = {
-        "activations_bytes": activations(carried, plan),
+        "activations_bytes": activations(carried, plan, device),
         "head_bytes": head(carried, plan),
         "wire_bytes": wire(carried, plan),
     }
@@ -122,10 +122,11 @@ def gradients(carried: Carried) -> int:
     return FP32 * carried.trained * (2 if carried.private_ends else 1)
 
 
-def activations(carried: Carried, plan: Plan) -> int:
+def activations(carried: Carried, plan: Plan, device: str) -> int:
     """Graphs of the bottoms under way and of the one top that runs, and what the running block works with."""
     tokens = graph_tokens(carried, plan)
-    bottom, top = (trained * block_graph(carried, plan.dtype, tokens) for _, trained in (carried.bottom, carried.top))
+    one = block_graph(carried, plan.dtype, tokens, device)
+    bottom, top = (trained * one for _, trained in (carried.bottom, carried.top))
     return bottoms_under_way(carried, plan) * bottom + top + working(carried, plan, tokens)
 
 
@@ -144,10 +145,10 @@ def under_way(plan: Plan) -> int:
     return min(2 * plan.in_flight - 1, plan.micro_batches)
 
 
-def block_graph(carried: Carried, dtype: str, tokens: int) -> int:
+def block_graph(carried: Carried, dtype: str, tokens: int, device: str) -> int:
     """One trained block: what autograd keeps for ``tokens`` tokens, and under autocast the weights' bf16 copies."""
     copies = 2 * carried.shape.block_weights if dtype == "bf16" and casts(carried) else 0
-    return tokens * token_graph(carried, dtype) + copies
+    return tokens * token_graph(carried, dtype, device) + copies
 
 
 def casts(carried: Carried) -> bool:
@@ -155,21 +156,25 @@ def casts(carried: Carried) -> bool:
     return carried.settings.model.train == "full" or carried.shape.stored_bytes == FP32
 
 
-def token_graph(carried: Carried, dtype: str) -> int:
-    """Bytes that autograd keeps of one token in one trained block: around the norms, in attention, in the MLP."""
+def token_graph(carried: Carried, dtype: str, device: str) -> int:
+    """Bytes that autograd keeps of one token in one trained block: around the norms, in attention, in the MLP.
+
+    A CPU's norms and attention are our own (splitfl/split/kernels.py).
+    """
     shape, full = carried.shape, carried.settings.model.train == "full"
     number = 2 if dtype == "bf16" else FP32
+    few = device == "cpu" and carried.settings.batch.max_length <= FEW_TOKENS  # attend in fp32
     keys = shape.attention if carried.padded else shape.kv  # with a mask, grouped keys and values are spread out
+    attention = (FP32 if few else number) * (2 * shape.attention + 2 * keys)
     mask = number * carried.settings.batch.max_length if carried.padded else 0
     wide = shape.active * (shape.wide if full else shape.wide - 1)  # a frozen matrix does not ask for its input
-    inside = number * (2 * shape.attention + 2 * keys + wide * shape.intermediate)
-    return norm_graph(shape, dtype, full) + inside + mask
+    return norm_graph(shape, dtype, device, full) + attention + number * wide * shape.intermediate + mask
 
 
-def norm_graph(shape: ModelShape, dtype: str, full: bool) -> int:
-    """The norms in fp32: their input and, if they train, RMSNorm's normalised one; and what the matrices read."""
-    around = 2 * FP32 * shape.hidden * (2 if full and shape.gated else 1)
-    around += shape.head_norms * FP32 * (shape.attention + shape.kv) * (2 if full else 1)
+def norm_graph(shape: ModelShape, dtype: str, device: str, full: bool) -> int:
+    """The norms in fp32: their input (a GPU's RMSNorm that trains: the normalised one too), and what matrices read."""
+    around = 2 * FP32 * shape.hidden * (2 if full and shape.gated and device != "cpu" else 1)
+    around += shape.head_norms * FP32 * (shape.attention + shape.kv) * (2 if full and device != "cpu" else 1)
     if not full:
         return around
     readers = 2 * (4 + shape.gated) if dtype == "bf16" else 2 * FP32  # autocast makes a copy for each matrix

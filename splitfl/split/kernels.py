@@ -23,11 +23,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from splitfl.split.chunks import FEW_TOKENS
+
 Rotate = Callable[..., tuple[Tensor, Tensor]]
 
 ROTATE = "apply_rotary_pos_emb"  # what the families' files call it
 ATTENTION = "splitfl_sdpa"  # our attention's name with transformers
-FEW_TOKENS = 128  # up to which fp32 attention is the faster one under bf16 autocast
 PROBE_WIDTH = 16
 
 
@@ -35,7 +36,7 @@ def lighten(model: PreTrainedModel) -> None:
     """Exchange what computes the same here, in place; weights and names stay."""
     for module in model.modules():
         module.__class__ = lighter(cast(Hashable, type(module)))
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         model.config._attn_implementation = ATTENTION
 
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.glm4.modeling_glm4 import apply_rotary_pos_emb as interleaved
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb as rounding
 
+from splitfl.split.chunks import FEW_TOKENS
 from splitfl.split.families import small_config
 from splitfl.split.kernels import (
     ATTENTION,
-    FEW_TOKENS,
     LighterNorm,
     RmsNorm,
     Rotation,
@@ -133,6 +133,14 @@ def test_few_tokens_attend_in_fp32_under_autocast_and_many_in_bf16() -> None:
         assert answer.dtype is dtype
         exact, _ = attention(module, q, k, v, None)
         torch.testing.assert_close(answer.float(), exact, rtol=2e-2, atol=2e-2)
+
+
+def test_attention_that_does_not_ask_transformers_for_its_function_stays() -> None:
+    """Falcon looks at the name and would take another way."""
+    config = AutoConfig.for_model("falcon", hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    lighten(model)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_model_in_bf16_is_nearer_to_the_exact_one_than_before() -> None:

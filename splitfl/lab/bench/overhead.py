@@ -42,6 +42,7 @@ from splitfl.split.create import create_checkpoint
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello, NextRound
 
 BURST = 4  # steps of one contender at a time
+WARM_UP = 2  # steps of each before anything counts
 BAR, PRIVACY_BAR = 0.95, 1.05
 BASELINES = ("plain", "fused")
 
@@ -145,7 +146,8 @@ def measure(model: Path, mode: Mode, size: Size, repeats: int) -> dict[str, Any]
             for name, fused in zip(BASELINES, (None, True), strict=True)
         }
         runners["split"] = split
-        bursts = [[new_records(batch, BURST * n + step, settings) for step in range(BURST)] for n in range(1 + repeats)]
+        steps = [new_records(batch, step, settings) for step in range(WARM_UP + BURST * repeats)]
+        bursts = [steps[:WARM_UP], *(steps[at : at + BURST] for at in range(WARM_UP, len(steps), BURST))]
         try:
             taken = [{name: burst(run, batches) for name, run in runners.items()} for batches in bursts][1:]
         finally:
