@@ -14,7 +14,7 @@ SAYS = "import os, splitfl.cli; print(os.environ.get('GOMP_SPINCOUNT'), os.envir
 @pytest.mark.parametrize(
     ("said", "then"),
     [
-        ({}, "5000 None"),
+        ({}, "50000 None"),
         ({"OMP_WAIT_POLICY": "PASSIVE"}, "None PASSIVE"),
         ({"GOMP_SPINCOUNT": "7"}, "7 None"),
     ],
