@@ -14,6 +14,7 @@ from typing import Any
 from server_model.authority import Authority, has_authority, now_utc, open_authority
 from server_model.registry import Issued, Registry, ended
 from splitfl.channel.certificates import certificate_pem, public_key_hash, requested_key
+from splitfl.console import is_loopback
 from splitfl.errors import RefusedError
 from splitfl.wire import messages
 from splitfl.wire.messages import AskAuthority, Enrol, Enrolled, Hello
@@ -21,17 +22,19 @@ from splitfl.wire.messages import AskAuthority, Enrol, Enrolled, Hello
 
 @dataclass(frozen=True)
 class Peer:
-    """What a connection has shown: whether it is encrypted, and the serial number of its verified certificate."""
+    """What a connection has shown: if it is encrypted, its verified certificate's serial number, whence it comes."""
 
     encrypted: bool
     serial: str = ""
+    same_machine: bool = False
 
     @classmethod
     def of(cls, transport: Any) -> Peer:
         """The peer of an asyncio transport; OpenSSL has verified the certificate, if there is one."""
         certificate = transport.get_extra_info("peercert") or {}
         encrypted = transport.get_extra_info("ssl_object") is not None
-        return cls(encrypted, certificate.get("serialNumber", "").lower())
+        address, *_ = transport.get_extra_info("peername") or ("",)  # none of one that has gone already
+        return cls(encrypted, certificate.get("serialNumber", "").lower(), is_loopback(address))
 
 
 class Admission:

@@ -7,6 +7,10 @@ all clients of the round, and their micro-batches run as one batch through the b
 every client in it has delivered or was dropped. Forwards wait for room (tokens whose graphs are held); a backward
 never does. With ``trunk.recompute`` no graph is held: the backward runs the forward again, and what waits for a client
 that computes is its inputs alone.
+
+The optimizer runs behind the last reply, while clients compute; but one that shares its cores with all of them waits
+until somebody asks for the trunk again. Two that compute on the same cores hold each other up at every barrier of
+their threads, which takes longer than one after the other (``splitfl bench overhead``).
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -43,8 +47,10 @@ class Engine:
         self.settings = settings
         self.round = -1
         self.cohort: dict[str, int] = {}  # client -> the micro-batches that it computes a step in
+        self.neighbours: frozenset[str] = frozenset()  # clients that compute on this machine
         self.next_step: dict[str, int] = {}  # client -> the step it is expected at
         self.work: StepWork | None = None
+        self.due: StepWork | None = None  # applied before anything else is computed
         self.waiting: list[Arrival] = []
         self.tokens_held = 0
         self.steps_applied = 0
@@ -52,11 +58,15 @@ class Engine:
 
     # -- rounds ------------------------------------------------------------------------------------------------
 
-    def open_round(self, round_: int, cohort: Mapping[str, int]) -> None:
-        """Serve ``round_`` from step 0 for ``cohort``: who trains through the trunk, and in how many micro-batches."""
+    def open_round(self, round_: int, cohort: Mapping[str, int], neighbours: Iterable[str] = ()) -> None:
+        """Serve ``round_`` from step 0 for ``cohort``: who trains through the trunk, and in how many micro-batches.
+
+        ``neighbours``: those of them that compute on this machine.
+        """
         self.end_round()
         self.round = round_
         self.cohort = dict(cohort)
+        self.neighbours = frozenset(neighbours)
         self.next_step = dict.fromkeys(self.cohort, 0)
         self.queue(lambda: self.trunk.round_tokens.clear())  # behind whatever the last round still runs
         self._advance()
@@ -139,10 +149,12 @@ class Engine:
 
     async def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run ``function`` on the compute thread, behind what is queued there."""
+        self._apply_due()
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     def queue(self, function: Callable[[], None]) -> None:
         """Put ``function`` behind what is queued on the compute thread, before anything that comes later."""
+        self._apply_due()
         spawn(done(asyncio.wrap_future(self._thread.submit(function))))
 
     def close(self) -> None:
@@ -188,6 +200,8 @@ class Engine:
 
     def _advance(self) -> None:
         """Start whatever can be started now."""
+        if self.waiting:
+            self._apply_due()
         self._run_evaluations()
         self._begin_step()
         if self.work is not None and not self.work.applying:
@@ -391,12 +405,24 @@ class Engine:
             work.timer.cancel()
         for client in work.members:
             self.next_step[client] = work.step + 1
-        spawn(self._apply(work))
+        self.due = work
+        if self.waiting or not self._shares_cores(work):
+            self._apply_due()
 
-    async def _apply(self, work: StepWork) -> None:
-        rate = learning_rate(self.settings, work.round, work.step)
+    def _shares_cores(self, work: StepWork) -> bool:
+        """Whether the trunk and all whom it has just answered compute on the same cores."""
+        return self.trunk.device.type == "cpu" and self.neighbours.issuperset(work.members)
+
+    def _apply_due(self) -> None:
+        """Put the step that is due, if one is, on the compute thread."""
+        work, self.due = self.due, None
+        if work is not None:
+            rate = learning_rate(self.settings, work.round, work.step)
+            spawn(self._apply(work, asyncio.wrap_future(self._thread.submit(self.trunk.step, rate))))
+
+    async def _apply(self, work: StepWork, step: asyncio.Future[float]) -> None:
         try:
-            norm = await self.call(self.trunk.step, rate)
+            norm = await step
             if not math.isfinite(norm):
                 log.warning("round %d step %d: gradient norm %s, trunk left as it was", work.round, work.step, norm)
             self.steps_applied += 1

@@ -72,13 +72,14 @@ class Bench:
     source: MemorySource
     settings: Federation
     cohort: Iterable[str] = "abc"
+    neighbours: Iterable[str] = ""
     trunk: Trunk = field(init=False)
     engine: Engine = field(init=False)
 
     async def __aenter__(self) -> Bench:
         self.trunk = Trunk(self.settings, self.source, BLOCKS, torch.device("cpu"))
         self.engine = Engine(self.trunk, self.settings)
-        self.engine.open_round(0, each(self.settings, self.cohort))
+        self.engine.open_round(0, each(self.settings, self.cohort), self.neighbours)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -97,6 +98,7 @@ class Bench:
 
     async def settled(self) -> dict[str, Tensor]:
         """The trunk's weights once nothing is in work any more."""
+        await self.engine.call(lambda: None)
         while self.engine.work is not None:
             await asyncio.sleep(0.001)
         await self.engine.call(lambda: None)
@@ -623,6 +625,72 @@ def test_tokens_of_a_step_that_ends_while_a_new_round_opens_count_in_neither(sou
     run(work)
 
 
+# a step that waits until the trunk is asked again
+
+
+@pytest.mark.parametrize(("neighbours", "waits"), [("", False), ("a", False), ("ab", True), ("abc", True)])
+def test_step_waits_while_all_it_answered_compute_on_its_cores(
+    source: MemorySource, neighbours: str, waits: bool
+) -> None:
+    async def work() -> dict[str, Tensor]:
+        async with Bench(source, federation(), "ab", neighbours) as bench:
+            await asyncio.gather(bench.both("a"), bench.both("b"))
+            await asyncio.sleep(SOON_S)
+            assert bench.engine.steps_applied == (0 if waits else 1)
+            assert (bench.engine.work is not None) == waits
+            before_it = asyncio.ensure_future(bench.forward("a", 1))
+            await asyncio.sleep(SOON_S)
+            assert bench.engine.steps_applied == 1  # one that asks is enough
+            await bench.forward("b", 1)
+            await before_it
+            await asyncio.gather(bench.backward("a", 1), bench.backward("b", 1))
+            return await bench.settled()
+
+    assert_close(run(work), alone(source, [[PIECES["a"], PIECES["b"]]] * 2)[1])
+
+
+def test_step_waits_for_nobody_where_somebody_has_asked_already(source: MemorySource) -> None:
+    async def work() -> None:
+        async with Bench(source, federation(mode="sequential"), "ab", "ab") as bench:
+            await bench.forward("a")
+            other = asyncio.ensure_future(bench.forward("b"))
+            await asyncio.sleep(0)
+            await bench.backward("a")
+            await other
+            assert bench.engine.steps_applied == 1
+
+    run(work)
+
+
+def test_evaluation_sees_the_step_that_was_due(source: MemorySource) -> None:
+    async def judged(neighbours: str) -> Tensor:
+        async with Bench(source, federation(), "a", neighbours) as bench:
+            await bench.both("a")
+            piece = PIECES["b"]
+            return await bench.engine.forward("a", StepKey(0, 1, 0), piece.blocks, piece.rows, piece.tokens, False)
+
+    assert torch.equal(run(lambda: judged("a")), run(lambda: judged("")))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_step_that_is_due_belongs_to_its_round_and_its_tokens_too(source: MemorySource, ends: bool) -> None:
+    async def work() -> dict[str, Tensor]:
+        async with Bench(source, federation(), "a", "a") as bench:
+            await bench.both("a")
+            if ends:
+                bench.engine.leave_round("a")
+                bench.engine.end_round()
+                counted = await bench.engine.call(lambda: dict(bench.trunk.round_tokens))
+                assert set(counted.values()) == {PIECES["a"].tokens}
+            bench.engine.open_round(1, {"a": 1}, "a")
+            weights = await bench.settled()
+            assert bench.engine.steps_applied == 1
+            assert not bench.trunk.round_tokens
+            return weights
+
+    assert_close(run(work), alone(source, [[PIECES["a"]]])[1])
+
+
 # rounds
 
 
@@ -740,6 +808,8 @@ def test_backward_never_waits_behind_admission(source: MemorySource) -> None:
 class FakeTrunk:
     """Arithmetic in place of a model: output = 2 x, gradient = 2 g. It notes how much memory graphs hold."""
 
+    device = torch.device("cpu")
+
     def __init__(
         self, *, fails: Callable[[], bool] = lambda: False, backward_fails: Callable[[], bool] = lambda: False
     ) -> None:
@@ -802,10 +872,11 @@ async def play(engine: Engine, name: str, steps: int, micro: int, blocks: range,
     limit=st.sampled_from([1, 10, 30, 10**6]),
     mode=st.sampled_from(["client-batch", "sequential"]),
     cuts=st.integers(1, 3),
+    near=st.integers(0, 4),
 )
 @settings(max_examples=40, deadline=None)
 def test_honest_clients_never_hang_whatever_the_memory(
-    seed: int, clients: int, micro: int, limit: int, mode: str, cuts: int
+    seed: int, clients: int, micro: int, limit: int, mode: str, cuts: int, near: int
 ) -> None:
     async def work() -> None:
         chance = random.Random(seed)
@@ -814,12 +885,13 @@ def test_honest_clients_never_hang_whatever_the_memory(
         engine = Engine(trunk, chosen)  # type: ignore[arg-type]
         names = [f"client-{number}" for number in range(clients)]
         micros = {name: chance.randint(1, micro) for name in names}
-        engine.open_round(0, micros)
+        engine.open_round(0, micros, names[:near])
         jobs = [
             play(engine, name, 6, micros[name], range(1, 2 + number % cuts), random.Random(chance.random()))
             for number, name in enumerate(names)
         ]
         await asyncio.gather(*jobs)
+        await engine.call(lambda: None)
         while engine.work is not None:
             await asyncio.sleep(0.001)
         assert engine.tokens_held == 0
