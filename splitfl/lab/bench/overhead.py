@@ -1,13 +1,13 @@
 """``splitfl bench overhead``: a split step against a whole-model step, same model, same batch, same cores.
 
-The trunk service runs in a process of its own, behind a real websocket on loopback; the client and the whole model
-run here, in turn, step by step. The whole model is trained as anyone would, by transformers and torch: with
+The trunk service runs in a process of its own, behind a real websocket on loopback, and the client runs here, as
+``join`` would. The whole model is trained as anyone would, by transformers and torch, in processes of their own: with
 ``torch.optim.AdamW(parameters)`` as it comes (the bar), and with its fused variant, which is what both sides of the
-split use and which leaves less to do behind the reply. It trains what the split trains: with a frozen bottom its
-embedding and first block are frozen too, and with bf16 arithmetic it runs under the same autocast.
+split use. It trains what the split trains: with a frozen bottom its embedding and first block are frozen too, and with
+bf16 arithmetic it runs under the same autocast. All take their steps in turn.
 
-A sample is a burst of steps: the trunk's own step ends behind the reply, and one that ran into the next contender's
-time would flatter the split.
+A sample is a burst of steps: the trunk's own step ends behind the reply or begins with the next request, and one that
+ran into the next contender's time would flatter the split.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
 
 from client_model.ends import Ends
 from client_model.link import Link
 from client_model.trainer import Trainer
+from splitfl.allocator import keep_freed_memory, share_one_heap
 from splitfl.config import Federation, parse_federation
 from splitfl.cut import Cut
 from splitfl.data.notes import generate_notes
 from splitfl.data.packing import Batch
 from splitfl.lab.bench.harness import Bar, Result, served, spread
+from splitfl.lab.bench.whole import WholeProcess
 from splitfl.privacy.gate import Gate
 from splitfl.privacy.ledger import Ledger
 from splitfl.privacy.noise import NoiseStream
@@ -42,9 +43,11 @@ from splitfl.split.create import create_checkpoint
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello, NextRound
 
 BURST = 4  # steps of one contender at a time
-WARM_UP = 2  # steps of each before anything counts
+WARM_UP = 3  # steps of each before anything counts: so many take to have all memory at hand
 BAR, PRIVACY_BAR = 0.95, 1.05
 BASELINES = ("plain", "fused")
+
+Steps = Callable[[Sequence[Batch]], list[tuple[float, float]]]  # a step for each batch -> seconds and loss of each
 
 SETTINGS = """
 [rounds]
@@ -113,6 +116,8 @@ MODES = (
 
 def run(*, steps: int = 12, size: Size = Size(), say: Callable[[str], None] = lambda _: None) -> Result:
     """Measure every mode; ``steps`` timed steps of each contender, in interleaved bursts."""
+    keep_freed_memory()  # as join does both
+    share_one_heap()
     result = Result("overhead", {**asdict(size), "cut": [1, 1], "optimizer": "adamw", "steps": steps, "burst": BURST})
     with tempfile.TemporaryDirectory() as work:
         model = Path(work) / "model"
@@ -139,19 +144,18 @@ def measure(model: Path, mode: Mode, size: Size, repeats: int) -> dict[str, Any]
     """Interleaved bursts of steps (whole with either AdamW, split) on one model, after one that warms up."""
     settings = parse_settings(mode.settings(size))
     batch = random_batch(size.records, size.length, size.vocab)
-    with served(model, mode.settings(size)) as (url, _), tempfile.TemporaryDirectory() as state:
-        split = SplitStep(model, settings, url, Path(state))
-        runners: dict[str, Callable[[Batch], tuple[float, float]]] = {
-            name: WholeStep(model, fused=fused, frozen=mode.frozen, bf16=mode.compute == "bf16")
-            for name, fused in zip(BASELINES, (None, True), strict=True)
-        }
-        runners["split"] = split
-        steps = [new_records(batch, step, settings) for step in range(WARM_UP + BURST * repeats)]
-        bursts = [steps[:WARM_UP], *(steps[at : at + BURST] for at in range(WARM_UP, len(steps), BURST))]
-        try:
-            taken = [{name: burst(run, batches) for name, run in runners.items()} for batches in bursts][1:]
-        finally:
-            split.close()
+    steps = [new_records(batch, step, settings) for step in range(WARM_UP + BURST * repeats)]
+    bursts = [steps[:WARM_UP], *(steps[at : at + BURST] for at in range(WARM_UP, len(steps), BURST))]
+    with ExitStack() as stack:
+        runners: dict[str, Steps] = {}
+        for name, fused in zip(BASELINES, (None, True), strict=True):
+            runners[name] = whole = WholeProcess(model, fused=fused, frozen=mode.frozen, bf16=mode.compute == "bf16")
+            stack.callback(whole.close)
+        url, _ = stack.enter_context(served(model, mode.settings(size)))
+        split = SplitStep(model, settings, url, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        stack.callback(split.close)
+        runners["split"] = lambda batches: [split(batch) for batch in batches]
+        taken = [{name: burst(run(batches)) for name, run in runners.items()} for batches in bursts][1:]
         rows = split.trainer.gate.ledger.count
     seconds = {name: [sample[name][0] for sample in taken] for name in runners}
     ratios = {name: [b / a for a, b in zip(seconds[name], seconds["split"], strict=True)] for name in BASELINES}
@@ -164,9 +168,8 @@ def measure(model: Path, mode: Mode, size: Size, repeats: int) -> dict[str, Any]
     }
 
 
-def burst(step: Callable[[Batch], tuple[float, float]], batches: Sequence[Batch]) -> tuple[float, float]:
-    """Mean seconds of a step, and the last one's loss."""
-    taken = [step(batch) for batch in batches]
+def burst(taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Seconds and losses of steps -> mean seconds, and the last one's loss."""
     return sum(seconds for seconds, _ in taken) / len(taken), taken[-1][1]
 
 
@@ -191,34 +194,6 @@ def random_batch(records: int, length: int, vocab: int, seed: int = 0) -> Batch:
     ids = np.random.default_rng(seed).integers(0, vocab, (records, length))
     labels = np.concatenate([ids[:, 1:], np.full((records, 1), -100)], axis=1)
     return Batch(ids, labels, np.full(records, length))
-
-
-class WholeStep:
-    """One ordinary training step; returns seconds and loss. ``fused`` as torch's AdamW has it (None: its default).
-
-    Embedding and blocks below ``frozen`` do not train; ``bf16``: forward and loss under autocast.
-    """
-
-    def __init__(self, folder: Path, *, fused: bool | None, frozen: int = 0, bf16: bool = False) -> None:
-        self.model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-        self.bf16 = bf16
-        if frozen:
-            below = ("model.embed_tokens.", *(f"model.layers.{number}." for number in range(frozen)))
-            for name, weight in self.model.named_parameters():
-                weight.requires_grad_(not name.startswith(below))
-        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=fused)
-
-    def __call__(self, batch: Batch) -> tuple[float, float]:
-        began = time.perf_counter()
-        ids, labels = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
-            logits = self.model(input_ids=ids, use_cache=False).logits
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - began, float(loss.detach())
 
 
 def plain_gate(settings: Federation, state: Path) -> Gate:

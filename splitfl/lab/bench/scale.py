@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,8 +30,9 @@ from splitfl.data.packing import Batch
 from splitfl.lab.bench.crowd import Crowd
 from splitfl.lab.bench.crowd import measure as measure_crowd
 from splitfl.lab.bench.harness import Bar, Result, served, spread
-from splitfl.lab.bench.overhead import Mode, SplitStep, WholeStep, parse_settings, random_batch
+from splitfl.lab.bench.overhead import Mode, SplitStep, parse_settings, random_batch
 from splitfl.lab.bench.overhead import Size as Step
+from splitfl.lab.bench.whole import WholeProcess
 from splitfl.split.create import create_checkpoint
 
 LAST_BAR = 0.95  # of the whole model's tokens a second, with the most clients
@@ -94,17 +95,20 @@ def measure(model: Path, size: Size, clients: int) -> dict[str, Any]:
     text = Mode("", "bf16").settings(Step(records=size.records, length=size.length))
     text = text.replace("[rounds]", f"[rounds]\nmin_clients = {clients}")
     batches = [random_batch(size.records, size.length, size.vocab, seed) for seed in range(clients)]
-    whole, union = WholeStep(model, fused=None), joined(batches)
+    union = joined(batches)
     steps = size.steps(clients)
     tokens = steps * clients * size.records * size.length
     rates: dict[str, list[float]] = {"split": [], "whole": []}
-    with served(model, text) as (url, _), fleet(model, text, url, batches) as step_all:
+    with (
+        closing(WholeProcess(model, fused=None)) as whole,
+        served(model, text) as (url, _),
+        fleet(model, text, url, batches) as step_all,
+    ):
         for _ in range(1 + size.repeats):
             began = time.perf_counter()
             step_all(steps)
             between = time.perf_counter()
-            for _ in range(steps):
-                whole(union)
+            whole([union] * steps)
             ended = time.perf_counter()
             rates["split"].append(tokens / (between - began))
             rates["whole"].append(tokens / (ended - between))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from splitfl.data.notes import generate_notes
 from splitfl.lab.bench.overhead import (
@@ -13,7 +12,6 @@ from splitfl.lab.bench.overhead import (
     MODES,
     Mode,
     Size,
-    WholeStep,
     measure,
     new_records,
     parse_settings,
@@ -53,11 +51,3 @@ def test_no_step_meets_a_record_that_the_trunk_knows(mode: Mode) -> None:
         assert not {*first.keys} & {*second.keys}
     else:
         assert (first.input_ids != second.input_ids).any(axis=1).all()
-
-
-def test_whole_model_freezes_what_the_split_freezes(model: Path) -> None:
-    whole = WholeStep(model, fused=None, frozen=1)
-    before = {name: weight.clone() for name, weight in whole.model.named_parameters()}
-    whole(random_batch(2, 16, 300))
-    still = {name for name, weight in whole.model.named_parameters() if torch.equal(before[name], weight)}
-    assert still == {name for name in before if name.startswith(("model.embed_tokens.", "model.layers.0."))}
