@@ -137,5 +137,5 @@ def served(model: Path, federation: str, *, threads: int = 0) -> Iterator[tuple[
             threading.Thread(target=deque, args=(process.stdout, 0), daemon=True).start()  # a full pipe would stop it
             yield listening["url"], listening["agreement"]
         finally:
-            process.terminate()
-            process.wait(timeout=30)
+            process.kill()  # all that it keeps goes with its folder
+            process.wait()

@@ -1,7 +1,7 @@
 """``splitfl bench memory``: what a client needs, as the peak resident size of its own process.
 
 Two questions. Does a client grow with the trunk? A real ``splitfl join`` runs against trunks of 4 and of 24 blocks.
-Are logits ever whole? One training step of a top with 152k words and 4,096 tokens, against the naive loss.
+Are logits ever whole? One training step of a top with 152k words and 2,048 tokens, against the naive loss.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from splitfl.split.training import set_up_training
 
 SHALLOW, DEEP = 4, 24  # trunk blocks
 RUNS = 3
-WORDS, TOKENS, WIDTH = 152_064, 4096, 128
+WORDS, TOKENS, WIDTH = 152_064, 2048, 128
 FLAT_WITHIN = 1.02
 
 SETTINGS = """
 [rounds]
 count = 1
-local_steps = 8
+local_steps = 3
 [batch]
 records = 8
 max_length = 128
 [evaluation]
-records = 16
+records = 8
 """
 
 
