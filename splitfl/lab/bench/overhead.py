@@ -8,6 +8,8 @@ bf16 arithmetic it runs under the same autocast. All take their steps in turn.
 
 A sample is a burst of steps: the trunk's own step ends behind the reply or begins with the next request, and one that
 ran into the next contender's time would flatter the split.
+
+And where the time goes: what the parts of a step take when they are computed alone (``parts.py``).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from splitfl.cut import Cut
 from splitfl.data.notes import generate_notes
 from splitfl.data.packing import Batch
 from splitfl.lab.bench.harness import Bar, Result, served, spread
+from splitfl.lab.bench.parts import Parts
 from splitfl.lab.bench.whole import WholeProcess
 from splitfl.privacy.gate import Gate
 from splitfl.privacy.ledger import Ledger
@@ -137,6 +140,9 @@ def run(*, steps: int = 12, size: Size = Size(), say: Callable[[str], None] = la
             result.rows.append(row)
             if mode.bar is not None:
                 result.bars.append(Bar(f"step time ratio, {mode.name}", plain, mode.bar, "lower"))
+        alone = measure_parts(model, MODES[0], size, steps)
+        say(f"its parts alone, fp32: {alone['parts_s']['median']:.3f} s")
+        result.rows.append(alone)
     return result
 
 
@@ -166,6 +172,18 @@ def measure(model: Path, mode: Mode, size: Size, repeats: int) -> dict[str, Any]
         "largest_loss_difference": max(abs(sample["split"][1] - sample["fused"][1]) for sample in taken),
         "ledger_rows": rows,
     }
+
+
+def measure_parts(model: Path, mode: Mode, size: Size, steps: int) -> dict[str, Any]:
+    """Seconds of a step's parts, computed alone in this process, and of all together."""
+    parts = Parts(model, parse_settings(mode.settings(size)))
+    batch = random_batch(size.records, size.length, size.vocab)
+    for _ in range(WARM_UP + steps):
+        parts(batch)
+    taken = {name: seconds[WARM_UP:] for name, seconds in parts.seconds.items()}
+    together = [sum(step) for step in zip(*taken.values(), strict=True)]
+    each = {f"{name}_s": spread(seconds) for name, seconds in taken.items()}
+    return {"parts": f"{mode.name}, alone", **each, "parts_s": spread(together)}
 
 
 def burst(taken: Sequence[tuple[float, float]]) -> tuple[float, float]:

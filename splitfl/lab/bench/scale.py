@@ -49,7 +49,7 @@ class Size:
     records: int = 8
     length: int = 128
     clients: tuple[int, ...] = (1, 2, 4, 8)
-    repeats: int = 3
+    repeats: int = 2
     crowd: Crowd = field(default_factory=Crowd)
     burst: int = 2  # steps of one client at a time, or one step of as many clients: what ends late counts little
 

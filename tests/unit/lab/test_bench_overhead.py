@@ -13,10 +13,13 @@ from splitfl.lab.bench.overhead import (
     Mode,
     Size,
     measure,
+    measure_parts,
     new_records,
     parse_settings,
     random_batch,
 )
+from splitfl.lab.bench.parts import PARTS, Parts
+from splitfl.lab.bench.whole import WholeStep
 from splitfl.split.create import create_checkpoint
 
 TINY = Size(hidden=64, layers=3, vocab=300, records=2, length=16)
@@ -51,3 +54,14 @@ def test_no_step_meets_a_record_that_the_trunk_knows(mode: Mode) -> None:
         assert not {*first.keys} & {*second.keys}
     else:
         assert (first.input_ids != second.input_ids).any(axis=1).all()
+
+
+def test_parts_alone_are_a_step_of_the_whole(model: Path) -> None:
+    mode = MODES[0]
+    batch, settings = random_batch(2, 16, 300), parse_settings(mode.settings(TINY))
+    parts, whole = Parts(model, settings), WholeStep(model, fused=True)
+    assert [parts(batch) for _ in range(3)] == pytest.approx([whole(batch)[1] for _ in range(3)], rel=1e-5)
+    row = measure_parts(model, mode, TINY, 2)
+    every = [row[f"{name}_s"]["median"] for name in PARTS]
+    assert min(every) > 0
+    assert row["parts_s"]["max"] >= max(every)
