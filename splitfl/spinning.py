@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-BRIEF_SPINS = "50000"  # libgomp's own number is 300,000: a millisecond or so
+BRIEF_SPINS = "50000"  # a sixth of what libgomp takes by itself
 
 
 def brief_spins(environment: Mapping[str, str]) -> dict[str, str]:
