@@ -22,11 +22,11 @@ from splitfl.wire.messages import AskAuthority, Enrol, Enrolled, Hello
 
 @dataclass(frozen=True)
 class Peer:
-    """What a connection has shown: if it is encrypted, its verified certificate's serial number, whence it comes."""
+    """What a connection has shown: if it is encrypted, its verified certificate's serial number, if it is local."""
 
     encrypted: bool
     serial: str = ""
-    same_machine: bool = False
+    loopback: bool = False
 
     @classmethod
     def of(cls, transport: Any) -> Peer:

@@ -149,7 +149,7 @@ class Coordinator:
 
     # -- sessions ----------------------------------------------------------------------------------------------
 
-    def hello(self, hello: Hello, certificate: str = "", *, same_machine: bool = False) -> tuple[Member, Welcome]:
+    def hello(self, hello: Hello, certificate: str = "", *, loopback: bool = False) -> tuple[Member, Welcome]:
         """Open or resume a session for the holder of ``certificate`` (its serial number; "" on a plain socket).
 
         Raises ProtocolError, RefusedError or StorageError; the shell turns them into Refused.
@@ -157,7 +157,7 @@ class Coordinator:
         version = choose_version(hello)
         mark = self.witness.last(hello.name, proven=bool(certificate))
         member, resumed = self.members.welcome(hello)
-        member.certificate, member.same_machine = certificate, same_machine
+        member.certificate, member.loopback = certificate, loopback
         about = {"cut": str(member.cut), "holds_round": hello.round, "software": hello.software}
         self._say("connected", client=member.name, resumed=resumed, **about)
         return member, Welcome(

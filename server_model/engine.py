@@ -8,9 +8,9 @@ every client in it has delivered or was dropped. Forwards wait for room (tokens 
 never does. With ``trunk.recompute`` no graph is held: the backward runs the forward again, and what waits for a client
 that computes is its inputs alone.
 
-The optimizer runs behind the last reply, while clients compute; but one that shares its cores with all of them waits
-until somebody asks for the trunk again. Two that compute on the same cores hold each other up at every barrier of
-their threads, which takes longer than one after the other (``splitfl bench overhead``).
+The optimizer runs behind the last reply, while clients compute; but where they all come over loopback, to a trunk that
+takes every core, it waits until somebody asks for the trunk again. Two that compute on the same cores hold each other
+up at every barrier of their threads, which takes longer than one after the other.
 """
 
 from __future__ import annotations
@@ -47,21 +47,23 @@ class Engine:
         self.settings = settings
         self.round = -1
         self.cohort: dict[str, int] = {}  # client -> the micro-batches that it computes a step in
-        self.neighbours: frozenset[str] = frozenset()  # clients that compute on this machine
+        self.neighbours: frozenset[str] = frozenset()  # clients that come over loopback
         self.next_step: dict[str, int] = {}  # client -> the step it is expected at
         self.work: StepWork | None = None
         self.due: StepWork | None = None  # applied before anything else is computed
         self.waiting: list[Arrival] = []
         self.tokens_held = 0
         self.steps_applied = 0
-        self._thread = computing_thread("trunk", threads or torch.get_num_threads())
+        cores = torch.get_num_threads()  # as many as torch would take
+        self._takes_all_cores = trunk.device.type == "cpu" and (threads or cores) >= cores
+        self._thread = computing_thread("trunk", threads or cores)
 
     # -- rounds ------------------------------------------------------------------------------------------------
 
     def open_round(self, round_: int, cohort: Mapping[str, int], neighbours: Iterable[str] = ()) -> None:
         """Serve ``round_`` from step 0 for ``cohort``: who trains through the trunk, and in how many micro-batches.
 
-        ``neighbours``: those of them that compute on this machine.
+        ``neighbours``: those of them that come over loopback.
         """
         self.end_round()
         self.round = round_
@@ -245,7 +247,11 @@ class Engine:
     def awaited(self) -> set[str] | None:
         """Whose turn it is in the step in work; None between steps."""
         work = self.work
-        return None if work is None else {client for client in work.members if not self._is_owed(work, client)}
+        return (
+            None
+            if work is None or work.applying
+            else {client for client in work.members if not self._is_owed(work, client)}
+        )
 
     def holding_up(self) -> frozenset[str]:
         """Those whom others wait for, in the step in work or to begin theirs."""
@@ -410,8 +416,8 @@ class Engine:
             self._apply_due()
 
     def _shares_cores(self, work: StepWork) -> bool:
-        """Whether the trunk and all whom it has just answered compute on the same cores."""
-        return self.trunk.device.type == "cpu" and self.neighbours.issuperset(work.members)
+        """Whether, as far as one can tell, the trunk and all whom it has just answered compute on the same cores."""
+        return self._takes_all_cores and bool(work.members) and self.neighbours.issuperset(work.members)
 
     def _apply_due(self) -> None:
         """Put the step that is due, if one is, on the compute thread."""

@@ -32,7 +32,7 @@ class Member:
     wire: ServerSession = field(default_factory=ServerSession)
     connected: bool = True
     certificate: str = ""  # serial number of the one that it came with last; "" on a plain socket
-    same_machine: bool = False  # it came last from an address of this machine
+    loopback: bool = False  # it came last over loopback
     expiry: asyncio.TimerHandle | None = None
     bytes_in: int = 0
     bytes_out: int = 0

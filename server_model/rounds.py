@@ -215,7 +215,7 @@ class Rounds:
         self._opened = action.round
         cohort = [members.named(name) for name in action.cohort]
         through_trunk = {member.name: member.micro_batches for member in cohort if self._trains_through_trunk(member)}
-        neighbours = [member.name for member in cohort if member.same_machine]
+        neighbours = [member.name for member in cohort if member.loopback]
         self.engine.open_round(action.round, through_trunk, neighbours)
         for name in action.cohort:
             resolve(self._desk.next_round.pop(name, None), RoundOpen(0, action.round, self.weights))

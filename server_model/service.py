@@ -221,7 +221,7 @@ class Service:
             hello = await self._first_words(connection, peer, decode(data, max_bytes=HELLO_BYTES))
             if hello is None:
                 return None
-            member, welcome = self.coordinator.hello(hello, peer.serial, same_machine=peer.same_machine)
+            member, welcome = self.coordinator.hello(hello, peer.serial, loopback=peer.loopback)
         except (ConnectionClosed, TimeoutError):
             return None
         except StorageError as error:  # its path is not for strangers

@@ -94,7 +94,7 @@ def test_both_kinds_find_their_way(tmp_path: Path) -> None:
         assert await hall.ask(tls=True) == b"hello"
         assert await hall.ask(tls=False) == b"hello"
         assert [peer.encrypted for peer in hall.peers] == [True, False]
-        assert all(peer.same_machine for peer in hall.peers)
+        assert all(peer.loopback for peer in hall.peers)
 
     in_hall(tmp_path, body)
 
@@ -102,12 +102,12 @@ def test_both_kinds_find_their_way(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("address", "here"), [(("127.0.0.1", 5), True), (("::1", 5, 0, 0), True), (("10.0.0.7", 5), False), (None, False)]
 )
-def test_peer_of_this_machine_is_known_by_its_address(address: tuple[object, ...] | None, here: bool) -> None:
+def test_peer_over_loopback_is_known_by_its_address(address: tuple[object, ...] | None, here: bool) -> None:
     class Transport:
         def get_extra_info(self, name: str) -> object:
             return address if name == "peername" else None
 
-    assert Peer.of(Transport()).same_machine is here
+    assert Peer.of(Transport()).loopback is here
 
 
 def test_without_a_context_there_is_no_tls(tmp_path: Path) -> None:

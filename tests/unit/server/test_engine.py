@@ -649,6 +649,35 @@ def test_step_waits_while_all_it_answered_compute_on_its_cores(
     assert_close(run(work), alone(source, [[PIECES["a"], PIECES["b"]]] * 2)[1])
 
 
+def test_trunk_that_leaves_cores_to_others_steps_at_once(source: MemorySource, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+
+    async def applied(threads: int) -> int:
+        async with Bench(source, federation(), "a", "a") as bench:
+            bench.engine.close()
+            bench.engine = Engine(bench.trunk, bench.settings, threads)
+            bench.engine.open_round(0, {"a": 1}, "a")
+            await bench.both("a")
+            await asyncio.sleep(SOON_S)
+            return bench.engine.steps_applied
+
+    assert [run(lambda threads=threads: applied(threads)) for threads in (0, 1, 4)] == [0, 1, 0]
+
+
+def test_nobody_is_awaited_for_a_step_that_is_due(source: MemorySource) -> None:
+    """Whom the others wait for then is the round's matter: somebody may owe the next step, or an update."""
+
+    async def work() -> None:
+        async with Bench(source, federation(), "ab", "ab") as bench:
+            await asyncio.gather(bench.both("a"), bench.both("b"))
+            await asyncio.sleep(SOON_S)
+            assert bench.engine.work is not None
+            assert bench.engine.awaited() is None
+            assert not bench.engine.holding_up()
+
+    run(work)
+
+
 def test_step_waits_for_nobody_where_somebody_has_asked_already(source: MemorySource) -> None:
     async def work() -> None:
         async with Bench(source, federation(mode="sequential"), "ab", "ab") as bench:
