@@ -2,7 +2,7 @@
 
 Beside its matrix products a block spends a CPU's time on moving numbers: torch runs a norm as six operations and its
 backward as ten, a rotary embedding as five and seven, each over a fresh tensor. Here each is one. Attention over few
-tokens runs in fp32 under bf16 autocast too: torch's backward for bf16 takes longer there, and fp32 is the more exact one.
+tokens runs in fp32 under bf16 autocast too: torch's backward for bf16 takes longer there, and fp32 is more exact.
 
 Nothing here belongs to a family. A class is exchanged only where ours gives what its own code gives on a probe, to
 the last bit (oracle O1 holds that on whole models); all others stay as they are, and so does everything on a GPU.
