@@ -247,11 +247,9 @@ class Engine:
     def awaited(self) -> set[str] | None:
         """Whose turn it is in the step in work; None between steps."""
         work = self.work
-        return (
-            None
-            if work is None or work.applying
-            else {client for client in work.members if not self._is_owed(work, client)}
-        )
+        if work is None or work.applying:
+            return None
+        return {client for client in work.members if not self._is_owed(work, client)}
 
     def holding_up(self) -> frozenset[str]:
         """Those whom others wait for, in the step in work or to begin theirs."""
