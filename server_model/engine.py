@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from server_model.steps import Arrival, Joint, MissedError, StepKey, StepWork
-from server_model.tasks import done, spawn
+from server_model.tasks import done, fail, resolve, spawn
 from server_model.threads import computing_thread
 from server_model.trunk import Graph, Rows, Trunk
 from splitfl.config import Federation
@@ -444,13 +444,3 @@ class Engine:
 
     def _refuse(self, reply: asyncio.Future[Tensor] | None) -> None:
         fail(reply, MissedError())
-
-
-def resolve(reply: asyncio.Future[Tensor] | None, value: Tensor) -> None:
-    if reply is not None and not reply.done():
-        reply.set_result(value)
-
-
-def fail(reply: asyncio.Future[Tensor] | None, error: BaseException) -> None:
-    if reply is not None and not reply.done():
-        reply.set_exception(error)

@@ -20,7 +20,7 @@ from server_model.engine import Engine
 from server_model.members import Member, Members
 from server_model.merge import Aggregator
 from server_model.store import RoundState, Store
-from server_model.tasks import spawn
+from server_model.tasks import resolve, spawn
 from server_model.updates import ClientUpdate, Inbox
 from splitfl.config import Federation
 from splitfl.errors import ConfigError, RefusedError, StorageError
@@ -314,9 +314,3 @@ def check_fits(state: RoundState, trunk: dict[str, Tensor]) -> None:
             f"round {state.round + 1} in the state folder is not of this model: {min(odd)}",
             "Name the model folder that the federation was begun with, or a new --state.",
         )
-
-
-def resolve(future: asyncio.Future[Answer] | None, answer: Answer) -> None:
-    """Give an answer to whoever still waits for it."""
-    if future is not None and not future.done():
-        future.set_result(answer)

@@ -1,9 +1,11 @@
-"""Tasks in the background of the event loop: kept alive until they end, and heard when they fail."""
+"""Tasks in the background of the event loop, alive until they end and heard when they fail; answers to who waits."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 async def done(future: asyncio.Future[None]) -> None:
@@ -20,6 +22,18 @@ def spawn(work: Any) -> None:
     task = asyncio.get_running_loop().create_task(work)
     _tasks.add(task)
     task.add_done_callback(_ended)
+
+
+def resolve(reply: asyncio.Future[T] | None, value: T) -> None:
+    """Answer somebody, if there is somebody who still waits."""
+    if reply is not None and not reply.done():
+        reply.set_result(value)
+
+
+def fail(reply: asyncio.Future[T] | None, error: BaseException) -> None:
+    """Answer somebody with an error, if there is somebody who still waits."""
+    if reply is not None and not reply.done():
+        reply.set_exception(error)
 
 
 def _ended(task: asyncio.Task[None]) -> None:

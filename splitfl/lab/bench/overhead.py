@@ -35,7 +35,7 @@ from splitfl.data.notes import generate_notes
 from splitfl.data.packing import Batch
 from splitfl.lab.bench.harness import Bar, Result, served, spread
 from splitfl.lab.bench.parts import Parts
-from splitfl.lab.bench.whole import WholeProcess
+from splitfl.lab.bench.whole import WholeProcess, full_batch
 from splitfl.privacy.gate import Gate
 from splitfl.privacy.ledger import Ledger
 from splitfl.privacy.noise import NoiseStream
@@ -212,7 +212,7 @@ def random_batch(records: int, length: int, vocab: int, seed: int = 0) -> Batch:
     """Random tokens, every position labelled but the last."""
     ids = np.random.default_rng(seed).integers(0, vocab, (records, length))
     labels = np.concatenate([ids[:, 1:], np.full((records, 1), -100)], axis=1)
-    return Batch(ids, labels, np.full(records, length))
+    return full_batch(ids, labels)
 
 
 def plain_gate(settings: Federation, state: Path) -> Gate:

@@ -6,22 +6,23 @@ threads wait as libgomp has them wait, and no other computation shares its memor
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import IO, cast
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from splitfl.data.packing import Batch
+from splitfl.data.records import IntArray
 from splitfl.errors import SplitFLError
 from splitfl.spinning import brief_spins
 
@@ -58,24 +59,26 @@ class WholeProcess:
     """:class:`WholeStep` in a process of its own, which :meth:`close` ends; it loads while this one goes on."""
 
     def __init__(self, folder: Path, *, fused: bool | None, frozen: int = 0, bf16: bool = False) -> None:
-        command = [sys.executable, "-m", "splitfl.lab.bench.whole"]
+        options = json.dumps({"fused": fused, "frozen": frozen, "bf16": bf16})
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ordinary_environment()
+            [sys.executable, "-m", "splitfl.lab.bench.whole", str(folder), options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=ordinary_environment(),
+            text=True,
         )
-        self._tell((folder, {"fused": fused, "frozen": frozen, "bf16": bf16}))
 
     def __call__(self, batches: Sequence[Batch]) -> list[tuple[float, float]]:
-        """A step for each batch: seconds and loss of each. Raises SplitFLError when the process has ended."""
+        """A step for each batch, none padded: seconds and loss of each. Raises SplitFLError when the process ended."""
+        asked, answers = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
         try:
-            self._tell(list(batches))
-            return cast(list[tuple[float, float]], pickle.load(self._process.stdout))  # type: ignore[arg-type]
-        except (BrokenPipeError, EOFError) as error:
-            raise SplitFLError("the whole model's process has ended", "Its own words stand above.") from error
-
-    def _tell(self, what: object) -> None:
-        pipe = cast(BinaryIO, self._process.stdin)
-        pipe.write(pickle.dumps(what))
-        pipe.flush()
+            print(json.dumps([[b.input_ids.tolist(), b.labels.tolist()] for b in batches]), file=asked, flush=True)
+            answer = answers.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise SplitFLError("the whole model's process has ended", "Its own words stand above.")
+        return [(seconds, loss) for seconds, loss in json.loads(answer)]
 
     def close(self) -> None:
         """End the process and wait until it has ended."""
@@ -89,14 +92,18 @@ def ordinary_environment() -> dict[str, str]:
 
 
 def main() -> None:
-    """Take steps on the batches that come on stdin, until it ends."""
+    """Take steps on the batches that come on stdin, a burst a line, until it ends."""
     transformers.utils.logging.disable_progress_bar()
-    asked, answers = cast(BufferedReader, sys.stdin.buffer), sys.stdout.buffer
-    folder, options = pickle.load(asked)
-    step = WholeStep(folder, **options)
-    while asked.peek(1):
-        answers.write(pickle.dumps([step(batch) for batch in pickle.load(asked)]))
-        answers.flush()
+    folder, options = sys.argv[1:]
+    step = WholeStep(Path(folder), **json.loads(options))
+    for line in sys.stdin:
+        batches = [full_batch(np.array(ids), np.array(labels)) for ids, labels in json.loads(line)]
+        print(json.dumps([step(batch) for batch in batches]), flush=True)
+
+
+def full_batch(ids: IntArray, labels: IntArray) -> Batch:
+    """Rows (B, T) of which none is padded."""
+    return Batch(ids, labels, np.full(len(ids), ids.shape[1]))
 
 
 if __name__ == "__main__":

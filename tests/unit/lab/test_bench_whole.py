@@ -8,35 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitfl.data.notes import generate_notes
 from splitfl.errors import SplitFLError
 from splitfl.lab.bench.overhead import random_batch
 from splitfl.lab.bench.whole import WholeProcess, WholeStep, ordinary_environment
 from splitfl.spinning import BRIEF_SPINS
-from splitfl.split.create import create_checkpoint
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "model"
-    corpus = generate_notes("general", 60, 0)
-    create_checkpoint(folder, family="llama", layers=3, hidden=64, vocab=300, corpus=corpus, seed=0)
-    return folder
-
-
-def test_whole_model_freezes_what_the_split_freezes(model: Path) -> None:
-    whole = WholeStep(model, fused=None, frozen=1)
+def test_whole_model_freezes_what_the_split_freezes(tiny_llama: Path) -> None:
+    whole = WholeStep(tiny_llama, fused=None, frozen=1)
     before = {name: weight.clone() for name, weight in whole.model.named_parameters()}
     whole(random_batch(2, 16, 300))
     still = {name for name, weight in whole.model.named_parameters() if torch.equal(before[name], weight)}
     assert still == {name for name in before if name.startswith(("model.embed_tokens.", "model.layers.0."))}
 
 
-def test_process_takes_the_same_steps(model: Path) -> None:
+def test_process_takes_the_same_steps(tiny_llama: Path) -> None:
     batches = [random_batch(2, 16, 300, seed) for seed in range(3)]
-    here = WholeStep(model, fused=True)
+    here = WholeStep(tiny_llama, fused=True)
     losses = [here(batch)[1] for batch in batches]
-    with closing(WholeProcess(model, fused=True)) as elsewhere:
+    with closing(WholeProcess(tiny_llama, fused=True)) as elsewhere:
         first, (second,) = elsewhere(batches[:2]), elsewhere(batches[2:])
     assert [loss for _, loss in [*first, second]] == pytest.approx(losses, rel=1e-5)
     assert all(seconds > 0 for seconds, _ in [*first, second])
