@@ -8,7 +8,8 @@ PIP_INSTALL = log=$$($(BIN)/python -m pip install -q --no-input --disable-pip-ve
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Tests use small models in several processes: threads that spin for work would only be in each other's way.
 TESTING := OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
-# Processes that share the tests, a file each at a time, for a file's tests share what was costly to set up.
+# Processes that share the tests, a file each at a time, for a file's tests share what was costly to set up. Notebooks
+# come first: a long file at the end would leave the other process without work.
 TEST_JOBS ?= 2
 
 .DEFAULT_GOAL := help
@@ -21,7 +22,7 @@ demo: $(VENV)/.installed ## three hospitals and a trunk server on this machine: 
 	@$(BIN)/splitfl demo
 
 test: $(VENV)/.installed-dev ## every test but the slow ones, and the notebooks
-	@$(TESTING) $(BIN)/pytest -m "not slow" -n $(TEST_JOBS) --dist loadfile --nbmake tests $(wildcard notebooks)
+	@$(TESTING) $(BIN)/pytest -m "not slow" -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder --nbmake $(wildcard notebooks) tests
 
 test-slow: $(VENV)/.installed-dev ## the tests that take minutes
 	@$(TESTING) $(BIN)/pytest -m slow -n $(TEST_JOBS) tests

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from processes import Place
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A notebook is one test and does the work of dozens: on a slow machine it may take as long."""
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker(pytest.mark.timeout(900))
+
+
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama of three blocks with its tokenizer, for federations in processes of their own."""

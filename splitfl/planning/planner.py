@@ -13,6 +13,7 @@ with does not depend on memory: so more memory never leads to a plan that keeps 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
@@ -152,13 +153,14 @@ def choose(weighed: Sequence[Candidate]) -> Candidate:
     """The plan to take. Raises PlanError, which says what is missing and what would come nearest."""
     allowed = [c for c in weighed if not c.forbidden]
     split = [c for c in allowed if c.trunk_blocks]
-    whole = [c for c in allowed if not c.trunk_blocks and (not split or tolerable(c, split))]
+    with_trunk = fastest(split)
+    whole = [c for c in allowed if not c.trunk_blocks and tolerable(c, with_trunk)]
     fitting = [c for c in split if not c.missing_bytes]
     if held := [c for c in whole if not c.missing_bytes]:
         return preferred(held)
     if not fitting:
         raise nothing_fits(weighed)
-    if fast := [c for c in fitting if c.pace_s <= TIE * fastest(split)]:
+    if fast := [c for c in fitting if c.pace_s <= TIE * with_trunk]:
         return max(fast, key=bottom)  # the first of the deepest
     depth = min(map(bottom, fitting))
     return preferred([c for c in fitting if bottom(c) == depth])
@@ -169,14 +171,14 @@ def bottom(candidate: Candidate) -> int:
     return candidate.plan.cut.n_bottom
 
 
-def tolerable(whole: Candidate, split: Sequence[Candidate]) -> bool:
-    """Whether the whole model is fast enough here: within ``TOLERABLE_STEP_S``, or faster than any trunk would be."""
-    return whole.pace_s <= max(TOLERABLE_STEP_S, fastest(split))
+def tolerable(whole: Candidate, with_trunk: float) -> bool:
+    """Whether the whole model is fast enough here: within ``TOLERABLE_STEP_S``, or faster than with any trunk."""
+    return whole.pace_s <= max(TOLERABLE_STEP_S, with_trunk)
 
 
 def fastest(weighed: Iterable[Candidate]) -> float:
-    """Seconds of the fastest step."""
-    return min(c.pace_s for c in weighed)
+    """Seconds of the fastest step; without a plan there is none."""
+    return min((c.pace_s for c in weighed), default=math.inf)
 
 
 def preferred(weighed: Sequence[Candidate]) -> Candidate:

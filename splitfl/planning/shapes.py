@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from splitfl.errors import ConfigError
@@ -92,14 +93,14 @@ class ModelShape:
         """Channels of all key heads; as many again are values."""
         return self.kv_heads * self.head_dim
 
-    @property
+    @cached_property
     def matrices(self) -> tuple[tuple[int, int], ...]:
         """Inputs and outputs of a block's linear layers: q, k, v, o, then those of the MLP's experts."""
         mlp = ((self.hidden, self.intermediate),) * (1 + self.gated) + ((self.intermediate, self.hidden),)
         attention = ((self.hidden, self.attention), *(((self.hidden, self.kv),) * 2), (self.attention, self.hidden))
         return attention + mlp * self.experts
 
-    @property
+    @cached_property
     def block_weights(self) -> int:
         """Weights of one block: its matrices and two norms. Biases, below a thousandth, are left out."""
         return sum(inputs * outputs for inputs, outputs in self.matrices) + 2 * self.hidden

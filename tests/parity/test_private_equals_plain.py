@@ -24,12 +24,13 @@ SILENT = {
     "gradient_noise_multiplier": 1e-14,
 }
 SILENT_DP = {"dp_sgd": True, "dp_max_grad_norm": 1e6, "dp_noise_multiplier": 1e-15}
+TWO_EPOCHS, FEW = 16, 5  # local steps of two rounds
 LOUD_DP = {"dp_sgd": True, "dp_max_grad_norm": 0.01, "dp_noise_multiplier": 5.0}
 
 
-def settings(privacy: dict[str, Any], model: dict[str, Any], **batch: Any) -> Federation:
+def settings(privacy: dict[str, Any], model: dict[str, Any], local_steps: int = TWO_EPOCHS, **batch: Any) -> Federation:
     return exact_settings(
-        rounds={"count": 2, "local_steps": 16},
+        rounds={"count": 2, "local_steps": local_steps},
         batch={"records": 4, "micro_batches": 2, "max_length": 24, "pack": False, **batch},
         model={"n_bottom": 1, "n_top": 1, **model},
         privacy=privacy,
@@ -38,8 +39,8 @@ def settings(privacy: dict[str, Any], model: dict[str, Any], **batch: Any) -> Fe
 
 
 def run(model: Path, notes: dict[str, Path], folder: Path, privacy: dict[str, Any], **changes: Any) -> Outcome:
-    batch = changes.pop("batch", {})
-    return federate(model, {"solo": notes["oncology"]}, settings(privacy, changes, **batch), folder)
+    batch, local_steps = changes.pop("batch", {}), changes.pop("local_steps", TWO_EPOCHS)
+    return federate(model, {"solo": notes["oncology"]}, settings(privacy, changes, local_steps, **batch), folder)
 
 
 @pytest.mark.parametrize("frozen", [1, 0])
@@ -48,8 +49,9 @@ def test_private_federation_without_noise_has_the_plain_losses(
     family: str, frozen: int, request: pytest.FixtureRequest, notes: dict[str, Path], tmp_path: Path
 ) -> None:
     model = request.getfixturevalue(family)
-    plain = run(model, notes, tmp_path / "plain", {}, freeze_below=frozen)
-    private = run(model, notes, tmp_path / "private", SILENT, freeze_below=frozen)
+    changes = {"freeze_below": frozen, "local_steps": FEW}
+    plain = run(model, notes, tmp_path / "plain", {}, **changes)
+    private = run(model, notes, tmp_path / "private", SILENT, **changes)
     assert private.step_losses["solo"] == pytest.approx(plain.step_losses["solo"], rel=1e-3)
     assert plain.step_losses["solo"][-1] < 0.99 * plain.step_losses["solo"][0]
     curves = [[point["loss"] for point in outcome.reports["solo"]["held_out_losses"]] for outcome in (plain, private)]
@@ -63,7 +65,7 @@ def test_dp_sgd_that_never_clips_has_the_plain_losses_and_with_noise_it_has_not(
 ) -> None:
     """``n_top = 4`` leaves the trunk empty. Almost all records fill their block, so both losses weigh alike."""
     model = request.getfixturevalue(family)
-    cut = {"n_bottom": 1 if n_top == 1 else 0, "n_top": n_top, "freeze_below": 0}
+    cut = {"n_bottom": 1 if n_top == 1 else 0, "n_top": n_top, "freeze_below": 0, "local_steps": FEW}
     plain = run(model, notes, tmp_path / "plain", {}, **cut)
     private = run(model, notes, tmp_path / "private", SILENT | SILENT_DP, **cut)
     noisy = run(model, notes, tmp_path / "noisy", SILENT | LOUD_DP, **cut)
