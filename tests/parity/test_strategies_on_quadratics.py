@@ -97,7 +97,7 @@ def test_fedavg_ends_where_the_closed_form_says_and_not_at_the_optimum() -> None
     assert error(found, clients) > 0.5
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_scaffold_reaches_the_optimum(seed: int) -> None:
     clients = Quadratics.draw(seed)
     assert error(federate("scaffold", clients, 150), clients) < 1e-4
@@ -106,13 +106,13 @@ def test_scaffold_reaches_the_optimum(seed: int) -> None:
 
 def test_scaffold_reaches_the_optimum_with_a_part_of_the_clients_in_each_round() -> None:
     clients = Quadratics.draw()
-    assert error(federate("scaffold", clients, 600, cohort=3), clients) < 1e-3
+    assert error(federate("scaffold", clients, 300, cohort=3), clients) < 1e-3
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_scaffold_reaches_the_optimum_of_the_clients_mean_loss_however_many_tokens_they_have(seed: int) -> None:
     clients, chance = Quadratics.draw(seed), random.Random(seed)
-    cohorts = [chance.sample(range(CLIENTS), 2) for _ in range(600)]
+    cohorts = [chance.sample(range(CLIENTS), 2) for _ in range(400)]
     late = torch.stack(trajectory("scaffold", clients, cohorts, tokens=(20, 1, 8, 1))[-100:])
     assert error(late.mean(dim=0), clients) < 1e-3
 
@@ -137,7 +137,7 @@ def test_fedprox_ends_where_the_closed_form_says() -> None:
     steep = clients.curvatures + mu
     pull = (1 - (1 - RATE * steep) ** STEPS) * clients.curvatures / steep
     fixed_point = (pull * clients.optima).sum(dim=0) / pull.sum(dim=0)
-    torch.testing.assert_close(federate("fedprox", clients, 200, proximal_mu=mu), fixed_point, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(federate("fedprox", clients, 100, proximal_mu=mu), fixed_point, atol=1e-5, rtol=1e-5)
 
 
 def test_fedprox_shrinks_drift_and_its_bias() -> None:
@@ -149,7 +149,7 @@ def test_fedprox_shrinks_drift_and_its_bias() -> None:
         correction.begin({"w": start}, {})
         drifts.append(np.mean([float(clients.local_steps(n, start, correction).norm()) for n in range(CLIENTS)]))
     assert drifts[0] > 1.2 * drifts[1] > 1.5 * drifts[2]
-    errors = [error(federate("fedprox", clients, 300, proximal_mu=mu), clients) for mu in (0.0, 1.0, 4.0)]
+    errors = [error(federate("fedprox", clients, 100, proximal_mu=mu), clients) for mu in (0.0, 1.0, 4.0)]
     assert errors[0] > errors[1] > errors[2]
 
 
@@ -157,13 +157,14 @@ def test_fedprox_shrinks_drift_and_its_bias() -> None:
 def test_servers_steps_lead_to_fedavgs_fixed_point(name: str, rate: float) -> None:
     """Where the mean update is zero every one of these rules stands still, and only there."""
     clients = Quadratics.draw()
-    found = federate(name, clients, 400, server_learning_rate=rate)
+    found = federate(name, clients, 200, server_learning_rate=rate)
     torch.testing.assert_close(found, federate("fedavg", clients, 100), atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_clients_that_agree_are_led_to_their_optimum(name: str) -> None:
     alike = Quadratics(torch.ones(CLIENTS, SIZE), torch.tensor([[1.0, -2.0, 0.5]]).expand(CLIENTS, SIZE))
-    rate = {"server_learning_rate": 0.1} if name in ("fedadagrad", "fedyogi", "fedadam") else {}
+    rates = {"fedadagrad": 0.3, "fedyogi": 0.1, "fedadam": 0.1}
+    rate = {"server_learning_rate": rates[name]} if name in rates else {}
     start = error(torch.zeros(SIZE), alike)
-    assert error(federate(name, alike, 300, **rate), alike) < 0.1 * start
+    assert error(federate(name, alike, 100, **rate), alike) < 0.1 * start
