@@ -31,7 +31,7 @@ from splitfl.split.segment import Piece
 from splitfl.split.training import set_up_training
 
 SHALLOW, DEEP = 4, 24  # trunk blocks
-RUNS = 3
+RUNS = 2
 WORDS, TOKENS, WIDTH = 152_064, 2048, 128
 FLAT_WITHIN = 1.02
 

@@ -46,7 +46,7 @@ class Size:
     hidden: int = 512
     layers: int = 10
     vocab: int = 2048
-    records: int = 8
+    records: int = 4
     length: int = 128
     clients: tuple[int, ...] = (1, 2, 4, 8)
     repeats: int = 2
