@@ -185,7 +185,8 @@ class Link(MemoryLink):
             self._member, frame = service.connect(self, self._counted(self._session.hello()))
             (event,) = self._session.receive(frame)
             assert isinstance(event, Connected)
-        self.fail(SessionLostError(event.welcome))
+            self._failure = lost = SessionLostError(event.welcome)  # before the client can ask the new server anything
+        self.fail(lost)
 
     def acknowledge(self, welcome: Welcome) -> None:
         with self._lock:
