@@ -270,12 +270,10 @@ class Service:
         ended = await admission.ended()
         for member in self.coordinator.members:
             if member.certificate in ended:
-                line = self.lines.get(member.token)
-                if line is not None:  # before its session ends, for a frame may come in between
+                if (line := self.lines.get(member.token)) is not None:  # first, for frames that come meanwhile
                     line.turned_out = refusal("revoked", ended[member.certificate])
-                await self.coordinator.shut_out(member)
-                if line is not None and line.turned_out is not None:
                     spawn(refuse(line.connection, line.turned_out))
+                await self.coordinator.shut_out(member)
 
     def _receive(self, member: Member, line: Line, data: Any) -> None:
         if isinstance(data, str):

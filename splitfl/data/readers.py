@@ -2,8 +2,8 @@
 
 Opening makes one pass that checks every row and notes where it stands: 20 bytes of index a row, and no row is
 kept. Later ``corpus[i]`` reads that row alone. So a 10 GB file never enters memory, and no second copy of the
-text is written to a disk that nobody knew of. The formats are in ``formats.py``; what a row means is in
-``examples.py``.
+text is written to a disk that nobody knew of. The formats are in ``formats.py`` and what
+it names; what a row means is in ``examples.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitfl.data.examples import BadRowError, Example, example_from_row
-from splitfl.data.formats import FORMATS, NOT_UTF8, SAVE_AS_UTF8, RowFile, Scanned, columns_shown
+from splitfl.data.formats import FORMATS
+from splitfl.data.rowfile import NOT_UTF8, SAVE_AS_UTF8, RowFile, Scanned, columns_shown
 from splitfl.errors import ConfigError, DataError
 
 IntArray = NDArray[np.int64]

@@ -75,7 +75,7 @@ class Carried:
         """LoRA's B of one block, which trains."""
         return self._rank * sum(outputs for _, outputs in self.shape.matrices)
 
-    @property
+    @cached_property
     def head_adapter(self) -> tuple[int, int]:
         """LoRA's A and B of the head."""
         return self._rank * self.shape.hidden, self._rank * self.shape.vocab

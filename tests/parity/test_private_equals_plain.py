@@ -28,19 +28,27 @@ TWO_EPOCHS, FEW = 16, 5  # local steps of two rounds
 LOUD_DP = {"dp_sgd": True, "dp_max_grad_norm": 0.01, "dp_noise_multiplier": 5.0}
 
 
-def settings(privacy: dict[str, Any], model: dict[str, Any], local_steps: int = TWO_EPOCHS, **batch: Any) -> Federation:
+def settings(privacy: dict[str, Any], model: dict[str, Any], local_steps: int = TWO_EPOCHS) -> Federation:
     return exact_settings(
         rounds={"count": 2, "local_steps": local_steps},
-        batch={"records": 4, "micro_batches": 2, "max_length": 24, "pack": False, **batch},
+        batch={"records": 4, "micro_batches": 2, "max_length": 24, "pack": False},
         model={"n_bottom": 1, "n_top": 1, **model},
         privacy=privacy,
         evaluation={"records": 8, "every_rounds": 1},
     )
 
 
-def run(model: Path, notes: dict[str, Path], folder: Path, privacy: dict[str, Any], **changes: Any) -> Outcome:
-    batch, local_steps = changes.pop("batch", {}), changes.pop("local_steps", TWO_EPOCHS)
-    return federate(model, {"solo": notes["oncology"]}, settings(privacy, changes, local_steps, **batch), folder)
+def run(
+    model: Path,
+    notes: dict[str, Path],
+    folder: Path,
+    privacy: dict[str, Any],
+    *,
+    local_steps: int = TWO_EPOCHS,
+    **changes: Any,
+) -> Outcome:
+    """``changes``: of the settings' table ``model``."""
+    return federate(model, {"solo": notes["oncology"]}, settings(privacy, changes, local_steps), folder)
 
 
 @pytest.mark.parametrize("frozen", [1, 0])
@@ -49,9 +57,8 @@ def test_private_federation_without_noise_has_the_plain_losses(
     family: str, frozen: int, request: pytest.FixtureRequest, notes: dict[str, Path], tmp_path: Path
 ) -> None:
     model = request.getfixturevalue(family)
-    changes = {"freeze_below": frozen, "local_steps": FEW}
-    plain = run(model, notes, tmp_path / "plain", {}, **changes)
-    private = run(model, notes, tmp_path / "private", SILENT, **changes)
+    plain = run(model, notes, tmp_path / "plain", {}, local_steps=FEW, freeze_below=frozen)
+    private = run(model, notes, tmp_path / "private", SILENT, local_steps=FEW, freeze_below=frozen)
     assert private.step_losses["solo"] == pytest.approx(plain.step_losses["solo"], rel=1e-3)
     assert plain.step_losses["solo"][-1] < 0.99 * plain.step_losses["solo"][0]
     curves = [[point["loss"] for point in outcome.reports["solo"]["held_out_losses"]] for outcome in (plain, private)]
@@ -65,10 +72,10 @@ def test_dp_sgd_that_never_clips_has_the_plain_losses_and_with_noise_it_has_not(
 ) -> None:
     """``n_top = 4`` leaves the trunk empty. Almost all records fill their block, so both losses weigh alike."""
     model = request.getfixturevalue(family)
-    cut = {"n_bottom": 1 if n_top == 1 else 0, "n_top": n_top, "freeze_below": 0, "local_steps": FEW}
-    plain = run(model, notes, tmp_path / "plain", {}, **cut)
-    private = run(model, notes, tmp_path / "private", SILENT | SILENT_DP, **cut)
-    noisy = run(model, notes, tmp_path / "noisy", SILENT | LOUD_DP, **cut)
+    cut = {"n_bottom": 1 if n_top == 1 else 0, "n_top": n_top, "freeze_below": 0}
+    plain = run(model, notes, tmp_path / "plain", {}, local_steps=FEW, **cut)
+    private = run(model, notes, tmp_path / "private", SILENT | SILENT_DP, local_steps=FEW, **cut)
+    noisy = run(model, notes, tmp_path / "noisy", SILENT | LOUD_DP, local_steps=FEW, **cut)
     assert private.step_losses["solo"] == pytest.approx(plain.step_losses["solo"], rel=5e-3)
     assert noisy.step_losses["solo"] != pytest.approx(plain.step_losses["solo"], rel=5e-3)
 

@@ -164,8 +164,8 @@ def draw_scale(result: Result, path: Path) -> None:
         medians = [rate["median"] for rate in rates]
         panel.errorbar(clients, medians, yerr=around(rates), marker=marker, color=colour, capsize=3, label=label)
     for row in rows:
-        above = (row["clients"], row["split_tokens_per_s"]["max"])
-        panel.annotate(f"{row['ratio']['median']:.2f}x", above, xytext=(0, 6), ha="center", **NEAR)
+        highest = max(row[f"{kind}_tokens_per_s"]["max"] for kind in ("split", "whole"))
+        panel.annotate(f"{row['ratio']['median']:.2f}x", (row["clients"], highest), xytext=(0, 6), ha="center", **NEAR)
     panel.set_xscale("log", base=2)
     panel.set_xticks(clients, [str(number) for number in clients])
     panel.set_ylim(bottom=0)

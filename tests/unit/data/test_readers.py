@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitfl.data import formats
+from splitfl.data import formats, parquet, rowfile, separated
 from splitfl.data.examples import Example
 from splitfl.data.readers import FIRST_ROWS, Corpus, check_beginning, open_corpus, read_groups, split_corpus
 from splitfl.errors import ConfigError, DataError
@@ -291,7 +291,7 @@ def test_parquet_is_refused_with_an_install_line_without_pyarrow(
 
 
 def test_parquet_is_refused_when_a_row_group_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "MAX_ROW_GROUP_BYTES", 1000)
+    monkeypatch.setattr(parquet, "MAX_ROW_GROUP_BYTES", 1000)
     path = write(tmp_path / "a.parquet", _parquet(text=[os.urandom(2000).hex()], other=["b"]))
     with pytest.raises(DataError, match="row group"):
         open_corpus(path)
@@ -312,7 +312,8 @@ def test_parquet_is_refused_when_a_row_group_is_too_large(tmp_path: Path, monkey
 def test_row_over_the_limit_is_refused_without_being_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, line: int
 ) -> None:
-    monkeypatch.setattr(formats, "MAX_ROW_BYTES", 64)
+    for module in (formats, rowfile, separated):
+        monkeypatch.setattr(module, "MAX_ROW_BYTES", 64)
     path = write(tmp_path / name, content)
     with pytest.raises(DataError, match=f"line {line} is longer than"):
         open_corpus(path)
