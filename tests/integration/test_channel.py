@@ -17,6 +17,7 @@ from eavesdropper import Eavesdropper
 from processes import Command, Place, Server, place, with_settings
 from proxy import Proxy, every
 from raw_client import RawClient
+from refusals import assert_ends
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
 from client_model.identity import client_context
@@ -24,7 +25,7 @@ from server_model.authority import open_authority
 from server_model.invitations import invite
 from splitfl.channel.certificates import certificate_pem, key_pem, new_key
 from splitfl.channel.joining import JoinString
-from splitfl.errors import ConfigError, DataError, RefusedError, SplitFLError, TrustError
+from splitfl.errors import ConfigError, DataError, RefusedError, TrustError
 from splitfl.wire.messages import Refused, Welcome
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -58,13 +59,6 @@ def joining(here: Place, line: str, data: Path, *flags: object, state: str) -> C
     consent = ("--accept", here.agreement) if here.agreement else ()
     usual = ("--plan", "federation", "--threads", 1, "--json")
     return here.run("join", "join", line, "--data", data, *places, *consent, *usual, *flags)
-
-
-def assert_ends(command: Command, kind: type[SplitFLError], *parts: str) -> None:
-    """It ends with the exit code of ``kind`` and one line that has these parts: the thing and the remedy."""
-    assert command.wait() == kind.exit_code, command.story()
-    for part in parts:
-        assert part in command.error, command.story()
 
 
 def table(server: Server) -> dict[str, dict[str, Any]]:
