@@ -27,7 +27,7 @@ class Consent:
             short = terms.short
             raise PrivacyError(
                 f"--accept {self.given} is not the hash of these terms ({short}...): they have changed, or it is "
-                "mistyped or cut short; nothing has left",
+                "mistyped or cut short; nothing computed from your data has left",
                 f"Read them above; to accept, add --accept {short}.",
             )
         return bool(self.given) or (not self.as_json and sys.stdin.isatty() and asked())

@@ -56,7 +56,7 @@ class Guard:
     def _unaccepted(self, terms: Terms) -> str:
         path = self.folder / ACCEPTED_FILE
         if not path.exists():
-            return "this federation's terms are not accepted, and nothing has left"
+            return "this federation's terms are not accepted, and nothing computed from your data has left"
         before = set(path.read_text().split("\n"))
         changed = [line.split("  ")[0] for line in terms.lines()[:-1] if line not in before]  # the last is the hash
         what = ", ".join(changed) or "in detail"

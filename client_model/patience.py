@@ -40,7 +40,8 @@ class Patience:
         if away > self.limit_s:
             raise self._over(away, reason)
         left = f"gives up in {max(1, round((self.limit_s - away) / 60))} min"
-        self.say(f"waiting for the server at {self.url} ({reason}); next try in {self._pause:g} s, {left}")
+        hint = "" if self.met else "; if it should be there, check host and port"
+        self.say(f"waiting for the server at {self.url} ({reason}); next try in {self._pause:g} s, {left}{hint}")
         await asyncio.sleep(self._pause * random.uniform(0.8, 1.2))
         self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
 

@@ -64,7 +64,7 @@ class ClientData:
         if self.settings.privacy.on and records < needed:
             raise DataError(
                 f"too few records to train on: {records}, and with privacy on a step takes {needed} different ones",
-                "Give more rows; nothing has left.",
+                "Give more rows; nothing computed from them has left.",
             )
 
     def order(self, name: str, cursor: tuple[int, int] = (0, 0)) -> DataOrder:

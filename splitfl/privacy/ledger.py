@@ -158,7 +158,7 @@ class Ledger:
         if now < self.latest - CLOCK_SLACK_S:
             raise StorageError(
                 f"this machine's clock is {self.latest - now:.0f} s before the last row of {self.path}",
-                "Set the clock, then start again; nothing has left.",
+                "Set the clock, then start again; nothing leaves until then.",
             )
         return max(now, self.latest)
 
@@ -225,7 +225,7 @@ def ledger_errors(path: Path) -> Iterator[None]:
     except (sqlite3.OperationalError, OSError) as error:
         raise StorageError(
             f"cannot write the ledger {path}: {error}",
-            "Free some space, let go of other programs that use it, or make it writable; nothing has left.",
+            "Free some space, let go of other programs that use it, or make it writable; nothing leaves until then.",
         ) from error
     except sqlite3.DatabaseError as error:
         raise damaged(path, str(error)) from error

@@ -248,6 +248,7 @@ def test_unreachable_server_is_waited_for_and_then_given_up() -> None:
     with linked("ws://127.0.0.1:9", said, patience_s=0.1) as link, pytest.raises(LinkError, match="was not reached in"):
         link.open()
     assert "(Connection refused); next try in 0.5 s" in said[0]
+    assert said[0].endswith("check host and port")
     assert all("waiting for the server at ws://127.0.0.1:9" in line and "next try in" in line for line in said)
 
 
