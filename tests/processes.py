@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,8 @@ class Command:
     def kill(self) -> None:
         """End it at once, as a power cut would, and wait until it has gone."""
         if self.exit_code is None:
-            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it just ended, and the fork server has yet to say how
+                os.kill(self.pid, signal.SIGKILL)
             self.wait(20)
 
     def limit_files(self, limit: int) -> None:
