@@ -38,7 +38,7 @@ from splitfl.split.create import create_checkpoint
 
 PEAK_WITHIN, STEP_WITHIN = 0.15, 0.25
 SLACK = 1.1  # times the prediction that a client is given
-STEPS, SURVIVED, WARMUP = 6, 50, 2
+STEPS, SURVIVED, WARMUP = 5, 50, 2
 LOOPBACK = "20000,20000,0.5"  # Mbit/s and ms: what `splitfl probe` measures here, rounded
 
 

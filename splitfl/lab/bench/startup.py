@@ -15,7 +15,7 @@ from splitfl.errors import SplitFLError
 from splitfl.lab.bench.harness import Bar, Result, served, spread
 from splitfl.split.create import create_checkpoint
 
-RUNS = 3
+RUNS = 2
 HELP_BAR_S, JOIN_BAR_S = 0.4, 10.0
 
 SETTINGS = """
