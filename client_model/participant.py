@@ -188,10 +188,11 @@ class Participant(Candidate):
     def _say_resumed(self) -> None:
         """Say which step the round was left in; those before it are done again from the journal."""
         at = self.link.journal.last_step
+        again = at is not None
         if at is None and self.unfinished is not None:
             at = (self.unfinished.round, self.unfinished.step)
         if at is not None:
-            self._say("resumed", round=at[0], step=at[1])
+            self._say("resumed", round=at[0], step=at[1], again=again)
 
     def _change_cut(self, before: Cut) -> None:
         """Say so when the cut is another one than before. Raises ConfigError where the blocks cannot change hands."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from client_model.cli import check_address, check_name, enrolled, read_join_string
 from client_model.places import default_cache, default_state
 from splitfl.console import command, note, print_json
 from splitfl.errors import ConfigError
@@ -115,6 +114,7 @@ def visit(
     insecure: bool,
 ) -> Scouted:
     """Measure with a server. Raises ConfigError in the middle of a round, which a visit would cost."""
+    from client_model.addresses import check_address, check_name, enrolled, read_join_string, say_how_encrypted
     from client_model.scouting import Scout
     from client_model.store import ClientStore
     from splitfl.files import claimed
@@ -123,6 +123,7 @@ def visit(
     url = invited.url if invited else check_address(address, insecure=insecure)
     name = invited.name if invited else name
     check_name(name)
+    say_how_encrypted(url)
     folder = state or default_state(url, name, invited.authority if invited else "")
     with claimed(folder):
         store = ClientStore(folder)

@@ -144,8 +144,11 @@ class AutoPlan:
 
 def describe(choices: Choices) -> str:
     """For a person."""
+    assert choices.cut is not None
+    bottom, top = choices.cut.n_bottom, choices.cut.n_top
     return (
-        f"cut {choices.cut}, {choices.micro_batches} micro-batch{'es' * (choices.micro_batches != 1)} a step "
+        f"cut {choices.cut} (of the model's blocks the first {bottom} and the last {top} are computed here), "
+        f"{choices.micro_batches} micro-batch{'es' * (choices.micro_batches != 1)} a step "
         f"({choices.in_flight} under way), "
         f"{choices.dtype} arithmetic, {choices.codec} on the wire"
     )

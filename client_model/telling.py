@@ -91,7 +91,8 @@ def describe(event: str, facts: dict[str, Any]) -> str:
         case "memory_short":
             return f"memory ran out; each micro-batch is computed in {facts['pieces']} pieces from now on"
         case "resumed":
-            return f"going on with round {facts['round'] + 1} at step {facts['step'] + 1}"
+            at = f"going on with round {facts['round'] + 1} at step {facts['step'] + 1}"
+            return at + ("; the steps before it are done again from what is kept here" if facts["again"] else "")
     return ""
 
 
@@ -99,23 +100,23 @@ def print_report(report: dict[str, Any]) -> None:
     """The closing report for a person, on stdout."""
     losses = report["held_out_losses"]
     rounds = f"part in {report['rounds_taken']} of {report['rounds']} rounds"
-    lines = [f"{report['client']} in {report['federation']}: {rounds}, {report['seconds']:.0f} s"]
+    since = " since this start" if report["starts"] > 1 else ""
+    lines = [f"{report['client']} in {report['federation']}: {rounds}, {report['seconds']:.0f} s{since}"]
     lines = [*not_earned(report["baselines"]), *lines, *beside(report["baselines"])]
     if losses:
         ends = [losses[0], losses[-1]][: len(losses)]
         said = ", ".join(f"{entry['loss']:.3f} after {entry['round']} rounds" for entry in ends)
-        lines.append(f"  held-out loss: {said} (nats per token)")
+        lines.append(f"  held-out loss: {said} (nats per token; lower is better)")
     lines += beside_personal(report)
     traffic = report["bytes"]
     lines.append(
         f"  link: {traffic['bytes_sent'] / 1e6:.1f} MB sent, {traffic['bytes_received'] / 1e6:.1f} MB received"
     )
     if report["starts"] > 1:
-        lines.append(f"  counted over {report['starts']} starts of this client")
+        lines.append(f"  rounds and link are counted over {report['starts']} starts of this client")
     if report["uncounted_starts"]:
-        lines.append(
-            f"  NOT counted on the link: traffic of {report['uncounted_starts']} of them after the last saved round"
-        )
+        uncounted = f"{report['uncounted_starts']} of those starts after the last saved round"
+        lines.append(f"  NOT counted on the link: traffic of {uncounted}")
     lines += [f"  {line}" for line in privacy_lines(report["privacy"])]
     lines.append(f"  trained ends: {report['weights']}")
     sys.stdout.write("\n".join(lines) + "\n")

@@ -49,6 +49,7 @@ class Terms:
         """The terms for a person, a line each."""
         settings, agreement, rounds = self.settings, self.settings.agreement, self.settings.rounds
         keeps = f"{settings.model.n_bottom} + {settings.model.n_top} blocks, embedding and output head"
+        stays = "your file and the labels (what is computed from them and sent tells of them: below)"
         said = [
             ("federation", settings.name),
             ("owner", agreement.owner or "not stated"),
@@ -57,7 +58,7 @@ class Terms:
             ("may export", ", ".join(agreement.exporters) or "nobody"),
             ("takes", f"{rounds.count} rounds of {rounds.local_steps} steps, {settings.batch.records} records each"),
             ("needs", f"{rounds.min_clients} client{'s' * (rounds.min_clients > 1)} at least"),
-            ("stays here", f"your file and the labels; of the model {keeps}, unless you plan otherwise"),
+            ("stays here", f"{stays}; of the model {keeps}, unless you plan otherwise"),
             ("privacy", privacy_line(settings)),
             ("activations", activations_line(settings)),
             ("gradients", gradients_line(settings)),

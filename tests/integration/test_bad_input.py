@@ -38,6 +38,7 @@ def test_join_refuses_data_that_is_broken_at_its_beginning_before_it_connects(pl
     command = place.join("ws://127.0.0.1:9", "ward", data)
     assert_ends(command, DataError, *parts)
     assert "waiting" not in command.stderr
+    assert "NOT encrypted" not in command.stderr  # of the link there is nothing to say yet
     assert not (place.folder / "client-ward").exists()
 
 
@@ -260,7 +261,7 @@ def test_join_refuses_a_network_address_without_insecure(place: Place, wards: di
     assert_ends(place.join("ws://192.0.2.1:7000", "ward", wards["a"]), ConfigError, "192.0.2.1", "--insecure")
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:7000", "http://127.0.0.1:7000", "ws://"])
+@pytest.mark.parametrize("address", ["127.0.0.1:7000", "http://127.0.0.1:7000", "ws://", "ws://127.0.0.1:7000/a"])
 def test_join_refuses_what_is_no_address(place: Place, wards: dict[str, Path], address: str) -> None:
     assert_ends(place.join(address, "ward", wards["a"]), ConfigError, "no address to join", "ws://HOST:PORT")
 

@@ -48,6 +48,7 @@ def test_client_trains_by_the_plan_that_its_probe_shows(here: Place, tmp_path: P
     client = here.join(server.url, "a", tmp_path / "a.jsonl", "--plan", "auto")
     assert client.wait() == 0, client.story()
     assert "plan: cut" in client.stderr
+    assert "computed here), " in client.stderr  # a cut in words
     kept = json.loads((here.folder / "client-a" / "plan.json").read_text())["choices"]
     assert client.report["cut"] == f"{kept['cut']['n_bottom']},{kept['cut']['n_top']}"
     assert client.report["rounds_taken"] == 2

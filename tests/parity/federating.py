@@ -14,13 +14,13 @@ from gates import agree
 from serving import ServiceThread
 
 from client_model.choices import Choices
-from client_model.cli import say_goodbye
 from client_model.events import Event
 from client_model.floor import Floor
 from client_model.link import Link
 from client_model.participant import Participant, PausedError
 from client_model.resuming import first_words, open_journal
 from client_model.store import ClientStore
+from client_model.taking_part import say_goodbye
 from server_model.coordinator import Coordinator
 from splitfl.config import Federation, parse_federation
 from splitfl.cut import Cut

@@ -15,7 +15,7 @@ from splitfl.errors import SplitFLError
 from splitfl.lab.bench.harness import Bar, Result, served, spread
 from splitfl.split.create import create_checkpoint
 
-RUNS = 2
+RUNS, HELPS = 2, 5
 HELP_BAR_S, JOIN_BAR_S = 0.4, 10.0
 
 SETTINGS = """
@@ -32,8 +32,8 @@ records = 0
 
 def run(*, say: Callable[[str], None] = lambda _: None) -> Result:
     """Both waits; the join is measured against importing torch alone, in turn."""
-    result = Result("startup", {"runs": RUNS, "model": "llama, 8 blocks, hidden 256, vocabulary 2048"})
-    helps = [seconds_of([sys.executable, "-m", "splitfl.cli", "--help"]) for _ in range(1 + RUNS)][1:]
+    result = Result("startup", {"runs": RUNS, "helps": HELPS, "model": "llama, 8 blocks, hidden 256, vocabulary 2048"})
+    helps = [seconds_of([sys.executable, "-m", "splitfl.cli", "--help"]) for _ in range(1 + HELPS)][1:]
     result.rows.append({"what": "splitfl --help", "seconds": spread(helps)})
     say(f"splitfl --help: {spread(helps)['median']:.2f} s")
     with tempfile.TemporaryDirectory() as work:

@@ -13,13 +13,14 @@ import pytest
 import torch
 from gates import open_gate
 
+from client_model.addresses import check_address, check_name
 from client_model.choices import Choices
-from client_model.cli import StopSignal, check_address, check_name, parse_plan, say_goodbye
 from client_model.events import Event
 from client_model.journal import Head
 from client_model.participant import Participant
 from client_model.resuming import check_same_client, first_words, held_choices, open_journal, paused_choices
 from client_model.store import ClientStore, SessionRecord, Snapshot
+from client_model.taking_part import StopSignal, parse_plan, say_goodbye
 from client_model.telling import EventPrinter, describe, print_report
 from splitfl.config import Federation
 from splitfl.cut import Cut
@@ -55,7 +56,8 @@ def test_loopback_address_is_taken_as_it_is(address: str) -> None:
     "address",
     [
         *("", "127.0.0.1:7000", "http://127.0.0.1:7000", "wss://127.0.0.1:7000", "ws://", "ws:x"),
-        *("ws://127.0.0.1", "ws://127.0.0.1:99999", "ws://127.0.0.1:0"),
+        *("ws://127.0.0.1", "ws://127.0.0.1:99999", "ws://127.0.0.1:0", "ws://127.0.0.1:7000/trunk"),
+        *("ws://127.0.0.1:7000?token=1", "ws://ward:secret@127.0.0.1:7000"),
     ],
 )
 def test_what_is_no_address_is_refused(address: str) -> None:
@@ -282,7 +284,12 @@ EVENTS = [
         {"durable_round": 0},
         "this client was away for longer than the federation waits; going on after round 1",
     ),
-    ("resumed", {"round": 1, "step": 3}, "going on with round 2 at step 4"),
+    ("resumed", {"round": 1, "step": 3, "again": False}, "going on with round 2 at step 4"),
+    (
+        "resumed",
+        {"round": 1, "step": 3, "again": True},
+        "going on with round 2 at step 4; the steps before it are done again from what is kept here",
+    ),
     (
         "cut_changed",
         {"before": "1,1", "now": "2,1", "released_anew": True},
@@ -370,8 +377,9 @@ def test_report_says_what_left_and_what_stayed(
     print_report(closing_report(tmp_path, held_out_losses=losses))
     out = capsys.readouterr().out
     assert "ward in wards: part in 2 of 3 rounds" in out
-    assert "counted over 4 starts" in out
-    assert "NOT counted on the link: traffic of 1 of them" in out
+    assert "1 s since this start" in out
+    assert "rounds and link are counted over 4 starts" in out
+    assert "NOT counted on the link: traffic of 1 of those starts" in out
     assert "stayed here: the data file" in out
     assert "left: 1 x weights" in out
     assert ("held-out loss" in out) == bool(losses)

@@ -162,6 +162,11 @@ def test_terms_do_not_promise_that_losses_stay_where_they_are_shared() -> None:
     assert "loss" not in stays
 
 
+def test_terms_do_not_promise_that_what_stays_cannot_be_told_from_what_is_sent() -> None:
+    (stays,) = [said for said in terms().lines() if said.startswith("stays here")]
+    assert "what is computed from them and sent tells of them" in stays
+
+
 def test_weights_that_leave_without_dp_are_said_to() -> None:
     assert "without noise" in line("weights", {"mode": "measured"})
 
