@@ -73,10 +73,10 @@ class Scale:
     layers: int = 3
     hidden: int = 128
     vocab: int = 384
-    records: int = 320  # in a step
-    micro_batches: int = 40
+    records: int = 400  # in a step
+    micro_batches: int = 50
     length: int = 64  # tokens in a record
-    epochs: int = 6  # of one step each
+    epochs: int = 5  # of one step each
     in_flight: int = 8
 
     @property
