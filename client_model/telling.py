@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from splitfl.console import note, print_json
+from splitfl.console import has_terminal, note, note_live, print_json
 
 if TYPE_CHECKING:
     from client_model.events import Event
@@ -19,18 +18,16 @@ class EventPrinter:
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
-        self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def __call__(self, event: Event) -> None:
         if self.as_json:
             print_json({"event": event.event, **event.facts})
             return
         text = describe(event.event, event.facts)
-        if event.event in LIVE and self.live:
-            sys.stderr.write(f"\r\x1b[K{text}")
-            sys.stderr.flush()
+        if event.event in LIVE and has_terminal():
+            note_live(text)
         elif text:
-            note(("\r\x1b[K" if self.live else "") + text)
+            note(text)
 
 
 #: what a client's person should know of the data, where it is not 0

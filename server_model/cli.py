@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -170,7 +171,9 @@ async def until_everybody_left(coordinator: Coordinator) -> None:
 
 
 def report_json(progress: Progress) -> None:
-    print_json({"event": progress.event, "time": progress.time, **progress.facts})
+    """One object an event; a full disk under it, or a reader who is gone, does not end the federation."""
+    with suppress(OSError):
+        print_json({"event": progress.event, "time": progress.time, **progress.facts})
 
 
 def report_text(progress: Progress) -> None:
@@ -213,6 +216,10 @@ def in_words(event: str, facts: Mapping[str, object]) -> str:
             return f"{facts['client']}: held-out loss {loss:.3f} before round {before}"
         case "storage_error":
             return f"round {as_number(facts['round'])} cannot be written, trying again: {facts['error']}"
+        case "left":
+            return f"{facts['client']} left: {facts['reason']}"
+        case "releases_dropped":
+            return f"{int(str(facts['bytes'])) / 1e6:.1f} MB of kept activations made room: clients send them again"
         case "unencrypted":
             return f"WARNING: the link to {facts['client']} is NOT encrypted, and nobody proved to be {facts['client']}"
         case "finished":

@@ -7,7 +7,6 @@ engine's thread.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import secrets
@@ -41,7 +40,7 @@ from splitfl.cut import Cut
 from splitfl.errors import ConfigError, NumericalError, ProtocolError, RefusedError, SplitFLError, StorageError
 from splitfl.federation.agreement import Terms
 from splitfl.federation.merging import choose_strategy
-from splitfl.files import write_file
+from splitfl.files import keep_file
 from splitfl.privacy.witness import Mark
 from splitfl.split.checkpoint import CheckpointFolder, is_tied
 from splitfl.split.export import COPIED_FILES
@@ -127,18 +126,24 @@ class Coordinator:
         self.terms = Terms(settings, self.manifest)
         store = Store(state)
         store.begin(model, settings, self.manifest, resume=resume)
-        write_file(state / "agreement.txt", "".join(f"{line}\n" for line in self.terms.lines()).encode())
+        keep_file(state / "agreement.txt", "".join(f"{line}\n" for line in self.terms.lines()).encode())
         known = bool(store.durable_rounds())
         self.witness = Witness(state / "ledgers", strict=settings.privacy.on, known=known)
-        budget = int(settings.trunk.cache_gib * 2**30)
-        self.releases = Releases(state / "releases", budget, settings.rounds.min_clients, terms=self.terms.sha256)
         trunk = Trunk(settings, self.source, range(settings.bottoms[0], self.layers - settings.tops[0]), device)
+        budget, clients = int(settings.trunk.cache_gib * 2**30), settings.rounds.min_clients
+        reserve = self._round_bytes(trunk)
+        self.releases = Releases(state / "releases", budget, clients, terms=self.terms.sha256, reserve=reserve)
         threads = threads or torch.get_num_threads()
         self._codec = computing_thread("codec", 1)
         self.engine = Engine(trunk, settings, threads)  # after the codec: the last number holds for threads to come
         self._notary = asyncio.Lock()  # a ledger's states are written down in the order in which they came
         self.incarnation = secrets.token_hex(8)
-        self.rounds = Rounds(settings, self.source, store, self.engine, self.blobs, clock=clock, say=self._say)
+        self.rounds = Rounds(
+            *(settings, self.source, store, self.engine, self.blobs),
+            clock=clock,
+            say=self._say,
+            make_room=self._make_room,
+        )
         if resume:
             self.rounds.restore()
             self._clear_releases()  # which a server that was killed at the end has left
@@ -146,6 +151,12 @@ class Coordinator:
 
     def _shapes_of(self, cut: Cut) -> Shapes:
         return shared_shapes(self.source.config, self.settings, cut)
+
+    def _round_bytes(self, trunk: Trunk) -> int:
+        """About what a round takes on disk: the trunk with its moments, what is merged, and the clients' updates."""
+        ends = sum(numel(shape) for shape in self._shapes_of(self.settings.cut).values())
+        weights = sum(weight.numel() for weight in trunk.trainable().values())
+        return 4 * (3 * weights + (2 + self.settings.rounds.min_clients) * ends)
 
     # -- sessions ----------------------------------------------------------------------------------------------
 
@@ -180,8 +191,9 @@ class Coordinator:
         if self.members.disconnected(member):
             self._say("disconnected", client=member.name, grace_s=self.settings.trunk.grace_s)
 
-    def _left(self, member: Member) -> None:
-        self._say("left", client=member.name, bytes_in=member.bytes_in, bytes_out=member.bytes_out)
+    def _left(self, member: Member, why: str) -> None:
+        traffic = {"bytes_in": member.bytes_in, "bytes_out": member.bytes_out}
+        self._say("left", client=member.name, reason=why, **traffic)
         self.rounds.leave(self.members, member)
 
     # -- requests ----------------------------------------------------------------------------------------------
@@ -209,6 +221,9 @@ class Coordinator:
             return Failed(request.seq, "internal", "the server failed inside", "Tell its operator to look at the log.")
 
     def _dispatch(self, member: Member, request: Request) -> Awaitable[Answer]:
+        """The work on a request. Raises RefusedError when the session ended after the request had come."""
+        if member not in self.members:
+            raise RefusedError("this session has ended", "Join again.", code="wrong_round")
         match request:
             case Forward():
                 return self._forward(member, request)
@@ -380,12 +395,12 @@ class Coordinator:
         return Uploaded(request.seq, request.sha256, received)
 
     async def _bye(self, member: Member, request: Bye) -> Answer:
-        asyncio.get_running_loop().call_soon(self.members.forget, member)
+        asyncio.get_running_loop().call_soon(self.members.forget, member, f"it said goodbye ({request.reason})")
         return Farewell(request.seq)
 
     async def shut_out(self, member: Member) -> None:
         """End a session whose certificate is no longer good; what its client released is of no more use."""
-        self.members.forget(member)
+        self.members.forget(member, "its certificate is no longer good")
         await self._in_order(self.releases.forget, member.name)
 
     def close(self) -> None:
@@ -395,14 +410,19 @@ class Coordinator:
         self._codec.shutdown(wait=True, cancel_futures=True)
         self._clear_releases()
 
+    def _make_room(self) -> None:
+        """The disk is full: kept releases give way to a round, for losing them costs bandwidth alone."""
+        if self.releases.size:
+            self._say("releases_dropped", bytes=self.releases.size)
+            self._codec.submit(self.releases.give_way)
+
     def _clear_releases(self) -> None:
         """After the end nobody needs them: whoever still measures with one sends it again."""
         if self.rounds.finished.is_set():
             self.releases.clear()
 
     def _say(self, event: str, **facts: object) -> None:
-        with contextlib.suppress(OSError):  # a full disk under the log, or nobody reads it: the federation goes on
-            self.report(Progress(event, facts))
+        self.report(Progress(event, facts))
 
 
 def check_settings(settings: Federation, config: PreTrainedConfig, device: torch.device) -> None:

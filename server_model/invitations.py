@@ -11,7 +11,7 @@ from server_model.registry import Registry
 from splitfl.channel.joining import JoinString
 from splitfl.console import parse_address
 from splitfl.errors import ConfigError
-from splitfl.files import storage_errors, write_file
+from splitfl.files import keep_file, storage_errors
 from splitfl.wire.messages import CLIENT_NAME
 
 
@@ -52,7 +52,7 @@ def check_state(state: Path) -> None:
 def remember_address(state: Path, host: str, port: int) -> None:
     """Note where the service listens, for later invitations. Raises StorageError."""
     text = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    write_file(state / "tls" / "address", f"{text}\n".encode())
+    keep_file(state / "tls" / "address", f"{text}\n".encode())
 
 
 def remembered_address(state: Path) -> str:

@@ -41,10 +41,10 @@ class Member:
 
 
 class Members:
-    """Sessions by token. ``left`` is told of each client that is gone for good."""
+    """Sessions by token. ``left`` is told of each client that is gone for good, and why."""
 
     def __init__(
-        self, settings: Federation, layers: int, shapes_of: Callable[[Cut], Shapes], left: Callable[[Member], None]
+        self, settings: Federation, layers: int, shapes_of: Callable[[Cut], Shapes], left: Callable[[Member, str], None]
     ) -> None:
         self.settings = settings
         self.layers = layers
@@ -76,7 +76,7 @@ class Members:
         # a mistaken plan must not cost the session that there is
         cut, pieces, codec = self._cut_of(hello), self._pieces_of(hello), self._codec_of(hello)
         if known is not None and known.name == hello.name:
-            self.forget(known)  # it came back without that session's state
+            self.forget(known, "it came back without that session's state")
         return self._new(hello, cut, pieces, codec), False
 
     def _new(self, hello: Hello, cut: Cut, pieces: int, codec: CodecName) -> Member:
@@ -89,7 +89,7 @@ class Members:
                     "Choose another --name, or stop the other client.",
                     code="name_taken",
                 )
-            self.forget(other)
+            self.forget(other, "it came back with a new session")
         if len(self) >= MAX_SESSIONS:
             raise RefusedError(
                 f"{MAX_SESSIONS} clients are here already", "Try again later, or tell the operator.", code="over_limit"
@@ -142,14 +142,15 @@ class Members:
             return False
         member.connected = False
         loop = asyncio.get_running_loop()
-        member.expiry = loop.call_later(self.settings.trunk.grace_s, self.forget, member)
+        grace = self.settings.trunk.grace_s
+        member.expiry = loop.call_later(grace, self.forget, member, f"it was away for more than {grace:g} s")
         return True
 
-    def forget(self, member: Member) -> None:
+    def forget(self, member: Member, why: str) -> None:
         """Drop a session: its client takes part no more until it says Hello anew."""
         if self._by_token.pop(member.token, None) is not None:
             cancel(member)
-            self._left(member)
+            self._left(member, why)
 
     def close(self) -> None:
         """Stop all timers."""

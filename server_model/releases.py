@@ -59,13 +59,15 @@ class Shelf:
 class Releases:
     """The cache of all clients in ``folder``, ``budget`` bytes at most. One thread calls it.
 
-    Of ``clients`` that share it none may take more than its part. What came under other ``terms`` (a hash) is deleted.
+    Of ``clients`` that share it none may take more than its part, and it leaves ``reserve`` bytes of the disk free.
+    What came under other ``terms`` (a hash) is deleted.
     """
 
-    def __init__(self, folder: Path, budget: int, clients: int = 1, *, terms: str = "") -> None:
+    def __init__(self, folder: Path, budget: int, clients: int = 1, *, terms: str = "", reserve: int = 0) -> None:
         self.folder = folder
         self.budget = budget
         self.share = budget // clients
+        self.reserve = reserve
         self._shelves: dict[str, Shelf] = {}
         self.size = 0
         self._terms = folder / "agreement"
@@ -83,7 +85,7 @@ class Releases:
         return client in self._shelves and name in self._shelves[client].places
 
     def put(self, client: str, name: str, payload: TensorBytes) -> bool:
-        """Keep (T, D) of a record; False when there is no room, or the disk is full."""
+        """Keep (T, D) of a record; False when there is no room for it."""
         if self.holds(client, name):
             return True
         entry = HEADER_BYTES + payload.nbytes + -payload.nbytes % ALIGNMENT
@@ -92,6 +94,8 @@ class Releases:
             return False
         try:
             with storage_errors(shelf.path):
+                if shutil.disk_usage(self.folder).free < self.reserve + entry:
+                    return False
                 self._append(shelf, name, payload)
         except StorageError:
             return False
@@ -131,6 +135,11 @@ class Releases:
         if shelf is not None:
             self.size -= shelf.end
             shelf.path.unlink(missing_ok=True)
+
+    def give_way(self) -> None:
+        """Delete all entries: the disk is needed for more than this."""
+        for client in list(self._shelves):
+            self.forget(client)
 
     def clear(self) -> None:
         """Delete everything."""

@@ -63,6 +63,7 @@ class Rounds:
         *,
         clock: Callable[[], float],
         say: Say,
+        make_room: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings = settings
         self.layers: int = source.config.num_hidden_layers
@@ -71,13 +72,14 @@ class Rounds:
         self.blobs = blobs
         self.clock = clock
         self.say = say
+        self.make_room = make_room
         self.inbox = Inbox(store.uploads)
         self.machine = RoundMachine(settings, 0)
         self.aggregator = Aggregator(settings, source, store, engine.trunk)
         self.weights = ""  # hash of the list of merged tensors
         self.durable = -1  # the newest round on disk
         self.finished = asyncio.Event()
-        self.trouble = ""  # what kept the last write from the disk; "" once one goes through
+        self._held_up: dict[object, str] = {}  # what keeps each write that has to wait from the disk
         self._desk = Desk()
         self._opened = -1  # the newest round that was opened
         self._rings_at: float | None = None  # the deadline that is set
@@ -185,7 +187,10 @@ class Rounds:
         return self.machine.round, self.machine.phase, self.engine.steps_applied
 
     def awaited(self) -> tuple[list[str], int]:
-        """Whom the others wait for at this moment, and how many more clients a round needs to open."""
+        """Whom the others wait for at this moment, and how many more clients a round needs to open: nobody, while it is
+        the disk that holds them up."""
+        if self.trouble:
+            return [], 0
         in_step = self.engine.awaited()
         return sorted(self.machine.awaited() if in_step is None else in_step), self.machine.missing()
 
@@ -288,14 +293,22 @@ class Rounds:
 
     async def written(self, write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What ``write`` returns once there is room on the disk; till then the operator hears. Raises StorageError."""
-        result = await once_there_is_room(self._held_up, write, *args, **kwargs)
-        self.trouble = ""
-        return result
+        key = object()
+        try:
+            return await once_there_is_room(partial(self._wait_for_room, key), write, *args, **kwargs)
+        finally:
+            self._held_up.pop(key, None)
 
-    def _held_up(self, error: StorageError) -> None:
-        """The disk is full."""
-        self.trouble = str(error)
+    def _wait_for_room(self, key: object, error: StorageError) -> None:
+        """The disk is full, or away: what can be had again makes room first."""
+        self._held_up[key] = str(error)
+        self.make_room()
         self.say("storage_error", round=self.machine.round, error=str(error))
+
+    @property
+    def trouble(self) -> str:
+        """What keeps a write from the disk, "" while all goes well."""
+        return next(iter(self._held_up.values()), "")
 
     def _finish(self, round_: int) -> None:
         self.say("finished", round=round_)

@@ -233,8 +233,7 @@ class Service:
             return None
         self.door.known(connection)  # type: ignore[arg-type]
         if not peer.encrypted and self.admission is not None:
-            with contextlib.suppress(OSError):  # as the coordinator says things
-                self.coordinator.report(Progress("unencrypted", {"client": member.name}))
+            self.coordinator.report(Progress("unencrypted", {"client": member.name}))
         line = Line(connection, self.frame_limit)
         older = self.lines.get(member.token)
         self.lines[member.token] = line

@@ -10,6 +10,7 @@ releases/                   released activations, so that clients send them once
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -24,10 +25,11 @@ from torch import Tensor
 from splitfl.codec.stored import write_tensors
 from splitfl.config import Federation, parse_federation
 from splitfl.errors import ConfigError, StorageError
-from splitfl.files import clear_unfinished, new_folder, numbered, storage_errors, write_file
+from splitfl.files import clear_unfinished, keep_file, new_folder, numbered, storage_errors
 
 KEPT_ROUNDS = 3
 PARTS = ("trunk", "optimizer", "merged", "strategy")  # of a round, a safetensors file each
+DIGESTS = "sha256"  # of these files, in state.json
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,23 @@ class Store:
                     f"{model} is not the model that {self.folder} was begun with",
                     f"Name {self.federation()[0]}, or a new --state.",
                 )
+        self._clear_leftovers()  # first, for they may be what fills the disk
         content = {
             "model": str(model.resolve()),
             "fingerprint": fingerprint,
             "settings": settings.model_dump(mode="json"),
         }
-        write_file(self.folder / "federation.json", json.dumps(content, indent=2).encode())
+        keep_file(self.folder / "federation.json", json.dumps(content, indent=2).encode())
+        with storage_errors(self.folder):
+            self.uploads.mkdir(parents=True, exist_ok=True)
+            self.uploads.chmod(0o700)
+
+    def _clear_leftovers(self) -> None:
+        """What an earlier start had begun to write, and what clients had sent it: they send it again."""
         with storage_errors(self.folder):
             for folder in (self.folder, self.rounds):
                 clear_unfinished(folder)
-            shutil.rmtree(self.uploads, ignore_errors=True)
-            self.uploads.mkdir(parents=True, exist_ok=True)
-            self.uploads.chmod(0o700)
+        shutil.rmtree(self.uploads, ignore_errors=True)
 
     def federation(self) -> tuple[Path, Federation]:
         """The model folder and settings that this state belongs to. Raises ConfigError, StorageError."""
@@ -116,7 +123,7 @@ class Store:
         with new_folder(folder) as work:
             for name in PARTS:
                 write_tensors(getattr(state, name), work / f"{name}.safetensors")
-            facts = {"round": state.round, **state.facts}
+            facts = {"round": state.round, DIGESTS: digests(work), **state.facts}
             (work / "state.json").write_text(json.dumps(facts, indent=2, sort_keys=True))
         return folder
 
@@ -131,9 +138,11 @@ class Store:
         """Read a durable round back. Raises StorageError."""
         folder = self.folder_of(round_)
         try:
-            parts = {name: load_file(folder / f"{name}.safetensors") for name in PARTS}
             facts = json.loads((folder / "state.json").read_text())
-        except (OSError, ValueError, SafetensorError) as error:
+            if facts.pop(DIGESTS, None) not in (None, digests(folder)):
+                raise ValueError("a file is not what was written")
+            parts = {name: load_file(folder / f"{name}.safetensors") for name in PARTS}
+        except (OSError, ValueError, AttributeError, SafetensorError) as error:
             raise StorageError(
                 f"{folder} cannot be read", "Delete it: the round before it is still there, and --resume uses that."
             ) from error
@@ -167,3 +176,12 @@ def check_same(before: Federation, now: Federation) -> None:
                 f"{name} differs from what this federation was begun with",
                 "Leave out --federation to go on with its own settings, or name a new --state.",
             )
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of a round's files by the part that each holds: a disk may give back other bits than it was given."""
+    found = {}
+    for name in PARTS:
+        with (folder / f"{name}.safetensors").open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

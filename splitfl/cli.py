@@ -7,6 +7,8 @@ import os
 from splitfl.spinning import brief_spins
 
 os.environ.update(brief_spins(os.environ))
+# numpy computes nothing large here, and its threads' buffers are memory; without room for them it sends a SIGINT.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Nothing is ever downloaded behind the user's back.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from splitfl.errors import INTERRUPTED_EXIT_CODE, ConfigError, SplitFLError
+
+ERASED = "\r\x1b[K"  # back to the beginning of a terminal's line, without what stood there
+LOADER_SAYS = ("failed to map segment", "cannot allocate memory")  # of a library for which there is no memory
 
 
 @contextmanager
@@ -28,13 +32,15 @@ def command(*, verbose: bool = False) -> Iterator[None]:
         if verbose:
             logging.exception("the error came from here")
         line = " ".join(str(error).split())
-        sys.stderr.write(f"error: {''.join(filter(str.isprintable, line))}\n")  # some of it may be the other side's
+        note(f"error: {''.join(filter(str.isprintable, line))}")  # some of it may be the other side's
         raise SystemExit(error.exit_code) from None
-    except MemoryError:
-        sys.stderr.write("error: out of memory. Give this process more, and check its limits (ulimit -a).\n")
+    except (MemoryError, ImportError) as error:
+        if isinstance(error, ImportError) and not any(words in str(error).lower() for words in LOADER_SAYS):
+            raise
+        note("error: out of memory. Give this process more, and check its limits (ulimit -a).")
         raise SystemExit(SplitFLError.exit_code) from None
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; what was saved stays saved\n")
+        note("interrupted; what was saved stays saved")
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
 
 
@@ -46,8 +52,24 @@ def print_json(value: object) -> None:
 
 def note(text: str) -> None:
     """One line for a person, on stderr."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    say(f"{text}\n")
+
+
+def note_live(text: str) -> None:
+    """A line on a terminal that whatever is noted next takes the place of."""
+    say(text)
+
+
+def say(text: str) -> None:
+    """What is done does not end because nobody can read of it: a full disk under a log, a terminal that is gone."""
+    with suppress(OSError):
+        sys.stderr.write((ERASED if has_terminal() else "") + text)
+        sys.stderr.flush()
+
+
+def has_terminal() -> bool:
+    """Whether a person looks on, at something that can take a line back."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def parse_address(text: str) -> tuple[str, int]:

@@ -113,6 +113,14 @@ def write_file(path: Path, data: bytes) -> None:
         sync(path.parent)
 
 
+def keep_file(path: Path, data: bytes) -> None:
+    """Have ``path`` hold ``data``: it is not written anew, for the disk may be full. Raises StorageError."""
+    with storage_errors(path):
+        known = path.is_file() and path.read_bytes() == data
+    if not known:
+        write_file(path, data)
+
+
 def give_usual_mode(path: Path) -> None:
     """Give ``path`` the mode of any new file beside it: safetensors writes 0600, whatever the umask says."""
     probe = path.with_name(f".{path.name}.mode")

@@ -27,7 +27,7 @@ def make(**model: Any) -> tuple[Members, list[str]]:
     """Members of a federation whose clients may keep 1 to 3 blocks at the bottom, and the names of who has left."""
     gone: list[str] = []
     table = {"model": {"max_bottom": 3, **model}, "trunk": {"grace_s": 0.02}}
-    return Members(parse_federation(table, "the test"), LAYERS, shapes_of, lambda m: gone.append(m.name)), gone
+    return Members(parse_federation(table, "the test"), LAYERS, shapes_of, lambda m, _: gone.append(m.name)), gone
 
 
 def hello(name: str = "ward-a", **fields: Any) -> Hello:
@@ -228,8 +228,8 @@ def test_client_that_comes_back_within_the_grace_stays() -> None:
 def test_forgetting_twice_tells_it_once() -> None:
     members, gone = make()
     member, _ = members.welcome(hello())
-    members.forget(member)
-    members.forget(member)
+    members.forget(member, "the test")
+    members.forget(member, "the test")
     assert gone == ["ward-a"]
 
 
@@ -238,7 +238,7 @@ def test_connection_of_a_forgotten_session_starts_no_timer() -> None:
 
     def body() -> bool:
         member, _ = members.welcome(hello())
-        members.forget(member)
+        members.forget(member, "the test")
         return members.disconnected(member)
 
     assert not in_loop(body)

@@ -51,6 +51,21 @@ def test_what_has_no_room_is_not_taken_and_pushes_nothing_out(tmp_path: Path) ->
     assert not Releases(tmp_path / "none", 0).put("ward", A, activation(0))
 
 
+def test_room_that_a_round_needs_is_not_taken(tmp_path: Path) -> None:
+    assert not Releases(tmp_path, 1 << 20, reserve=1 << 60).put("ward", A, activation(1))
+    assert Releases(tmp_path, 1 << 20, reserve=1).put("ward", A, activation(1))
+
+
+def test_entries_that_gave_way_can_be_sent_again_and_are_there_after_a_restart(tmp_path: Path) -> None:
+    cache = Releases(tmp_path, 1 << 20, terms="one")
+    cache.put("a", A, activation(1))
+    cache.put("b", A, activation(2))
+    cache.give_way()
+    assert (cache.size, list(tmp_path.glob("*.bin")), cache.get("a", A)) == (0, [], None)
+    assert cache.put("a", A, activation(1))
+    assert same(Releases(tmp_path, 1 << 20, terms="one").get("a", A), activation(1))
+
+
 def test_damaged_entry_counts_as_missing_and_can_be_sent_again(tmp_path: Path) -> None:
     cache = Releases(tmp_path, 1 << 20)
     cache.put("ward", A, activation(1))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import server_model.disk
 from server_model.coordinator import Coordinator
 from server_model.exporting import all_weights
 from server_model.store import RoundState
@@ -16,9 +17,10 @@ from server_model.updates import ClientUpdate
 from splitfl.config import parse_federation
 from splitfl.data.notes import generate_notes
 from splitfl.errors import ConfigError
+from splitfl.files import storage_errors
 from splitfl.federation.rounds import Discounted, MergeRound, Phase, RoundMachine
 from splitfl.split.create import create_checkpoint
-from splitfl.wire.messages import PROTOCOL_VERSIONS, Hello, NextRound, RoundOpen
+from splitfl.wire.messages import PROTOCOL_VERSIONS, Failed, Hello, NextRound, RoundOpen, TensorBytes
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def test_round_that_everybody_left_opens_again_from_the_last_durable_trunk(model
         assert isinstance(await coordinator.handle(member, NextRound(0, 0, -1)), RoundOpen)
         for weight in coordinator.engine.trunk.trainable().values():
             weight.data.add_(1.0)  # as half a round's steps would
-        coordinator.members.forget(member)
+        coordinator.members.forget(member, "the test")
         member, _ = coordinator.hello(Hello(PROTOCOL_VERSIONS, "a"))
         opened = await coordinator.handle(member, NextRound(0, 0, -1))
         assert isinstance(opened, RoundOpen)
@@ -49,6 +51,60 @@ def test_round_that_everybody_left_opens_again_from_the_last_durable_trunk(model
     same = asyncio.run(leave_and_return())
     assert same
     assert all(same.values())
+
+
+def test_request_that_is_worked_on_after_its_session_ended_leaves_nobody_to_wait_for(model, tmp_path):
+    """A frame's work begins a turn of the loop after it came, and a revocation may lie between."""
+
+    async def ask() -> tuple[object, object]:
+        coordinator = Coordinator(model, parse_federation({}, "the test"), tmp_path / "s", device=torch.device("cpu"))
+        gone, _ = coordinator.hello(Hello(PROTOCOL_VERSIONS, "gone"))
+        coordinator.members.forget(gone, "the test")
+        refused = await coordinator.handle(gone, NextRound(0, 0, -1))
+        member, _ = coordinator.hello(Hello(PROTOCOL_VERSIONS, "a"))
+        opened = await asyncio.wait_for(coordinator.handle(member, NextRound(0, 0, -1)), 30)
+        assert coordinator.rounds.machine.cohort == {"a"}
+        coordinator.close()
+        return refused, opened
+
+    refused, opened = asyncio.run(ask())
+    assert isinstance(refused, Failed)
+    assert "this session has ended" in refused.reason
+    assert isinstance(opened, RoundOpen)
+
+
+def test_disk_that_is_full_gets_the_room_of_kept_releases_and_nobody_is_waited_for(model, tmp_path, monkeypatch):
+    said: list[tuple[str, dict[str, object]]] = []
+    monkeypatch.setattr(server_model.disk, "RETRY_S", 0.01)
+
+    async def write() -> None:
+        settings = parse_federation({"rounds": {"min_clients": 2}}, "the test")
+        coordinator = Coordinator(model, settings, tmp_path / "s", device=torch.device("cpu"))
+        rounds, releases = coordinator.rounds, coordinator.releases
+        rounds.say = lambda event, **facts: said.append((event, facts))
+        member, _ = coordinator.hello(Hello(PROTOCOL_VERSIONS, "a"))
+        waiting = asyncio.create_task(coordinator.handle(member, NextRound(0, 0, -1)))
+        releases.put("a", "00" * 16, TensorBytes("f32", (2, 64), bytes(512)))
+        await asyncio.sleep(0)
+        assert rounds.awaited() == ([], 1)
+
+        def fill() -> str:
+            with storage_errors(tmp_path):
+                if releases.size:
+                    raise OSError(28, "No space left on device")
+            assert "No space left" in rounds.trouble
+            assert rounds.awaited() == ([], 0)
+            return "written"
+
+        assert await asyncio.wait_for(rounds.written(fill), 30) == "written"
+        assert rounds.trouble == ""
+        assert not releases.holds("a", "00" * 16)
+        assert list((tmp_path / "s" / "releases").glob("*.bin")) == []
+        waiting.cancel()
+        coordinator.close()
+
+    asyncio.run(write())
+    assert ("storage_error", 0) in [(event, facts.get("round")) for event, facts in said]
 
 
 def test_deadline_rings_between_rounds_and_the_round_opens_without_who_is_on_its_way(model, tmp_path):

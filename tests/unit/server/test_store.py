@@ -71,6 +71,42 @@ def test_rounds_are_ordered_by_number(store: Store) -> None:
     assert store.durable_rounds() == [2, 9, 10]
 
 
+def test_round_in_which_a_bit_has_flipped_is_not_gone_on_from(store: Store) -> None:
+    path = store.save(state(1)) / "trunk.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(StorageError, match="round-000001 cannot be read"):
+        store.load(1)
+    path.write_bytes(whole)
+    assert torch.equal(store.load(1).trunk["w"], torch.ones(2, 3))
+    assert "sha256" not in store.load(1).facts
+
+
+def test_round_of_an_earlier_version_is_read_without_digests(store: Store) -> None:
+    path = store.save(state(1)) / "state.json"
+    facts = json.loads(path.read_text())
+    del facts["sha256"]
+    path.write_text(json.dumps(facts))
+    assert store.load(1).facts["seed"] == 7
+
+
+def test_start_on_a_full_disk_clears_what_clients_had_sent_and_writes_nothing_it_holds(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save(state(0))
+    (store.uploads / "a.part").write_bytes(bytes(99))
+    (store.rounds / ".new-1").mkdir()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "replace", full)
+    Store(store.folder).begin(store.folder.parent, SETTINGS, "model", resume=True)
+    assert names(store.uploads) == []
+    assert names(store.rounds) == ["round-000000"]
+
+
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_full_disk_leaves_the_older_rounds_whole(store: Store, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     store.save(state(0))
