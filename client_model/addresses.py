@@ -44,7 +44,10 @@ def check_address(address: str, *, insecure: bool) -> str:
     more = parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc
     if parts.scheme != "ws" or not parts.hostname or not has_port(parts) or more:
         shown = address.rpartition("@")[2]  # before it may stand a token
-        raise ConfigError(f"{shown!r} is no address to join", "Write it as ws://HOST:PORT, as `splitfl serve` says.")
+        raise ConfigError(
+            f"{shown!r} is no address to join",
+            "Give the whole line splitfl://... that the operator sent; on the server's own machine also ws://HOST:PORT.",
+        )
     require_loopback(parts.hostname, insecure=insecure)
     return address
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -47,6 +48,7 @@ from splitfl.wire.messages import (
     Welcome,
 )
 
+log = logging.getLogger("splitfl.client")
 GOODBYE_S = 10.0  # how long a client that is done waits for the server's farewell
 
 
@@ -103,11 +105,16 @@ class Participant(Candidate):
         give_back_freed_memory()
         rows = self.settings.batch.records // self.settings.batch.micro_batches
         self.exhausted, self.row_pieces = self.row_pieces >= rows, min(rows, 2 * self.row_pieces)
+        log.info("%s", said)
+        if self.exhausted:
+            return ShortageError(
+                "out of memory, one record at a time too",
+                "Give this process more and run the same command again: within "
+                f"{self.settings.trunk.grace_s:g} s it goes on in its round. Or take a smaller cut with --plan after "
+                "this round, if the federation allows one.",
+            )
         self._say("memory_short", pieces=self.row_pieces)
-        return ShortageError(
-            f"out of memory, one record at a time too: {said[:200]}" if self.exhausted else "out of memory",
-            "Give this process more memory, or take a smaller cut with --plan, if the federation allows one.",
-        )
+        return ShortageError("out of memory", "It goes on with smaller pieces.")
 
     def _run(self, welcome: Welcome) -> dict[str, Any]:
         """Go on, from one restart of the server to the next, until the federation ends."""
@@ -215,7 +222,8 @@ class Participant(Candidate):
             self._go_on_in(self.unfinished)
         while True:
             self._stop_if_asked(None, 0)
-            self._say("waiting", for_="the next round")
+            last = self.round + 1 >= self.settings.rounds.count
+            self._say("waiting", for_="the last merge" if last else "the next round")
             answer = self.link.ask(NextRound(0, 0, self.round))
             if isinstance(answer, Finished):
                 return self._finish(answer)
@@ -344,7 +352,8 @@ class Participant(Candidate):
         raise PausedError(in_round=step is not None)
 
     def _is_plan_over(self) -> bool:
-        return not self.link.journal.doing_again and self.wants_plan(self.link)
+        more_rounds = self.round + 1 < self.settings.rounds.count
+        return more_rounds and not self.link.journal.doing_again and self.wants_plan(self.link)
 
     # -- measuring and the end ---------------------------------------------------------------------------------
 

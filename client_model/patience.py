@@ -11,6 +11,7 @@ from splitfl.errors import LinkError
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
+A_WHILE_S = 90.0  # from here on in minutes
 
 
 class Patience:
@@ -39,7 +40,8 @@ class Patience:
         away = time.monotonic() - self._away_since
         if away > self.limit_s:
             raise self._over(away, reason)
-        left = f"gives up in {max(1, round((self.limit_s - away) / 60))} min"
+        rest = self.limit_s - away
+        left = f"gives up in {rest:.0f} s" if rest < A_WHILE_S else f"gives up in {rest / 60:.0f} min"
         hint = "" if self.met else "; if it should be there, check host and port"
         self.say(f"waiting for the server at {self.url} ({reason}); next try in {self._pause:g} s, {left}{hint}")
         await asyncio.sleep(self._pause * random.uniform(0.8, 1.2))

@@ -14,7 +14,6 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -113,8 +112,9 @@ class Prober:
     def _key(self, identity: str) -> str:
         """Of model, machine, and what of the settings the pace depends on."""
         batch, model = self.settings.batch, self.settings.model
-        ours = (batch.records, batch.micro_batches, batch.max_length, model.train, model.head, model.compute)
-        facts = [identity, fingerprint(self.device), ours, asdict_of(self.settings)]
+        trained = (model.train, model.lora_rank, model.head, model.compute)
+        ours = (batch.records, batch.micro_batches, batch.max_length, *trained)
+        facts = [identity, fingerprint(self.device), ours, self.settings.optimizer.model_dump()]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
@@ -136,10 +136,6 @@ def too_small(room: Room) -> ConfigError:
 def pace_from(table: Mapping[str, Mapping[str, float]]) -> Pace:
     """A Pace out of its JSON. Raises TypeError."""
     return Pace(**{name: Spread(**spread) for name, spread in table.items()})
-
-
-def asdict_of(settings: Federation) -> dict[str, Any]:
-    return settings.optimizer.model_dump()
 
 
 def fingerprint(device: torch.device) -> list[object]:

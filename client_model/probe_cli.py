@@ -124,6 +124,7 @@ def visit(
     name = invited.name if invited else name
     check_name(name)
     say_how_encrypted(url)
+    note("measuring this machine and the link to the server")
     folder = state or default_state(url, name, invited.authority if invited else "")
     with claimed(folder):
         store = ClientStore(folder)

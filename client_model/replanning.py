@@ -30,6 +30,7 @@ from splitfl.planning.planner import candidates, choose
 MEMORY_HYSTERESIS = 1.25  # times more or less memory that a plan is kept through
 LINK_HYSTERESIS = 2.0  # times a faster or slower link: those vary more
 LEAST_RTT_S = 0.005  # round trips below are all alike
+MOST_RATE = 1e9 / 8  # bytes a second; faster links are all alike
 LOOK_EVERY_S = 60.0
 
 
@@ -46,7 +47,8 @@ class KeptPlan:
         """Whether what there is now is within the hysteresis."""
         before = self.link
         delays = (LEAST_RTT_S + before.rtt_s, LEAST_RTT_S + link.rtt_s)
-        speeds = (delays, (before.up, link.up), (before.down, link.down))
+        ways = ((before.up, link.up), (before.down, link.down))
+        speeds = (delays, *((min(then, MOST_RATE), min(rate, MOST_RATE)) for then, rate in ways))
         return alike(self.memory, memory, MEMORY_HYSTERESIS) and all(alike(*pair, LINK_HYSTERESIS) for pair in speeds)
 
 
@@ -139,7 +141,10 @@ class AutoPlan:
         self.looked = time.monotonic()
         kept = kept_plan(self.store)
         speed = measure_link(link, A_FEW_PIECES).speed
-        return kept is None or not kept.still_fits(measure_room(self.device).usable, speed)
+        stale = kept is None or not kept.still_fits(measure_room(self.device).usable, speed)
+        if stale:
+            self.say("memory or link have changed much since this client planned")
+        return stale
 
 
 def describe(choices: Choices) -> str:

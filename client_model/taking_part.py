@@ -35,6 +35,7 @@ def parse_plan(plan: str) -> Choices | None:
 
 def prepare(name: str, data: Path, state: Path, cache: Path, device: str, threads: int) -> Participant:
     """A participant with its state folder; loads torch."""
+    note("loading, which takes some seconds")
     import torch
 
     from client_model.participant import Participant
@@ -114,8 +115,7 @@ def take_part(participant: Participant, url: str, patience: float, invited: Join
         note(f"paused; the state is in {store.folder}. Run the same command to go on.")
         raise KeyboardInterrupt from None
     except ShortageError:
-        if participant.exhausted:
-            say_goodbye(link, "failed")
+        if participant.exhausted:  # no goodbye: with more memory it goes on where it is
             raise
         return {}
     except KeyboardInterrupt:
@@ -126,7 +126,7 @@ def take_part(participant: Participant, url: str, patience: float, invited: Join
         if not (isinstance(error, StorageError) and journal.head):  # with room again it goes on where it is
             say_goodbye(link, "failed")
         if isinstance(error, LinkError) and (report := store.closing()) is not None:
-            note(f"{error.message}; the rounds are over, so this is the report as it was saved")
+            note("the server is not there any more; the rounds are over, so this is the report as it was saved")
             return report
         raise
     finally:

@@ -59,7 +59,8 @@ def describe(event: str, facts: dict[str, Any]) -> str:
         case "data_changed":
             return "the data file has changed since this client began; going on with what is there now"
         case "waiting":
-            return "waiting for the next round"
+            opens = " (it opens when enough clients are there and a round under way is over)"
+            return f"waiting for {facts['for_']}{opens if facts['for_'] == 'the next round' else ''}"
         case "step":
             sent, received = facts["bytes_sent"] / 1e6, facts["bytes_received"] / 1e6
             at = f"round {facts['round'] + 1} of {facts['rounds']} step {facts['step'] + 1} of {facts['steps']}"
@@ -105,10 +106,10 @@ def print_report(report: dict[str, Any]) -> None:
         said = ", ".join(f"{entry['loss']:.3f} after {entry['round']} rounds" for entry in ends)
         lines.append(f"  held-out loss: {said} (nats per token; lower is better)")
     lines += beside_personal(report)
-    traffic = report["bytes"]
-    lines.append(
-        f"  link: {traffic['bytes_sent'] / 1e6:.1f} MB sent, {traffic['bytes_received'] / 1e6:.1f} MB received"
-    )
+    lines.append(f"  {describe('data', report['data'])}")
+    sent, received = (report["bytes"][way] / 1e6 for way in ("bytes_sent", "bytes_received"))
+    beside_it = "what left, measuring, what was sent again"
+    lines.append(f"  link: {sent:.1f} MB sent ({beside_it}), {received:.1f} MB received")
     if report["starts"] > 1:
         lines.append(f"  rounds and link are counted over {report['starts']} starts of this client")
     if report["uncounted_starts"]:
@@ -155,7 +156,7 @@ def privacy_lines(privacy: dict[str, Any]) -> list[str]:
     lines.append(f"stayed here: {', '.join(privacy['stayed'])}")
     lines.append(f"told: {', '.join(privacy['told'])}")
     for kind, count in privacy["left"].items():
-        lines.append(f"left: {count['releases']} x {kind}, {count['bytes'] / 1e6:.2f} MB")
+        lines.append(f"left: {kind}, {count['bytes'] / 1e6:.2f} MB in {count['releases']} messages")
     if privacy["mode"] != "off":
         lines += [f"{p['party']}: sees {p['sees']}; protected by {p['protection']}" for p in privacy["parties"]]
         lines.append(privacy["several_records"])

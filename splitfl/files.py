@@ -49,7 +49,8 @@ def claimed(folder: Path, option: str = "--state") -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"{folder} is in use by another process", f"Stop that one, or name another {option}."
+                f"{folder} is in use by another process",
+                f"Wait for its end, or stop it; another one needs another {option}.",
             ) from None
         yield
 

@@ -46,8 +46,7 @@ class Corpus:
         for number, file in enumerate(self._files):
             self._index(number, file, skip_bad)
         if not len(self):
-            bad = f"; {self.skipped} bad rows were skipped" if self.skipped else ""
-            raise DataError(f"{root} holds no usable rows{bad}", "Give at least one row with text")
+            raise no_rows(root, self.skipped)
 
     def _index(self, number: int, file: RowFile, skip_bad: bool) -> None:
         for scanned in file.scan():
@@ -95,11 +94,22 @@ def check_beginning(path: Path, *, skip_bad: bool = False) -> None:
     """Raise the ``DataError`` of ``open_corpus`` for what shows without reading on: a file's kind, its header, and
     its first ``FIRST_ROWS`` rows.
     """
+    seen, usable, all_seen = 0, 0, True
     for file in _open_files(path):
-        for scanned in islice(file.scan(), FIRST_ROWS):
-            _, fault = _judge(scanned)
+        first = list(islice(file.scan(), FIRST_ROWS))
+        for scanned in first:
+            example, fault = _judge(scanned)
+            usable += example is not None
             if fault and not skip_bad:
                 raise bad_row(file.path, scanned, fault)
+        seen, all_seen = seen + len(first), all_seen and len(first) < FIRST_ROWS
+    if all_seen and not usable:
+        raise no_rows(path, seen)
+
+
+def no_rows(path: Path, skipped: int) -> DataError:
+    bad = f"; {skipped} bad rows were skipped" if skipped else ""
+    return DataError(f"{path} holds no usable rows{bad}", "Give at least one row with text")
 
 
 def read_groups(path: Path, column: str) -> list[str]:

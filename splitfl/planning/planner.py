@@ -58,7 +58,7 @@ def weighed(capability: Capability, carried: Carried, plan: Plan, trunk: Arithme
         plan=plan,
         peak_bytes=peak(memory),
         limit_bytes=capability.memory,
-        step_s=step_seconds(time, plan),
+        step_s=step_seconds(time, plan, backward=carried.needs_backward),
         trunk_blocks=len(carried.trunk),
         parts={**memory, **time},
         forbidden=forbidden(carried, plan),

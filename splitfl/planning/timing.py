@@ -34,14 +34,20 @@ def time_parts(carried: Carried, plan: Plan, own: Arithmetic, trunk: Arithmetic,
     }
 
 
-def step_seconds(parts: Seconds, plan: Plan) -> float:
+def step_seconds(parts: Seconds, plan: Plan, *, backward: bool) -> float:
     """The first micro-batch crosses alone. Each of the others adds what the busiest stage takes, unless too few are
-    under way to keep it busy: then they cross in groups."""
+    under way to keep it busy: then they cross in groups.
+
+    With a ``backward`` a crossing is two hops, and ``2 * in_flight - 1`` are under way: ``in_flight`` of them wait for
+    the trunk's output, the others of a group follow when those have it (``client_model/trainer.py``).
+    """
     pieces = plan.micro_batches
     stages = [parts[stage] / pieces for stage in STAGES]
     crossing, busiest = sum(stages) + parts["latency_s"] / pieces, max(stages)
-    groups, rest = divmod(pieces - 1, plan.in_flight)
-    return crossing + max((pieces - 1) * busiest, groups * crossing + rest * busiest)
+    groups, rest = divmod(pieces - 1, 2 * plan.in_flight - 1 if backward else plan.in_flight)
+    behind = rest - plan.in_flight  # of the last group: so many follow when half of the crossing is over
+    last = max(rest * busiest, crossing / 2 + behind * busiest) if behind >= 0 else rest * busiest
+    return crossing + max((pieces - 1) * busiest, groups * crossing + last)
 
 
 def update(carried: Carried, link: LinkSpeed) -> float:

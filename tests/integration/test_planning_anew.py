@@ -11,8 +11,10 @@ import pytest
 from processes import Place
 
 from client_model import replanning, scouting
+from client_model.asking import Asker
 from client_model.bandwidth import LinkGauge
 from client_model.cli import join
+from client_model.replanning import AutoPlan
 from splitfl.planning.capability import LinkSpeed
 
 SETTINGS = {
@@ -49,6 +51,14 @@ def test_client_plans_anew_between_rounds_and_trains_on_by_the_new_plan(
 ) -> None:
     server = place.serve(SETTINGS)
     link = Link(FAST, FAST, SLOW)  # the first visit, before round 1, and from then on
+    looks: list[Asker] = []
+    is_stale = AutoPlan.is_stale
+
+    def counted(auto: AutoPlan, asker: Asker) -> bool:
+        looks.append(asker)
+        return is_stale(auto, asker)
+
+    monkeypatch.setattr(AutoPlan, "is_stale", counted)
     monkeypatch.setattr(replanning, "LOOK_EVERY_S", 0.0)
     monkeypatch.setattr(replanning, "measure_link", link)
     monkeypatch.setattr(scouting, "measure_link", link)
@@ -73,4 +83,6 @@ def test_client_plans_anew_between_rounds_and_trains_on_by_the_new_plan(
     assert steps == [(round_, step) for round_ in range(3) for step in range(2)]  # each once
     report = events[-1]["report"]
     assert (report["rounds_taken"], report["starts"]) == (3, 1)
+    assert len(looks) == 4  # before each round, once more with the new plan, and not after the last one
+    assert "memory or link have changed much" in said.err
     assert server.command.wait() == 0, server.command.story()

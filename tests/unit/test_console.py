@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+from contextlib import suppress
 
 import pytest
 
-from splitfl.console import command, is_loopback, parse_address, print_json, require_loopback
+from splitfl.console import command, is_loopback, note, parse_address, print_json, require_loopback
 from splitfl.errors import ConfigError, DataError, SplitFLError, StorageError
+
+CANNOT_ALLOCATE = "libgomp.so.1: cannot allocate memory in static TLS block"
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +41,33 @@ def test_command_ends_with_130_on_ctrl_c(capsys: pytest.CaptureFixture[str]) -> 
         raise KeyboardInterrupt
     assert ended.value.code == 130
     assert capsys.readouterr().err == "interrupted; what was saved stays saved\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), ImportError("libtorch.so: failed to map segment from shared object"), ImportError(CANNOT_ALLOCATE)],
+)
+def test_command_says_so_when_there_is_no_memory_for_its_libraries(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, command():
+        raise error
+    assert ended.value.code == SplitFLError.exit_code
+    assert capsys.readouterr().err.startswith("error: out of memory. Give this process more")
+
+
+def test_command_lets_a_library_that_is_missing_through() -> None:
+    with pytest.raises(ImportError, match="no module"), command():
+        raise ImportError("no module of that name")
+
+
+def test_line_that_nobody_can_read_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        note("a line")
+        monkeypatch.undo()
+        with suppress(OSError):
+            full.close()
 
 
 def test_command_lets_a_fault_of_its_own_through() -> None:

@@ -135,6 +135,18 @@ def test_few_tokens_attend_in_fp32_under_autocast_and_many_in_bf16() -> None:
         torch.testing.assert_close(answer.float(), exact, rtol=2e-2, atol=2e-2)
 
 
+def test_few_tokens_attend_within_their_mask_under_autocast() -> None:
+    model = AutoModelForCausalLM.from_config(small_config("llama", layers=1, hidden=64, vocab=64), dtype=torch.float32)
+    module = model.model.layers[0].self_attn
+    q, k, v = drawn(1, 2, 5, 32), drawn(1, 1, 5, 32, seed=1), drawn(1, 1, 5, 32, seed=2)
+    mask = torch.full((5, 5), torch.finfo(torch.float32).min).triu(1)[None, None]
+    exact, _ = attention(module, q, k, v, mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        answer, _ = attention(module, q, k, v, mask.bfloat16())
+    torch.testing.assert_close(answer, exact)
+    assert not torch.allclose(answer, attention(module, q, k, v, torch.zeros_like(mask))[0])
+
+
 def test_attention_that_does_not_ask_transformers_for_its_function_stays() -> None:
     """Falcon looks at the name and would take another way."""
     config = AutoConfig.for_model("falcon", hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)

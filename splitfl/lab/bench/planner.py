@@ -142,7 +142,8 @@ class Bench:
         speed = LinkSpeed(*(link[way]["median"] for way in ("rtt", "up", "down")))
         settings = parse_federation(tomllib.loads(self.settings(STEPS)), "the benchmark")
         carried = Carried(ModelShape.of(read_config(self.model)), settings, plan.cut)
-        return step_seconds(time_parts(carried, plan, own, own, speed), plan)
+        parts = time_parts(carried, plan, own, own, speed)
+        return step_seconds(parts, plan, backward=carried.needs_backward)
 
     def measure(self, cut: str, steps: int) -> dict[str, Any]:
         """Run a client under a limit just above its prediction."""

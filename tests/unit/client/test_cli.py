@@ -23,6 +23,7 @@ from client_model.store import ClientStore, SessionRecord, Snapshot
 from client_model.taking_part import StopSignal, parse_plan, say_goodbye
 from client_model.telling import EventPrinter, describe, print_report
 from splitfl.config import Federation
+from splitfl.console import ERASED, note
 from splitfl.cut import Cut
 from splitfl.errors import ConfigError, LinkError
 from splitfl.privacy.report import OFF, privacy_report
@@ -268,7 +269,12 @@ EVENTS = [
         "3 answers cut from their prompts by packing (batch.pack = false keeps rows whole)",
     ),
     ("privacy", {"mode": "off", "statement": OFF}, f"privacy: off. {OFF}"),
-    ("waiting", {"for_": "the next round"}, "waiting for the next round"),
+    (
+        "waiting",
+        {"for_": "the next round"},
+        "waiting for the next round (it opens when enough clients are there and a round under way is over)",
+    ),
+    ("waiting", {"for_": "the last merge"}, "waiting for the last merge"),
     ("step", STEP, "round 1 of 2 step 5 of 9: loss 1.500, 1234 tokens/s, 2.0 MB sent, 0.1 MB received"),
     (
         "baseline_step",
@@ -321,10 +327,23 @@ def test_events_are_json_lines_on_stdout_for_a_program(capsys: pytest.CaptureFix
 
 
 def test_events_are_text_on_stderr_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
-    EventPrinter(as_json=False)(Event("waiting", {"for_": "the next round"}))
+    EventPrinter(as_json=False)(Event("waiting", {"for_": "the last merge"}))
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err == "waiting for the next round\n"
+    assert printed.err == "waiting for the last merge\n"
+
+
+def test_line_on_a_terminal_gives_way_to_whatever_is_said_next(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitfl.console.has_terminal", lambda: True)
+    monkeypatch.setattr("client_model.telling.has_terminal", lambda: True)
+    EventPrinter(as_json=False)(Event("step", STEP))
+    note("stopping after this step")
+    progress, then = capsys.readouterr().err.removeprefix(ERASED).split(ERASED)
+    assert progress.startswith("round 1 of 2 step 5 of 9")
+    assert not progress.endswith("\n")
+    assert then == "stopping after this step\n"
 
 
 def closing_report(folder: Path, **facts: Any) -> dict[str, Any]:
@@ -343,6 +362,8 @@ def closing_report(folder: Path, **facts: Any) -> dict[str, Any]:
         "personal": None,
         "baselines": None,
         "bytes": {"bytes_sent": 1, "bytes_received": 2},
+        "data": {"rows": 9, "train_records": 8, "held_out_records": 1, "skipped_rows": 2}
+        | {"truncated_records": 0, "parted_rows": 0},
         "privacy": privacy_report(gate.policy, gate.ledger),
         "weights": "merged.safetensors",
     } | facts
@@ -381,6 +402,7 @@ def test_report_says_what_left_and_what_stayed(
     assert "rounds and link are counted over 4 starts" in out
     assert "NOT counted on the link: traffic of 1 of those starts" in out
     assert "stayed here: the data file" in out
-    assert "left: 1 x weights" in out
+    assert "left: weights, 0.00 MB in 1 messages" in out
+    assert "data: 9 rows, which make 8 records to train on, 1 held out, 2 rows skipped" in out
     assert ("held-out loss" in out) == bool(losses)
     assert all(out.count(f"{entry['loss']:.3f} after {entry['round']} rounds") == 1 for entry in losses)

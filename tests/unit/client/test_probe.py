@@ -107,9 +107,11 @@ def test_prober_tells_models_machines_and_threads_apart(tmp_path: Path, monkeypa
         settings: Federation = parse_federation(tables, "the test")
         return Prober(identity, tmp_path, settings, CPU, tmp_path).kept
 
-    places = [place("a"), place("b"), place("a", batch={"max_length": 64}), place("a", model={"train": "lora"})]
+    models = ({}, {"train": "lora"}, {"train": "lora", "lora_rank": 64})
+    places = [place("a", model=model) for model in models]
+    places += [place("b"), place("a", batch={"max_length": 64}), place("a", optimizer={"name": "sgd"})]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    assert len({*places, place("a")}) == 5
+    assert len({*places, place("a")}) == 7
 
 
 def test_memory_too_short_for_a_block_is_one_clear_error(

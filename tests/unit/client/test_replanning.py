@@ -63,6 +63,12 @@ def test_plan_is_kept_within_the_hysteresis(memory: float, link: tuple[float, fl
     assert plan.still_fits(int(memory * 4 * GIB), now) == kept
 
 
+def test_links_that_are_faster_than_it_matters_are_all_alike() -> None:
+    plan = KeptPlan("m", Choices(Cut(1, 1)), GIB, LinkSpeed(1e-3, 3e8, 2e9))
+    assert plan.still_fits(GIB, LinkSpeed(1e-3, 2e9, 3e8))
+    assert not plan.still_fits(GIB, LinkSpeed(1e-3, 2e9, 3e7))
+
+
 def test_tiny_round_trips_are_all_alike() -> None:
     plan = KeptPlan("m" * 64, Choices(), GIB, LinkSpeed(1e-5, 1.0, 1.0))
     assert plan.still_fits(GIB, LinkSpeed(4e-3, 1.0, 1.0))
@@ -95,6 +101,14 @@ def test_bottom_that_no_plan_can_keep_is_an_error() -> None:
 def test_plan_that_the_federation_no_longer_allows_is_made_anew() -> None:
     plan = KeptPlan("m" * 64, Choices(Cut(1, 1), 3), 8 * GIB, LINK)  # 3 does not divide its 8 records
     assert make_plan(plan, None, found(8 * GIB))[0].choices.micro_batches != 3
+
+
+@pytest.mark.parametrize(("manifest", "cut"), [("n" * 64, Cut(1, 1)), ("m" * 64, Cut(9, 9))])
+def test_plan_for_another_model_or_with_a_cut_that_is_not_allowed_is_made_anew(manifest: str, cut: Cut) -> None:
+    fitting, _ = make_plan(None, None, found(8 * GIB))
+    plan, weighed = make_plan(replace(fitting, manifest=manifest, choices=Choices(cut, 1)), None, found(8 * GIB))
+    assert weighed
+    assert plan == fitting
 
 
 def test_plan_in_a_number_format_that_is_no_longer_allowed_is_made_anew() -> None:

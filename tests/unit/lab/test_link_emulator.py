@@ -60,6 +60,8 @@ def test_jitter_is_bounded_and_repeats_with_its_seed(seed: int) -> None:
     taken = [Schedule(conditions, seed=seed).take(0.0, 1) for _ in range(2)]
     assert taken[0] == taken[1]
     assert 0.1 <= taken[0].arrived <= 0.15 + 1e-6
+    late = [Schedule(conditions, seed=seed + number).take(0.0, 1).arrived for number in range(20)]
+    assert max(late) - min(late) > 0.01
 
 
 def test_line_holds_what_is_on_its_way_and_the_queue() -> None:

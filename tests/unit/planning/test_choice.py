@@ -202,7 +202,6 @@ def test_shortlist_has_one_row_for_each_cut_and_arithmetic_and_holds_the_choice(
 def test_recorded_machine_plans_for_a_model_that_nobody_has_fetched(path: Path) -> None:
     machine = Machine.read(path)
     capability = machine.with_model(SHAPE)
-    assert Capability.from_json(capability.as_json()) == capability
     chosen = choose(candidates(capability, SHAPE, federation()))
     assert chosen.peak_bytes <= machine.memory
     block = capability.compute["fp32"].block_s

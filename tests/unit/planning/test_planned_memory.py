@@ -18,11 +18,16 @@ from splitfl.planning.memory import (
     WIRE_BYTES,
     corrections,
     gradients,
+    head,
+    loading,
     memory_parts,
     moments,
+    narrow_release,
     peak,
     token_graph,
     weights,
+    wire,
+    working,
 )
 from splitfl.planning.plan import Plan
 from splitfl.planning.shapes import ModelShape
@@ -151,6 +156,23 @@ def test_each_micro_batch_under_way_holds_its_bottom_and_its_wire_buffers() -> N
     assert part("wire", trains, four) == 7 * part("wire", trains, one)
     frozen = carried_with()
     assert part("activations", frozen, four) == part("activations", frozen, one)
+
+
+def test_what_comes_and_goes_is_counted_in_full() -> None:
+    """By hand for hidden 512, MLP 1,408 and 16,000 words: two micro-batches of 4 x 256 tokens, of which two under way
+    would be three, but there are only two."""
+    shape = ModelShape(8, 512, 1408, 8, 4, 64, 16_000, tied=False)
+    carried = Carried(shape, parse_federation({"model": {"freeze_below": 0}}, "the test"), Cut(1, 1))
+    plan, tokens = Plan(Cut(1, 1), 2, "fp32", "bf16", 2), 4 * 256
+    assert loading(shape) == 2 * 2 * 16_000 * 512  # as it is stored, twice
+    assert wire(carried, plan) == 2 * tokens * 512 * (3 * 4 + 3 * 2)
+    assert working(carried, plan, tokens) == 4 * 512 * 1408 + tokens * 4 * (3 * 512 + 3 * 1408)
+    rows, logits = 4 * 4 * tokens * 512, 4 * tokens * 16_000  # one chunk: 64 MB of logits at most
+    assert head(carried, plan) == rows + max(3 * logits, logits + 4 * shape.head_weights)
+    narrow = Carried(
+        shape, parse_federation({"privacy": {"mode": "measured"}, "release": {"rank": 16}}, "t"), Cut(1, 1)
+    )
+    assert narrow_release(narrow) == 4 * 2 * 512 * (512 + 16)
 
 
 def test_empty_trunk_needs_no_wire_and_no_second_pair_of_ends() -> None:

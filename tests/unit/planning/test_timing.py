@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from client_model.trainer import Awaits, Crossing, in_turn
 from splitfl.config import parse_federation
 from splitfl.cut import Cut
 from splitfl.planning.capability import Arithmetic, LinkSpeed
@@ -63,7 +65,7 @@ def test_blocks_of_the_trunk_below_the_lowest_that_trains_run_forward_alone() ->
 def test_empty_trunk_waits_for_nobody_but_still_sends_its_update() -> None:
     cut = Cut(0, 8)
     found = parts(cut, plan(cut), model={"min_bottom": 0, "max_top": 8, "freeze_below": 0})
-    assert step_seconds(found, plan(cut)) == found["client_s"]
+    assert step_seconds(found, plan(cut), backward=False) == found["client_s"]
     assert found["update_s"] == pytest.approx(4 * SHAPE.weights * (1 / 1e6 + 1 / 2e6) / 10, rel=0.01)
 
 
@@ -77,22 +79,51 @@ def test_dp_sgd_runs_a_bottom_that_trains_twice() -> None:
 seconds = st.floats(0, 10)
 
 
-def simulated(stages: list[float], latency: float, pieces: int, in_flight: int) -> float:
-    """Micro-batches in order through stages that each take one at a time; a new one starts when a place is free."""
-    free, done = [0.0] * len(stages), []
-    for piece in range(pieces):
-        now = done[piece - in_flight] if piece >= in_flight else 0.0
-        for number, takes in enumerate(stages):
-            now = free[number] = max(now, free[number]) + takes
-        done.append(now + latency)
-    return done[-1]
+def simulated(stages: list[float], latency: float, pieces: int, in_flight: int, hops: int) -> float:
+    """The trainer's own order of micro-batches, on a clock of its own: a crossing is ``hops`` ways there and back.
+
+    Stages and latency are of all hops of a micro-batch; way up, trunk and way down take one at a time.
+    """
+    client, *there_and_back = stages
+    clock, free = [0.0], [0.0] * len(there_and_back)
+
+    def hop() -> float:
+        at = clock[0]
+        for number, takes in enumerate(there_and_back):
+            at = free[number] = max(at, free[number]) + takes / hops
+        return at + latency / hops
+
+    def crossing() -> Iterator[Awaits]:
+        clock[0] += 0.2 * client
+        for awaits in (Awaits.OUTPUT, Awaits.GRADIENT)[:hops]:
+            back = hop()
+            yield awaits
+            clock[0] = max(clock[0], back) + 0.8 * client / hops
+
+    for _ in in_turn((cast(Crossing, crossing()) for _ in range(pieces)), in_flight):
+        pass
+    return clock[0]
 
 
-@given(st.tuples(seconds, seconds, seconds, seconds), seconds, st.integers(1, 8), st.integers(1, 8))
-def test_step_takes_what_a_simulated_pipeline_takes(
-    stages: tuple[float, float, float, float], latency: float, pieces: int, in_flight: int
-) -> None:
+def predicted(stages: Sequence[float], latency: float, pieces: int, in_flight: int, hops: int) -> float:
     found = {name: pieces * takes for name, takes in zip(STAGES, stages, strict=True)} | {"latency_s": pieces * latency}
-    predicted = step_seconds(found, plan(Cut(1, 1), pieces, in_flight))
-    exact = simulated(list(stages), latency, pieces, in_flight)
-    assert predicted == pytest.approx(exact, rel=1e-6, abs=1e-9)
+    return step_seconds(found, plan(Cut(1, 1), pieces, in_flight), backward=hops == 2)
+
+
+@given(st.tuples(seconds, seconds, seconds, seconds), seconds, st.integers(1, 16), st.integers(1, 8), st.integers(1, 2))
+def test_step_takes_about_what_the_trainer_would_take(
+    stages: tuple[float, float, float, float], latency: float, pieces: int, in_flight: int, hops: int
+) -> None:
+    exact = simulated(list(stages), latency, pieces, in_flight, hops)
+    assert 0.97 * exact - 1e-9 <= predicted(stages, latency, pieces, in_flight, hops) <= 1.5 * exact + 1e-9
+
+
+@pytest.mark.parametrize("hops", [1, 2])
+@pytest.mark.parametrize("in_flight", [1, 2, 3, 8])
+@pytest.mark.parametrize("pieces", [1, 2, 3, 4, 8, 16])
+def test_step_that_waits_for_the_link_alone_takes_what_the_trainer_takes(
+    pieces: int, in_flight: int, hops: int
+) -> None:
+    nothing = [0.0, 0.0, 0.0, 0.0]
+    exact = simulated(nothing, 0.1 * hops, pieces, in_flight, hops)
+    assert predicted(nothing, 0.1 * hops, pieces, in_flight, hops) == pytest.approx(exact)

@@ -17,8 +17,8 @@ from server_model.updates import ClientUpdate
 from splitfl.config import parse_federation
 from splitfl.data.notes import generate_notes
 from splitfl.errors import ConfigError
-from splitfl.files import storage_errors
 from splitfl.federation.rounds import Discounted, MergeRound, Phase, RoundMachine
+from splitfl.files import storage_errors
 from splitfl.split.create import create_checkpoint
 from splitfl.wire.messages import PROTOCOL_VERSIONS, Failed, Hello, NextRound, RoundOpen, TensorBytes
 
