@@ -22,6 +22,7 @@ from splitfl.channel.joining import TOKEN_BYTES
 from splitfl.errors import ConfigError, RefusedError, StorageError
 
 LOCK_S = 10.0  # how long to wait for another process that writes
+RESERVE_BYTES = 1 << 16  # of the disk, for a revocation when it is full
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS invitations (
@@ -58,16 +59,23 @@ class Client:
 
 
 class Registry:
-    """The books in the file ``path``. Every method raises StorageError when the file cannot be used."""
+    """The books in the file ``path``. Every method raises StorageError when the file cannot be used.
+
+    Beside them lies a file of nothing: clients can fill the disk, and whoever does it must not be safe from revocation.
+    """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self.path = path
+        self.reserve = path.with_name("reserve")
         self.clock = clock
         with database_errors(path):
             path.touch(mode=0o600)
             connection = sqlite3.connect(path, timeout=LOCK_S)
             connection.executescript(SCHEMA)
             connection.close()
+        if not self.reserve.exists():
+            with suppress(OSError):
+                self.reserve.write_bytes(bytes(RESERVE_BYTES))
 
     # -- invitations -------------------------------------------------------------------------------------------
 
@@ -137,6 +145,15 @@ class Registry:
 
     def revoke(self, name: str) -> None:
         """End every certificate and open invitation of a client. Raises ConfigError when there is none."""
+        try:
+            self._revoke(name)
+        except StorageError:
+            if not self.reserve.exists():
+                raise
+            self.reserve.unlink()
+            self._revoke(name)
+
+    def _revoke(self, name: str) -> None:
         with self._writing() as books:
             certificates = books.execute(
                 "UPDATE certificates SET ended = 'revoked' WHERE name = ? AND ended != 'revoked'", (name,)

@@ -7,11 +7,12 @@ import hmac
 import re
 import sqlite3
 import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from server_model.registry import Issued, Registry
+from server_model.registry import RESERVE_BYTES, Issued, Registry
 from splitfl.channel.joining import TOKEN
 from splitfl.errors import ConfigError, RefusedError, StorageError
 
@@ -53,6 +54,25 @@ def refusal(books: Registry, token: str, serial: str = "ff", *, name: str = "war
     assert "splitfl invite" in caught.value.remedy
     assert FIRST_REMEDY.get(caught.value.code, "") in caught.value.remedy
     return caught.value.code
+
+
+def test_revocation_has_room_of_its_own_on_a_full_disk(books: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    enrol(books, books.invite("ward-a", HOUR), "01")
+    assert books.reserve.stat().st_size == RESERVE_BYTES
+    writing = Registry._writing
+
+    def while_there_is_room(self: Registry) -> AbstractContextManager[sqlite3.Connection]:
+        if self.reserve.exists():
+            raise StorageError("cannot use the books: database or disk is full")
+        return writing(self)
+
+    monkeypatch.setattr(Registry, "_writing", while_there_is_room)
+    with pytest.raises(StorageError):
+        books.invite("ward-b", HOUR)
+    books.revoke("ward-a")
+    assert books.ended() == {"01": "revoked"}
+    Registry(books.path)  # there is room again: for the next one
+    assert books.reserve.exists()
 
 
 def test_token_is_traded_for_a_certificate_that_is_let_in(books: Registry) -> None:
