@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from splitfl.config import Federation
 from splitfl.cut import Cut
@@ -22,7 +22,6 @@ from splitfl.split.loss import HeadLoss, head_loss
 from splitfl.split.modes import arithmetic, optimizer_spec, training_policy
 from splitfl.split.narrow import NarrowRelease
 from splitfl.split.optimizer import PartOptimizer
-from splitfl.split.segment import Segment
 from splitfl.split.shares import ends_pieces, shared_shapes
 from splitfl.split.training import set_up_training, stays_tied, tie_head
 
@@ -62,7 +61,7 @@ class Ends:
             segment.to(device)
         if stays_tied(source.config, policy):
             tie_head(self.top, self.bottom.embedding)
-        bottom, top = trainable(self.bottom), trainable(self.top)
+        bottom, top = self.bottom.trainable(), self.top.trainable()
         own = {id(weight) for weight in bottom.values()}
         top = {name: weight for name, weight in top.items() if id(weight) not in own}
         self.bottom_optimizer = PartOptimizer(bottom, spec)
@@ -261,8 +260,3 @@ def rows_of(lengths: Tensor | None, rows: slice) -> Tensor | None:
 def row_of(hidden: Callable[[], Tensor], rows: slice) -> Tensor:
     """Some rows of a batch (B, T, D)."""
     return hidden()[rows]
-
-
-def trainable(segment: Segment) -> dict[str, nn.Parameter]:
-    """Global name -> trainable weight."""
-    return {name: weight for name, weight in segment.named_weights() if weight.requires_grad}

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from splitfl.config import Federation
 from splitfl.split.checkpoint import TensorSource, load_segment
 from splitfl.split.loss import head_loss
 from splitfl.split.modes import arithmetic, optimizer_spec, training_policy
 from splitfl.split.optimizer import PartOptimizer
-from splitfl.split.segment import Piece, Segment
+from splitfl.split.segment import Piece
 from splitfl.split.training import set_up_training
 
 FIRST_TOKENS, GROWTH = 16, 4
@@ -75,11 +75,11 @@ class Specimen:
         self.block = self.top.narrow(layers - 1, layers)
         self.width: int = source.config.hidden_size
         self.words: int = source.config.vocab_size
-        block = dict(trainable(self.block))
+        block = dict(self.block.trainable())
         spec = optimizer_spec(settings, client=True)
         self.optimizers = {
             "block": PartOptimizer(block, spec),
-            "head": PartOptimizer({name: w for name, w in trainable(self.top).items() if name not in block}, spec),
+            "head": PartOptimizer({name: w for name, w in self.top.trainable().items() if name not in block}, spec),
         }
 
     def hidden(self, rows: int, length: int) -> Tensor:
@@ -110,11 +110,6 @@ class Specimen:
         for weight in optimizer.named.values():
             weight.grad = torch.zeros_like(weight)
         optimizer.step(0.0, lambda _: 1)
-
-
-def trainable(segment: Segment) -> dict[str, nn.Parameter]:
-    """Global name -> trainable weight."""
-    return {name: weight for name, weight in segment.named_weights() if weight.requires_grad}
 
 
 def measure_pace(source: TensorSource, settings: Federation, device: torch.device, dtype: str) -> Pace:

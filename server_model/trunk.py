@@ -66,7 +66,7 @@ class Trunk:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Global name -> trainable weight."""
-        return {name: weight for name, weight in self.segment.named_weights() if weight.requires_grad}
+        return self.segment.trainable()
 
     def forward(
         self, blocks: Sequence[range], clients: Sequence[Rows], *, keep_graph: bool

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
-from client_model.ends import trainable
 from client_model.records import batches, open_tokenizer, pad_token
 from client_model.trainer import on_device
 from splitfl.config import Federation, parse_federation
@@ -106,17 +105,17 @@ class NarrowModel:
 
     def segments(self) -> dict[str, nn.Parameter]:
         """All weights of the three segments by global name."""
-        return {**trainable(self.bottom), **trainable(self.trunk), **trainable(self.top)}
+        return {**self.bottom.trainable(), **self.trunk.trainable(), **self.top.trainable()}
 
     @property
     def bottom_parts(self) -> list[dict[str, nn.Parameter]]:
         """What the ends alone train."""
-        return [trainable(self.bottom), trainable(self.top), dict(self.narrow.skip.own.named_parameters())]
+        return [self.bottom.trainable(), self.top.trainable(), dict(self.narrow.skip.own.named_parameters())]
 
     @property
     def joint_parts(self) -> list[dict[str, nn.Parameter]]:
         """What trains once the bottom is frozen: server's and client's blocks, and the modules of the release."""
-        return [trainable(self.trunk), trainable(self.top), dict(self.narrow.named_parameters())]
+        return [self.trunk.trainable(), self.top.trainable(), dict(self.narrow.named_parameters())]
 
     @torch.no_grad()
     def run_bottom(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:

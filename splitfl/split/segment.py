@@ -312,6 +312,10 @@ class Segment(nn.Module):
         for name, parameter in self.model.named_parameters():
             yield self.global_name(name), parameter
 
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Those that train, by their names in the whole checkpoint."""
+        return {name: weight for name, weight in self.named_weights() if weight.requires_grad}
+
     def global_name(self, name: str) -> str:
         """Local parameter name -> name in the whole checkpoint."""
         return renumber(name, self.block_prefix, self.piece.start)

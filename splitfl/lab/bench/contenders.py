@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from client_model.ends import trainable
 from client_model.records import batches
 from client_model.trainer import on_device
 from splitfl.codec.stored import FOR_TRANSFORMERS, write_tensors
@@ -275,7 +274,7 @@ class TopTuning:
     def _tune(self, rate: float) -> None:
         skip = {f"skip.{name}": weight for name, weight in self.model.narrow.skip.named_parameters()}
         spec = optimizer_spec(self.model.settings)
-        parts = [PartOptimizer(part, spec) for part in (trainable(self.model.top), skip)]
+        parts = [PartOptimizer(part, spec) for part in (self.model.top.trainable(), skip)]
         order = DataOrder(len(self.train), self.seed)
         for _ in range(self.effort.private_steps):
             rows = order.take(self.effort.records).tolist()

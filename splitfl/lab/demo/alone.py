@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from client_model.ends import trainable
 from client_model.records import ClientData
 from splitfl.config import Federation
 from splitfl.data.packing import Batch
@@ -43,7 +42,7 @@ class TopTrainer:
 
     def __init__(self, model: NarrowModel, loss_of: LossOf, data: ClientData, client: str, say: Say) -> None:
         self.settings, self.loss_of, self.say = model.settings, loss_of, say
-        self.optimizer = PartOptimizer(trainable(model.top), optimizer_spec(model.settings))
+        self.optimizer = PartOptimizer(model.top.trainable(), optimizer_spec(model.settings))
         self.draw = local_steps(data, client)
 
     def train_round(self, round_: int) -> int:

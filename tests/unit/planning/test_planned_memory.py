@@ -9,7 +9,7 @@ import torch
 from helpers import MemorySource, tiny_model
 from torch import Tensor
 
-from client_model.ends import Ends, trainable
+from client_model.ends import Ends
 from splitfl.codec.tensors import CODECS, encode_tensor
 from splitfl.config import Federation, parse_federation
 from splitfl.cut import Cut
@@ -83,9 +83,9 @@ def test_gradients_moments_and_corrections_are_those_of_a_step() -> None:
     model = tiny_model("llama")
     ends = Ends(MemorySource.of(model), settings, Cut(1, 1), torch.device("cpu"))
     ends.begin_round({})
-    for weight in trainable(ends.top).values():
+    for weight in ends.top.trainable().values():
         weight.grad = torch.ones_like(weight)
-    held = sum(w.grad.nbytes for w in trainable(ends.top).values() if w.grad is not None)
+    held = sum(w.grad.nbytes for w in ends.top.trainable().values() if w.grad is not None)
     ends.step_top(0.1, 1)
     carried = Carried(ModelShape.of(model.config), settings, Cut(1, 1))
     assert gradients(carried) == pytest.approx(held, rel=0.01)

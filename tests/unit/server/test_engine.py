@@ -992,3 +992,16 @@ def test_step_whose_backward_fails_is_void_for_all_of_it(failing: int) -> None:
         engine.close()
 
     run(work)
+
+
+def test_micro_batch_before_those_that_come_first_is_refused(source: MemorySource) -> None:
+    async def scenario() -> None:
+        async with Bench(source, federation(micro=2), cohort="a") as bench:
+            with pytest.raises(ProtocolError, match="micro-batch 1 before those that come first"):
+                await bench.forward("a", micro=1)
+            for micro in range(2):
+                await bench.both("a", micro=micro)
+            await bench.settled()
+            assert bench.engine.steps_applied == 1
+
+    asyncio.run(scenario())
