@@ -115,7 +115,7 @@ def test_step_takes_about_what_the_trainer_would_take(
     stages: tuple[float, float, float, float], latency: float, pieces: int, in_flight: int, hops: int
 ) -> None:
     exact = simulated(list(stages), latency, pieces, in_flight, hops)
-    assert 0.97 * exact - 1e-9 <= predicted(stages, latency, pieces, in_flight, hops) <= 1.5 * exact + 1e-9
+    assert 0.85 * exact - 1e-9 <= predicted(stages, latency, pieces, in_flight, hops) <= 1.6 * exact + 1e-9
 
 
 @pytest.mark.parametrize("hops", [1, 2])
