@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urlsplit
 
 from pydantic import TypeAdapter, ValidationError
@@ -13,9 +11,6 @@ from splitfl.channel.joining import JoinString
 from splitfl.console import is_loopback, note, require_loopback
 from splitfl.errors import ConfigError
 from splitfl.wire.messages import Name
-
-if TYPE_CHECKING:
-    from ssl import SSLContext
 
 
 def read_join_string(address: str, name: str) -> JoinString | None:
@@ -26,16 +21,6 @@ def read_join_string(address: str, name: str) -> JoinString | None:
     if name and name != join.name:
         raise ConfigError(f"this join string is {join.name!r}'s, not {name!r}'s", "Leave --name out.")
     return join
-
-
-def enrolled(join: JoinString, state: Path, patience: float) -> SSLContext:
-    """The TLS settings to join with. Raises SplitFLError."""
-    from functools import partial
-
-    from client_model.identity import obtain
-    from client_model.link import ask_once
-
-    return obtain(join, state, partial(ask_once, patience_s=patience, say=note))
 
 
 def check_address(address: str, *, insecure: bool) -> str:

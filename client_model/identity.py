@@ -17,6 +17,7 @@ import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from cryptography import x509
@@ -24,6 +25,7 @@ from cryptography.exceptions import InvalidSignature
 
 from splitfl.channel.certificates import fingerprint, key_pem, new_key, read_key, signing_request
 from splitfl.channel.joining import JoinString
+from splitfl.console import note
 from splitfl.errors import ConfigError, ProtocolError, StorageError, TrustError
 from splitfl.files import storage_errors, write_file
 from splitfl.wire.messages import AskAuthority, Authority, Enrol, Enrolled, Message
@@ -182,3 +184,10 @@ def unexpected(answer: Message) -> ProtocolError:
         f"the server answered {type(answer).__name__} to an enrolment",
         "Install the same SplitFL release on both sides.",
     )
+
+
+def enrolled(join: JoinString, state: Path, patience: float) -> ssl.SSLContext:
+    """The TLS settings to join with, asked of the server by its own websocket. Raises SplitFLError."""
+    from client_model.link import ask_once
+
+    return obtain(join, state, partial(ask_once, patience_s=patience, say=note))

@@ -114,7 +114,8 @@ def visit(
     insecure: bool,
 ) -> Scouted:
     """Measure with a server. Raises ConfigError in the middle of a round, which a visit would cost."""
-    from client_model.addresses import check_address, check_name, enrolled, read_join_string, say_how_encrypted
+    from client_model.addresses import check_address, check_name, read_join_string, say_how_encrypted
+    from client_model.identity import enrolled
     from client_model.scouting import Scout
     from client_model.store import ClientStore
     from splitfl.files import claimed

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from client_model.addresses import enrolled
 from client_model.choices import Choices
+from client_model.identity import enrolled
 from client_model.resuming import check_same_client, first_words, open_journal, paused_choices
 from client_model.telling import print_report
 from splitfl.allocator import share_one_heap

@@ -7,7 +7,6 @@ engine's thread.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 import time
@@ -20,12 +19,12 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from server_model.blobs import Blobs
 from server_model.calibration import settled
 from server_model.engine import Engine
 from server_model.members import Member, Members
+from server_model.preparing import check_settings, offer_assets
 from server_model.releases import Releases
 from server_model.rounds import Rounds
 from server_model.steps import MissedError, StepKey
@@ -37,18 +36,14 @@ from server_model.witness import Witness
 from splitfl.codec.tensors import BY_WIRE, by_record, decode_tensor, encode_tensor
 from splitfl.config import Federation
 from splitfl.cut import Cut
-from splitfl.errors import ConfigError, NumericalError, ProtocolError, RefusedError, SplitFLError, StorageError
+from splitfl.errors import NumericalError, ProtocolError, RefusedError, SplitFLError, StorageError
 from splitfl.federation.agreement import Terms
-from splitfl.federation.merging import choose_strategy
 from splitfl.files import keep_file
 from splitfl.privacy.witness import Mark
-from splitfl.split.checkpoint import CheckpointFolder, is_tied
-from splitfl.split.export import COPIED_FILES
+from splitfl.split.checkpoint import CheckpointFolder
 from splitfl.split.flow import bottom_trains
-from splitfl.split.modes import check_record_length, training_policy
 from splitfl.split.narrow import load_release
-from splitfl.split.shares import Shapes, ends_names, shared_shapes
-from splitfl.split.training import check_policy, stays_tied
+from splitfl.split.shares import Shapes, shared_shapes
 from splitfl.wire.messages import (
     Answer,
     AskHeld,
@@ -423,33 +418,6 @@ class Coordinator:
 
     def _say(self, event: str, **facts: object) -> None:
         self.report(Progress(event, facts))
-
-
-def check_settings(settings: Federation, config: PreTrainedConfig, device: torch.device) -> None:
-    """Raise ConfigError for settings that a model of this config cannot be trained with."""
-    layers = config.num_hidden_layers
-    settings.check_layers(layers)
-    check_record_length(settings, config)
-    choose_strategy(settings)
-    policy = training_policy(settings, layers, device)
-    check_policy(policy, tied=is_tied(config))
-    if stays_tied(config, policy) and settings.merge.share == "top":
-        raise ConfigError(
-            'merge.share = "top" on a model whose head is its embedding, and both train',
-            'Set merge.share = "ends", or freeze the embedding with model.freeze_below = 1 or more.',
-        )
-
-
-def offer_assets(blobs: Blobs, source: CheckpointFolder, settings: Federation) -> str:
-    """Offer config, tokenizer and every tensor a client may hold; returns the hash of their list."""
-    files = {}
-    for name in ("config.json", *COPIED_FILES):
-        if (source.folder / name).is_file():
-            data = (source.folder / name).read_bytes()
-            files[name] = {"sha256": blobs.add_bytes(data), "nbytes": len(data)}
-    wanted = ends_names(source.config, Cut(settings.bottoms[-1], settings.tops[-1]))
-    tensors = blobs.add_tensors((name, source.entries[name]) for name in wanted)
-    return blobs.add_bytes(json.dumps({"files": files, "tensors": tensors}, sort_keys=True).encode())
 
 
 def checked_shape(hidden: Tensor, width: int) -> tuple[int, int, int]:

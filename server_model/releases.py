@@ -1,9 +1,9 @@
 """Released activations, kept for all epochs: a client sends a record once, later steps name it.
 
 One append-only file a client, read through a memory map; each entry carries its length and its SHA-256, so a damaged
-one counts as missing and is sent again. Nothing is evicted for want of room: what the disk budget cannot hold is not
-taken, and its owner sends it in each epoch. Under other terms, and after the end, all of it goes. It is a cache:
-deleting it costs bandwidth and nothing else.
+one counts as missing and is sent again. Nothing is evicted for another entry: what the disk budget cannot hold is not
+taken, and its owner sends it in each epoch. A full disk costs all of them, for a round comes first. Under other terms,
+and after the end, all of it goes. It is a cache: deleting it costs bandwidth and nothing else.
 """
 
 from __future__ import annotations

@@ -299,10 +299,11 @@ class Rounds:
         finally:
             self._held_up.pop(key, None)
 
-    def _wait_for_room(self, key: object, error: StorageError) -> None:
-        """The disk is full, or away: what can be had again makes room first."""
+    def _wait_for_room(self, key: object, error: StorageError, full: bool) -> None:
+        """The disk is full, and what can be had again makes room; or it is away."""
         self._held_up[key] = str(error)
-        self.make_room()
+        if full:
+            self.make_room()
         self.say("storage_error", round=self.machine.round, error=str(error))
 
     @property

@@ -8,16 +8,16 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import refusals
 from eavesdropper import Eavesdropper
-from processes import Command, Place, Server, place, with_settings
+from processes import Command, Place, Server, with_settings
 from proxy import Proxy, every
 from raw_client import RawClient
-from refusals import assert_ends
+from refusals import GATHERING, assert_ends
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
 from client_model.identity import client_context
@@ -28,20 +28,7 @@ from splitfl.channel.joining import JoinString
 from splitfl.errors import ConfigError, DataError, RefusedError, TrustError
 from splitfl.wire.messages import Refused, Welcome
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "rounds": {"count": 2, "local_steps": 3},
-    "batch": {"records": 4, "max_length": 32},
-    "wire": {"codec": "fp32"},
-    "trunk": {"grace_s": 20.0},
-}
-GATHERING = with_settings(SETTINGS, rounds={"min_clients": 9})  # no round ever opens
-
-
-@pytest.fixture(scope="module")
-def hall(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Server]:
-    """A service that waits for more clients than ever come; many tests knock at it."""
-    with place(tmp_path_factory.mktemp("hall"), small_model) as here:
-        yield here.serve(GATHERING)
+SETTINGS = with_settings(refusals.SETTINGS, rounds={"count": 2, "local_steps": 3}, trunk={"grace_s": 20.0})
 
 
 def invited(server: Server, name: str, *flags: object, state: str = "server") -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from server_model.calibration import as_published
-from server_model.coordinator import check_settings
+from server_model.preparing import check_settings
 from splitfl.cut import Cut
 from splitfl.data.examples import Example
 from splitfl.data.notes import generate_notes
